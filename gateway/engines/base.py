@@ -1,0 +1,88 @@
+"""What to run for a model, and how to talk to it. Pure: values in, values out, no I/O.
+
+An engine and a runtime meet in one value, `Launch`; an engine and a dialect meet in the values of
+`gateway.generation`. Neither pair knows more of one another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol
+
+from gateway.catalog import ModelSpec
+from gateway.errors import GatewayError
+from gateway.generation import Finished, GenerationRequest, TokenEvent
+from gateway.runtimes.base import Exit, Launch, Progress
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One HTTP POST to a model's server. `path` is relative to the handle's base URL."""
+
+    path: str
+    body: bytes = field(repr=False)
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """Why a server could not be started or ended: the cause, what to do, and the lines that show it."""
+
+    cause: str
+    fix: str
+    evidence: tuple[str, ...] = ()
+
+
+class Decoder(Protocol):
+    """Turns the bytes of one answer into events, however they are cut into chunks."""
+
+    def feed(self, chunk: bytes) -> list[TokenEvent | Finished]:
+        """Return the events that `chunk` completes. `Finished` is the last one, ever.
+
+        Raises:
+            GatewayError: the server reported an error in mid-stream, or does not speak its own protocol.
+        """
+
+
+class Engine(Protocol):
+    """One kind of model server."""
+
+    name: ClassVar[str]
+    health_path: ClassVar[str]
+    default_slots: ClassVar[int]
+    """How many requests such a server works on at once, unless the catalog says `max_concurrency`."""
+
+    def launch(self, spec: ModelSpec, name: str, secret: str) -> Launch:
+        """Return what to run for `spec`. `secret` is this launch's own random key: the server answers nobody else.
+
+        Raises:
+            StartFailed: something that the catalog names (a weights file, say) cannot be used.
+        """
+
+    def is_ready(self, status: int, body: bytes) -> bool:
+        """Say whether this answer to a health check means that the server takes requests."""
+
+    def is_alive(self, status: int, body: bytes) -> bool:
+        """Say whether this answer means that the server works; a busy one does."""
+
+    def progress(self, line: str) -> Progress | None:
+        """Return the progress that a line of the server's output tells of, if it does."""
+
+    def diagnose(self, exit: Exit) -> Diagnosis:
+        """Return why the server ended, from its exit and its last lines."""
+
+    def call(self, spec: ModelSpec, request: GenerationRequest, secret: str) -> Call:
+        """Return the HTTP call for `request`; its answer is always a stream.
+
+        Raises:
+            Unsupported: this engine cannot do what is asked.
+        """
+
+    def decoder(self, request: GenerationRequest) -> Decoder:
+        """Return a fresh decoder for the answer to `call(..., request, ...)`."""
+
+    def refusal(self, status: int, body: bytes) -> GatewayError:
+        """Return the error that an answer other than 200 stands for."""
+
+
