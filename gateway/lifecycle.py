@@ -50,6 +50,7 @@ TRANSITIONS: dict[State, dict[Event, State]] = {
 
 DOWN = frozenset({State.STOPPED, State.FAILED})
 STARTING_UP = frozenset({State.STARTING, State.LOADING})
+SERVING = frozenset({State.READY, State.UNHEALTHY})
 RUNNING = frozenset({State.READY, State.UNHEALTHY, State.DRAINING})
 
 

@@ -1,0 +1,119 @@
+"""All the models that this gateway may run, by name."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+
+from gateway.catalog import Catalog, ModelSpec, deferred
+from gateway.engines.base import Engine
+from gateway.errors import ModelNotRunning, StartFailed
+from gateway.fleet.health import Health, Probe, Rest, rest
+from gateway.fleet.instance import Instance
+from gateway.fleet.journal import Journal
+from gateway.fleet.status import Status
+from gateway.lifecycle import State
+from gateway.runtimes.base import Runtime
+
+
+class Fleet:
+    """One `Instance` for each model of the catalog, made when it is first asked for. Lives on one event loop."""
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        engines: Mapping[str, Engine],
+        runtimes: Mapping[str, Runtime],
+        probe: Probe,
+        journal: Journal,
+        *,
+        rest: Rest = rest,
+        instance: type[Instance] = Instance,
+    ) -> None:
+        self.catalog = catalog
+        self.journal = journal
+        self._engines = engines
+        self._runtimes = runtimes
+        self._probe = probe
+        self._rest = rest
+        self._instance = instance
+        self._instances: dict[str, Instance] = {}
+        self._closing = False
+
+    def get(self, spec: ModelSpec) -> Instance:
+        """Return the one instance of this model.
+
+        Raises:
+            StartFailed: this version has no engine or runtime for it.
+        """
+        if spec.id not in self._instances:
+            self._instances[spec.id] = self._make(spec)
+        return self._instances[spec.id]
+
+    def running(self, spec: ModelSpec) -> Instance:
+        """Return the instance of a model that was started before.
+
+        Raises:
+            ModelNotRunning: it never was.
+        """
+        if spec.id not in self._instances:
+            raise ModelNotRunning(f"{spec.id} is not running; there is nothing to stop.")
+        return self._instances[spec.id]
+
+    def statuses(self) -> list[Status]:
+        """Return a snapshot of every model, in the order of the catalog."""
+        return [self.status(spec) for spec in self.catalog.models.values()]
+
+    def status(self, spec: ModelSpec) -> Status:
+        instance = self._instances.get(spec.id)
+        return instance.status if instance else _never_started(spec)
+
+    async def preload(self) -> None:
+        """Begin the start of every model that the catalog wants from the beginning."""
+        for spec in self.catalog.models.values():
+            if spec.preload:
+                await self.get(spec).start(wait=False)
+
+    def logs_of(self, spec: ModelSpec) -> Runtime:
+        """Return the runtime that has this model's output.
+
+        Raises:
+            StartFailed: this version has no such runtime.
+        """
+        return self._parts(spec)[1]
+
+    def close(self) -> None:
+        """Refuse all further requests, and let what runs finish within its drain limit."""
+        self._closing = True
+        for instance in self._instances.values():
+            instance.close()
+
+    async def aclose(self) -> None:
+        """Return when no server of any model runs any more."""
+        self.close()
+        await asyncio.gather(*(instance.aclose() for instance in self._instances.values()))
+
+    def _make(self, spec: ModelSpec) -> Instance:
+        engine, runtime = self._parts(spec)
+        health = Health(
+            engine, self._probe, interval_s=spec.health_interval_s, failures=spec.health_failures, rest=self._rest
+        )
+        instance = self._instance(spec, server_name(spec), engine, runtime, health, self.journal)
+        if self._closing:
+            instance.close()
+        return instance
+
+    def _parts(self, spec: ModelSpec) -> tuple[Engine, Runtime]:
+        engine, runtime = self._engines.get(spec.engine), self._runtimes.get(spec.runtime)
+        if engine is None or runtime is None:
+            raise StartFailed(f"{spec.id} cannot be run: " + "; ".join(deferred(spec)))
+        return engine, runtime
+
+
+def server_name(spec: ModelSpec) -> str:
+    """Return what the server of a model is called on every runtime."""
+    return f"tgi-{spec.id}"
+
+
+def _never_started(spec: ModelSpec) -> Status:
+    return Status(spec, server_name(spec), State.STOPPED, 0.0, 0, 0, None, None, None, None, None, None)

@@ -1,0 +1,515 @@
+"""One model's life: the only writer of its state.
+
+Callers say what they want (`lease`, `start`, `stop`) and never look at the state first: each decision is
+taken in here, between two awaits, where nothing can change. Two tasks make a life: `_serve` starts, loads
+and watches the server, and ends only by raising or being cancelled; `_live` waits for it and clears up
+after it, and nobody ever cancels `_live`. So whatever ends a life, what it made is removed, once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+from gateway.catalog import ModelSpec
+from gateway.engines.base import Engine
+from gateway.errors import GatewayError, ModelNotRunning, RuntimeUnavailable
+from gateway.fleet import refusals
+from gateway.fleet.admission import STOP_MARGIN_S, Bounds, call_off_at, pause_after_failure_s, wait_ends_at
+from gateway.fleet.health import Health
+from gateway.fleet.journal import Journal
+from gateway.fleet.life import Lease, Life
+from gateway.fleet.queue import Grant, Queue, Ticket
+from gateway.fleet.status import Failure, Status, describe
+from gateway.lifecycle import DOWN, SERVING, STARTING_UP, Event, State, after
+from gateway.runtimes.base import Handle, Progress, Runtime
+
+log = logging.getLogger(__name__)
+
+SERVED_LONG_S = 60.0
+"""A server that was ready for this long forgives the failures before it."""
+
+
+class Instance:
+    """A model that may be up or down, and knows how to get from one to the other."""
+
+    def __init__(
+        self, spec: ModelSpec, name: str, engine: Engine, runtime: Runtime, health: Health, journal: Journal
+    ) -> None:
+        self.spec = spec
+        self.name = name
+        self.engine = engine
+        self._runtime = runtime
+        self._health = health
+        self._journal = journal
+        self._bounds = Bounds(
+            queue_timeout_s=spec.queue_timeout_s,
+            start_timeout_s=spec.start_timeout_s,
+            drain_timeout_s=spec.drain_timeout_s,
+            stop_grace_s=spec.stop_grace_s,
+            abandon_after_s=spec.abandon_after_s,
+        )
+        self._loop = asyncio.get_running_loop()
+        self._state = State.STOPPED
+        self._since = self._loop.time()
+        self._life: Life | None = None
+        self._queue = Queue()
+        self._failure: Failure | None = None
+        self._failures = 0  # lives in a row that failed before they had served for long
+        self._cool_until = 0.0
+        self._wanted = False  # an operator wants it up, and it is not up yet
+        self._closing = False
+        self._promised_until = 0.0
+        self._last_use = self._loop.time()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def __repr__(self) -> str:
+        return f"<Instance {self.name} {self._state} in_flight={self._in_flight} queued={len(self._queue)}>"
+
+    # What callers ask for
+
+    @property
+    def status(self) -> Status:
+        """A snapshot, for reports only."""
+        now = self._loop.time()
+        life = self._life
+        report = life.report if life and self._state in STARTING_UP else None
+        idle = self._state is State.READY and not self._in_flight
+        return Status(
+            spec=self.spec,
+            name=self.name,
+            state=self._state,
+            state_s=now - self._since,
+            in_flight=self._in_flight,
+            queued=self._queue.requests,
+            idle_s=now - self._last_use if idle else None,
+            handle=life.handle if life else None,
+            progress=report.progress if report else None,
+            progress_s=now - report.since if report else None,
+            failure=self._failure,
+            retry_after_s=self._cooling_s() or None,
+        )
+
+    @asynccontextmanager
+    async def lease(self, *, max_wait_s: float | None = None) -> AsyncIterator[Lease]:
+        """Hold the right to send one request, starting the model first if it is down.
+
+        Waits for the start, then for a free slot, in the order of arrival. `max_wait_s` bounds the wait for
+        a model that is not running yet; the start goes on without the caller who gave up.
+
+        Raises:
+            StartFailed, StartTimeout: the model could not be started, or failed recently and cools down.
+            ModelNotLoaded: `max_wait_s` has passed, or an operator called the start off.
+            ModelUnhealthy, NoCapacity, QueueFull, ShuttingDown: come back later.
+        """
+        lease = self._grant_at_once() or await self._wait(lease=True, max_wait_s=max_wait_s)
+        assert isinstance(lease, Lease)  # noqa: S101 - a ticket for a lease is never granted anything else
+        try:
+            yield lease
+        finally:
+            self._give_back(lease)
+
+    async def start(self, *, wait: bool = True) -> Handle | None:
+        """Start the model if it is down, cooling down or not; return its handle once it is ready.
+
+        With `wait=False` return None at once; the start goes on. A caller who leaves does not end it either.
+
+        Raises: as `lease`, but for the queue's errors.
+        """
+        self._refuse_when_closing()
+        self._refuse_when_unhealthy()
+        if self._state is State.READY and self._life:
+            return self._life.handle
+        self._wanted = True
+        if self._life:
+            self._life.kept = True
+        if self._state in DOWN:
+            self._start("operator")
+        self._rearm()
+        if not wait:
+            return None
+        handle = await self._wait(lease=False)
+        assert isinstance(handle, Handle)  # noqa: S101 - a ticket without a lease is granted the handle
+        return handle
+
+    async def stop(self, *, force: bool = False) -> None:
+        """Drain the model, stop it, and return when it is gone; a start is called off, `force` cuts what runs.
+
+        Those who queue are refused; who asks later starts it afresh.
+
+        Raises:
+            ModelNotRunning: it is down.
+            StopFailed: it is not known whether its server is gone.
+        """
+        life = self._running_life()
+        self._wanted = False
+        self._refuse_queue(lambda: refusals.called_off(self.spec))
+        await self._take_down(life, "operator", force=force)
+
+    async def restart(self, *, force: bool = False) -> Handle | None:
+        """Stop the model as `stop` does, start it again, and return its handle once it is ready. The queue waits.
+
+        Raises: as `stop` and `start`.
+        """
+        life = self._running_life()
+        self._wanted = True
+        await self._take_down(life, "restart", force=force)
+        return await self.start()
+
+    def close(self) -> None:
+        """Refuse all further requests and those that queue, and drain; `aclose` waits for the end of it."""
+        self._closing = True
+        self._wanted = False
+        self._refuse_queue(refusals.shutting_down)
+        if self._life:
+            self._lead_down("shutdown")
+
+    async def aclose(self) -> None:
+        """Return when nothing runs any more: within the drain limit, the grace and the runtime's margin."""
+        self.close()
+        while self._life:
+            await asyncio.wait([self._life.task])
+
+    # The queue
+
+    @property
+    def _in_flight(self) -> int:
+        return len(self._life.leases) if self._life else 0
+
+    def _grant_at_once(self) -> Lease | None:
+        if self._queue or self._state is not State.READY or self._in_flight >= self.spec.max_concurrency:
+            return None
+        return self._new_lease()
+
+    async def _wait(self, *, lease: bool, max_wait_s: float | None = None) -> Grant:
+        if lease:
+            self._refuse_newcomer()
+        try:
+            async with asyncio.timeout(None) as bound:
+                ticket = Ticket(self._loop.create_future(), bound, self._loop.time(), lease, max_wait_s)
+                self._queue.join(ticket)
+                try:
+                    self._enqueued(ticket)
+                    return await ticket.granted
+                except BaseException:
+                    self._withdraw(ticket)
+                    raise
+        except TimeoutError:
+            raise self._waited_too_long(ticket) from None
+
+    def _enqueued(self, ticket: Ticket) -> None:
+        self._bound(ticket)
+        if self._state in DOWN:
+            self._start("request")
+        self._grant()
+        self._rearm()
+
+    def _bound(self, ticket: Ticket) -> None:
+        now, asked_at, max_wait_s = self._loop.time(), ticket.asked_at, ticket.max_wait_s
+        ticket.wait_until(wait_ends_at(self._state, self._bounds, asked_at=asked_at, now=now, max_wait_s=max_wait_s))
+
+    def _grant(self) -> None:
+        """Give whoever waits what there is, in the order of arrival."""
+        if self._state is not State.READY or not self._life or not self._life.handle:
+            return
+        for ticket in self._queue:
+            if not ticket.wants_lease:
+                self._queue.grant(ticket, self._life.handle)
+            elif self._in_flight < self.spec.max_concurrency:
+                self._hand_over(ticket, self._new_lease())
+
+    def _hand_over(self, ticket: Ticket, lease: Lease) -> None:
+        if not self._queue.grant(ticket, lease):
+            lease.life.leases.discard(lease)
+
+    def _new_lease(self) -> Lease:
+        life = self._life
+        assert life is not None  # noqa: S101 - a READY model has a life with a handle
+        assert life.handle is not None  # noqa: S101
+        lease = Lease(life.handle, life.secret, life)
+        life.leases.add(lease)
+        self._rearm()
+        return lease
+
+    def _withdraw(self, ticket: Ticket) -> None:
+        """Take back a ticket whose caller leaves, and whatever it was granted in the same tick."""
+        grant = self._queue.leave(ticket)
+        if isinstance(grant, Lease):
+            self._give_back(grant)
+        self._last_use = self._loop.time()
+        self._rearm()
+
+    def _give_back(self, lease: Lease) -> None:
+        """Let go of a lease; never waits."""
+        lease.on_cut = None
+        lease.life.leases.discard(lease)
+        self._last_use = self._loop.time()
+        if lease.life is not self._life:
+            return
+        if self._state is State.DRAINING and not lease.life.leases:
+            self._end(lease.life, "drained")
+        self._grant()
+        self._rearm()
+
+    def _refuse_queue(self, error: Callable[[], GatewayError]) -> None:
+        self._queue.refuse_all(lambda: self._promised(error()))
+        self._rearm()
+
+    # Refusals
+
+    def _refuse_newcomer(self) -> None:
+        self._refuse_when_closing()
+        self._refuse_when_unhealthy()
+        self._refuse_while_cooling()
+        if self._queue.requests >= self.spec.max_queue:
+            raise self._promised(refusals.queue_full(self.spec))
+
+    def _refuse_when_closing(self) -> None:
+        if self._closing:
+            raise refusals.shutting_down()
+
+    def _refuse_when_unhealthy(self) -> None:
+        if self._state is State.UNHEALTHY:
+            left_s = self._since + self.spec.unhealthy_timeout_s - self._loop.time()
+            raise self._promised(refusals.unhealthy(self.spec, left_s))
+
+    def _refuse_while_cooling(self) -> None:
+        if not self._wanted and self._failure and self._cooling_s():
+            raise self._promised(refusals.rests(self.spec, self._failure.error, self._cooling_s()))
+
+    def _cooling_s(self) -> float:
+        """How long the model still rests after a failure; 0 when it does not."""
+        resting = self._state in (State.FAILED, State.STOPPING)
+        return max(self._cool_until - self._loop.time(), 0.0) if resting else 0.0
+
+    def _waited_too_long(self, ticket: Ticket) -> GatewayError:
+        waited_s = self._loop.time() - ticket.asked_at
+        if self._state in SERVING:
+            return self._promised(refusals.no_slot(self.spec, waited_s))
+        if ticket.max_wait_s is None:
+            return refusals.never_ready(self.spec, self._state, waited_s)
+        progress = self.status.progress
+        return self._promised(refusals.not_loaded(self.spec, self._state, progress, ticket.max_wait_s))
+
+    def _promised(self, error: GatewayError) -> GatewayError:
+        """Keep a start for those who are told to come back: for twice the time they are told (P8)."""
+        until = self._loop.time() + 2 * (error.retry_after_s or 0.0)
+        self._promised_until = max(self._promised_until, until)
+        self._rearm()
+        return error
+
+    # A life
+
+    def _start(self, reason: str) -> None:
+        self._move(Event.START, reason)
+        life = self._life = Life(
+            self.engine,
+            start_timeout_s=self.spec.start_timeout_s,
+            stall_timeout_s=self.spec.stall_timeout_s,
+            kept=self._wanted or self.spec.preload or self.spec.pinned,
+            on_progress=self._progressed,
+        )
+        life.serve = self._loop.create_task(self._serve(life), name=f"serve {self.name}")
+        life.task = self._loop.create_task(self._live(life), name=f"live {self.name}")
+
+    async def _serve(self, life: Life) -> None:
+        """Start, load and watch the server. Ends only by raising why it must go, or by being cancelled."""
+        async with life.start_bounds():
+            launch = self.engine.launch(self.spec, self.name, life.secret)
+            life.handle = handle = await self._runtime.start(launch, life)
+        self._move(Event.LAUNCHED, "server made")
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._until_ended(life, handle), name=f"exit of {self.name}")
+                async with life.start_bounds():
+                    await self._health.until_ready(handle)
+                self._became_ready(life)
+                await self._watch(handle)
+        except BaseExceptionGroup as group_error:
+            raise group_error.exceptions[0] from None
+
+    async def _watch(self, handle: Handle) -> None:
+        while True:
+            await self._health.until_lost(handle)
+            self._move(Event.LOSE, f"{self.spec.health_failures} health checks missed")
+            try:
+                async with asyncio.timeout(self.spec.unhealthy_timeout_s):
+                    await self._health.until_back(handle)
+            except TimeoutError:
+                raise refusals.unhealthy_too_long(self.spec) from None
+            self._move(Event.PASS, "health check passed")
+
+    async def _until_ended(self, life: Life, handle: Handle) -> None:
+        end = await self._runtime.ended(handle)
+        diagnosis = self.engine.diagnose(end)
+        raise refusals.ended(self.spec, end, diagnosis, served=life.ready_at is not None)
+
+    def _became_ready(self, life: Life) -> None:
+        life.ready_at = self._last_use = self._loop.time()
+        self._wanted = False
+        self._cool_until = 0.0
+        self._move(Event.PASS, "health check passed")
+        self._grant()
+
+    async def _live(self, life: Life) -> None:
+        """Wait for the end of `_serve`, clear up after it, and go on with whoever still waits."""
+        await asyncio.wait([life.serve])
+        error = self._why_ended(life.serve)
+        if self._state is not State.STOPPING:
+            self._fail(life, error or refusals.our_fault(self.spec, None))
+        left = await self._clear()
+        self._went_down(life, left)
+
+    def _why_ended(self, serve: asyncio.Task[None]) -> GatewayError | None:
+        if serve.cancelled():
+            return None
+        error = serve.exception()
+        if isinstance(error, GatewayError):
+            return error
+        log.error("%s: the gateway itself failed", self.name, exc_info=error)
+        return refusals.our_fault(self.spec, error)
+
+    def _fail(self, life: Life, error: GatewayError) -> None:
+        """Begin the way down of a life that ended in an error."""
+        if self._state is State.DRAINING:  # it was to go anyway
+            self._move(Event.STOP, error.detail)
+        else:
+            self._move(Event.FAIL, f"{error.code}: {error.detail}")
+            self._remember(error, life)
+        self._cut(life, error)
+        if life.ready_at is None:
+            self._wanted = False
+            self._refuse_queue(lambda: refusals.again(error, self._cooling_s()))
+
+    def _remember(self, error: GatewayError, life: Life) -> None:
+        life.failed = True
+        self._failures = 1 if self._served_long(life) else self._failures + 1
+        self._cool_until = self._loop.time() + pause_after_failure_s(self._failures, served=life.ready_at is not None)
+        self._failure = Failure(error, self._journal.now())
+
+    def _served_long(self, life: Life) -> bool:
+        return life.ready_at is not None and self._loop.time() - life.ready_at >= SERVED_LONG_S
+
+    async def _clear(self) -> GatewayError | None:
+        """Remove what the life made; return the error if that is not known to have worked."""
+        grace_s = self.spec.stop_grace_s
+        try:
+            async with asyncio.timeout(grace_s + STOP_MARGIN_S):
+                await self._runtime.stop(self.name, grace_s=grace_s)
+        except (RuntimeUnavailable, TimeoutError) as error:
+            return refusals.perhaps_left(self.spec, str(error) or "no answer in time")
+        except Exception as error:
+            log.exception("%s: the runtime failed while it removed the server", self.name)
+            return refusals.perhaps_left(self.spec, type(error).__name__)
+        return None
+
+    def _went_down(self, life: Life, left: GatewayError | None) -> None:
+        if left:
+            self._remember(left, life)
+        elif self._served_long(life):
+            self._failures = 0
+        self._life = None
+        self._move(Event.GAVE_UP if life.failed else Event.CLEARED, left.detail if left else "nothing left")
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """Start again for those who still wait, unless the model rests after a failure."""
+        if self._wanted and not self._closing:
+            self._start("operator")
+        elif self._queue and self._failure and self._cooling_s():
+            error = self._failure.error
+            self._refuse_queue(lambda: refusals.rests(self.spec, error, self._cooling_s()))
+        elif self._queue:
+            self._start("request")
+
+    # The way down
+
+    def _running_life(self) -> Life:
+        if not self._life:
+            raise ModelNotRunning(f"{self.spec.id} is not running; there is nothing to stop.")
+        return self._life
+
+    async def _take_down(self, life: Life, reason: str, *, force: bool) -> None:
+        self._lead_down(reason, force=force)
+        await asyncio.wait([life.task])
+
+    def _lead_down(self, reason: str, *, force: bool = False) -> None:
+        """Drain, or stop at once if nothing runs or `force` says so."""
+        life = self._life
+        if not life or self._state is State.STOPPING:
+            return
+        if force or not life.leases:
+            self._end(life, reason)
+        elif self._state is not State.DRAINING:
+            self._move(Event.DRAIN, reason)
+            self._rearm()
+
+    def _end(self, life: Life, reason: str) -> None:
+        self._move(Event.STOP, reason)
+        self._cut(life, refusals.stopped(self.spec, reason))
+        life.serve.cancel()
+
+    def _cut(self, life: Life, error: GatewayError) -> None:
+        for lease in list(life.leases):
+            lease.cut(error)
+
+    # State and timer
+
+    def _move(self, event: Event, reason: str) -> None:
+        before, self._state = self._state, after(self._state, event)
+        if before is self._state:
+            return
+        self._since = self._loop.time()
+        log.info("%s: %s -> %s (%s)", self.name, before, self._state, reason)
+        self._journal.write(
+            "state",
+            model=self.spec.id,
+            **{"from": before.value, "to": self._state.value},
+            at=self._journal.now(),
+            reason=reason,
+        )
+        if (before in SERVING) is not (self._state in SERVING):
+            for ticket in self._queue:
+                self._bound(ticket)
+        self._rearm()
+
+    def _progressed(self, progress: Progress) -> None:
+        self._journal.write("progress", model=self.spec.id, **(describe(progress) or {}), eta_s=None)
+
+    def _rearm(self) -> None:
+        """Set the one timer that this state has: a start to call off, an idle server to stop, a drain to end."""
+        if self._timer:
+            self._timer.cancel()
+            self._timer = None
+        if (due := self._due()) is not None:
+            when, reason = due
+            self._timer = self._loop.call_at(when, self._time_is_up, self._life, reason)
+
+    def _due(self) -> tuple[float, str] | None:
+        match self._state:
+            case State.STARTING | State.LOADING:
+                when = self._call_off_at()
+                return None if when is None else (when, "nobody waits for it any more")
+            case State.READY if not self._in_flight and not self._queue:
+                idle_s = self.spec.idle_timeout_s
+                keep = idle_s is None or self.spec.pinned
+                return None if keep or idle_s is None else (self._last_use + idle_s, "idle")
+            case State.DRAINING:
+                return (self._since + self.spec.drain_timeout_s, "drain_timeout")
+            case _:
+                return None
+
+    def _call_off_at(self) -> float | None:
+        return call_off_at(
+            waiters=len(self._queue),
+            kept=bool(self._life and self._life.kept),
+            last_waiter_left_at=self._last_use,
+            promised_until=self._promised_until,
+            bounds=self._bounds,
+        )
+
+    def _time_is_up(self, life: Life | None, reason: str) -> None:
+        if life and life is self._life:
+            self._end(life, reason)

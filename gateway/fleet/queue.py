@@ -1,0 +1,75 @@
+"""Those who wait for one model, in the order of their arrival. Nothing in here waits; each ticket has one owner."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from gateway.errors import GatewayError
+from gateway.fleet.life import Lease
+from gateway.runtimes.base import Handle
+
+Grant = Lease | Handle
+
+
+@dataclass(eq=False, slots=True)
+class Ticket:
+    """One caller's place. `wants_lease` is False for one who only waits until the model is ready."""
+
+    granted: asyncio.Future[Grant]
+    bound: asyncio.Timeout
+    """When the caller gives up waiting. Belongs to the caller's task; whoever owns the queue moves it."""
+    asked_at: float
+    wants_lease: bool
+    max_wait_s: float | None
+
+    def wait_until(self, when: float) -> None:
+        if not self.bound.expired():
+            self.bound.reschedule(when)
+
+
+class Queue:
+    """The tickets of one model."""
+
+    def __init__(self) -> None:
+        self._tickets: deque[Ticket] = deque()
+
+    def __len__(self) -> int:
+        return len(self._tickets)
+
+    def __iter__(self) -> Iterator[Ticket]:
+        return iter(list(self._tickets))
+
+    @property
+    def requests(self) -> int:
+        """How many wait for a lease."""
+        return sum(ticket.wants_lease for ticket in self._tickets)
+
+    def join(self, ticket: Ticket) -> None:
+        self._tickets.append(ticket)
+
+    def grant(self, ticket: Ticket, grant: Grant) -> bool:
+        """Hand `grant` to the ticket and let it go; False if its caller is leaving in this very tick."""
+        self._tickets.remove(ticket)
+        if ticket.granted.done():
+            return False
+        ticket.granted.set_result(grant)
+        return True
+
+    def leave(self, ticket: Ticket) -> Grant | None:
+        """Let a caller go who does not wait any more; return what it was granted in the same tick, if anything."""
+        if ticket in self._tickets:
+            self._tickets.remove(ticket)
+        granted = ticket.granted
+        if granted.done() and not granted.cancelled() and granted.exception() is None:
+            return granted.result()
+        return None
+
+    def refuse_all(self, error: Callable[[], GatewayError]) -> None:
+        """Give every ticket an error of its own: one exception object must not be raised in two places."""
+        for ticket in self._tickets:
+            if not ticket.granted.done():
+                ticket.granted.set_exception(error())
+        self._tickets.clear()

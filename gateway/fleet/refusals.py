@@ -1,0 +1,105 @@
+"""What is said to those who cannot be served now: pure, one function a reason, each with what to do next."""
+
+from __future__ import annotations
+
+from gateway.catalog import ModelSpec
+from gateway.engines.base import Diagnosis
+from gateway.errors import (
+    GatewayError,
+    GenerationFailed,
+    ModelNotLoaded,
+    ModelUnhealthy,
+    NoCapacity,
+    QueueFull,
+    ShuttingDown,
+    StartFailed,
+    StartTimeout,
+    StopFailed,
+)
+from gateway.fleet.status import describe
+from gateway.lifecycle import State
+from gateway.runtimes.base import Exit, Progress
+
+BUSY_RETRY_S = 5.0
+"""What a caller is told to wait when nothing better is known."""
+
+
+def shutting_down() -> ShuttingDown:
+    return ShuttingDown(
+        "The gateway is shutting down; send the request again when it is back.", retry_after_s=BUSY_RETRY_S
+    )
+
+
+def called_off(spec: ModelSpec) -> ModelNotLoaded:
+    words = f"{spec.id} is being stopped by an operator; send the request again to start it afresh."
+    return ModelNotLoaded(words, retry_after_s=BUSY_RETRY_S)
+
+
+def queue_full(spec: ModelSpec) -> QueueFull:
+    words = f"{spec.max_queue} requests wait for {spec.id} already (max_queue); send this one again later."
+    return QueueFull(words, retry_after_s=BUSY_RETRY_S)
+
+
+def unhealthy(spec: ModelSpec, left_s: float) -> ModelUnhealthy:
+    return ModelUnhealthy(
+        f"The server of {spec.id} has not answered its last {spec.health_failures} health checks; "
+        f"it is replaced unless it recovers within {left_s:.0f} s.",
+        retry_after_s=max(left_s, 1.0),
+    )
+
+
+def rests(spec: ModelSpec, error: GatewayError, left_s: float) -> StartFailed:
+    words = f"{spec.id} failed and is not started again for another {left_s:.0f} s: {error.detail}"
+    return StartFailed(words, retry_after_s=max(left_s, 1.0), **error.extra)
+
+
+def again(error: GatewayError, retry_after_s: float) -> GatewayError:
+    """Return a fresh error that says the same, for one more of those who waited."""
+    return type(error)(error.detail, retry_after_s=retry_after_s or None, **error.extra)
+
+
+def no_slot(spec: ModelSpec, waited_s: float) -> NoCapacity:
+    words = f"All {spec.max_concurrency} slots of {spec.id} were busy for {waited_s:.0f} s (queue_timeout)"
+    return NoCapacity(f"{words}; send the request again later.", retry_after_s=BUSY_RETRY_S)
+
+
+def not_loaded(spec: ModelSpec, state: State, progress: Progress | None, max_wait_s: float) -> ModelNotLoaded:
+    return ModelNotLoaded(
+        f"{spec.id} is {state} and was not ready within the {max_wait_s:g} s that this request would wait; "
+        "the start goes on.",
+        retry_after_s=max(max_wait_s, BUSY_RETRY_S),
+        progress=describe(progress),
+    )
+
+
+def never_ready(spec: ModelSpec, state: State, waited_s: float) -> StartTimeout:
+    return StartTimeout(f"{spec.id} was not ready after {waited_s:.0f} s; it was {state}. See its log.")
+
+
+def ended(spec: ModelSpec, end: Exit, diagnosis: Diagnosis, *, served: bool) -> GatewayError:
+    when = "while it served" if served else "while it loaded"
+    words = f"The server of {spec.id} ended {when} ({end.reason}): {diagnosis.cause}. {diagnosis.fix}"
+    error = GenerationFailed if served else StartFailed
+    return error(words, cause=diagnosis.cause, fix=diagnosis.fix, evidence=list(diagnosis.evidence))
+
+
+def unhealthy_too_long(spec: ModelSpec) -> GenerationFailed:
+    return GenerationFailed(
+        f"The server of {spec.id} missed its health checks for {spec.unhealthy_timeout_s:g} s and was removed; "
+        "the next request starts it afresh."
+    )
+
+
+def stopped(spec: ModelSpec, reason: str) -> GenerationFailed:
+    return GenerationFailed(f"The server of {spec.id} was stopped ({reason}) before this request had ended.")
+
+
+def perhaps_left(spec: ModelSpec, why: str) -> StopFailed:
+    return StopFailed(
+        f"It is not known whether the server of {spec.id} is gone ({why}). "
+        "The next start clears what is left of it first."
+    )
+
+
+def our_fault(spec: ModelSpec, error: BaseException | None) -> StartFailed:
+    return StartFailed(f"The gateway failed while it ran {spec.id} ({type(error).__name__}); see its log.")

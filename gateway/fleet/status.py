@@ -1,0 +1,44 @@
+"""What is told of an instance: snapshots, for reports only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gateway.catalog import ModelSpec
+from gateway.errors import GatewayError
+from gateway.lifecycle import State
+from gateway.runtimes.base import Handle, Progress
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """How the last life that failed ended. `at` is wall-clock time, in seconds since 1970."""
+
+    error: GatewayError
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """A snapshot: by the time it is read it may be out of date. Times are in seconds."""
+
+    spec: ModelSpec
+    name: str
+    state: State
+    state_s: float
+    in_flight: int
+    queued: int
+    idle_s: float | None
+    handle: Handle | None
+    progress: Progress | None
+    progress_s: float | None
+    failure: Failure | None
+    retry_after_s: float | None
+    """While the model cools down after a failure: for how much longer."""
+
+
+def describe(progress: Progress | None) -> dict[str, object] | None:
+    """Return progress as the API shows it."""
+    if progress is None:
+        return None
+    return {"phase": progress.phase, "done": progress.done, "total": progress.total, "unit": progress.unit}

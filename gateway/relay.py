@@ -1,0 +1,184 @@
+"""One exchange with one model's server: lease, send, stream, cancel.
+
+`Relay` is an ASGI response: it holds the lease until the last byte is written or the caller has gone, in
+whatever phase that happens, and the lease ends where its scope ends. It moves events and owns the bounds;
+what the bytes mean is pure code of the engine (towards the server) and of a dialect (towards the caller).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AbstractAsyncContextManager
+from typing import Protocol
+
+from starlette.types import Receive, Scope, Send
+
+from gateway.departure import Departed, Interrupt, until_departure
+from gateway.engines.base import Call
+from gateway.errors import GatewayError, GenerationFailed, GenerationTimeout, UpstreamFailed
+from gateway.fleet.instance import Instance
+from gateway.fleet.life import Lease
+from gateway.generation import Finished, GenerationRequest, TokenEvent
+from gateway.writers import Reply, StreamWriter, WholeWriter, Writer
+
+log = logging.getLogger(__name__)
+
+REFUSAL_BYTES = 64 * 1024
+
+
+class ConnectFailed(Exception):
+    """The connection could not be made: nothing was sent, so sending it again is safe."""
+
+
+class Broken(Exception):
+    """The connection ended before the answer did."""
+
+
+class Answer(Protocol):
+    """A server's answer: its status, and its body as it comes. Raises `Broken` if it ends too early."""
+
+    @property
+    def status(self) -> int: ...
+
+    def chunks(self) -> AsyncIterator[bytes]: ...
+
+
+class Client(Protocol):
+    """How a request reaches a model's server. The seam behind which the client is chosen by measurement."""
+
+    def post(self, base_url: str, call: Call, headers: Mapping[str, str]) -> AbstractAsyncContextManager[Answer]:
+        """Send `call`; leaving the context before the body was read to its end closes the connection at once.
+
+        Raises:
+            ConnectFailed: no connection could be made within the client's bound.
+            Broken: it ended before the answer's head had come.
+        """
+
+
+class Relay:
+    """The answer to one generation request: give it to Starlette as the response."""
+
+    def __init__(
+        self,
+        instance: Instance,
+        request: GenerationRequest,
+        reply: Reply,
+        client: Client,
+        *,
+        request_id: str,
+        max_wait_s: float | None = None,
+    ) -> None:
+        self._instance = instance
+        self._request = request
+        self._reply = reply
+        self._client = client
+        self._headers = {"x-request-id": request_id}
+        self._max_wait_s = max_wait_s
+
+    async def __call__(self, _: Scope, receive: Receive, send: Send) -> None:
+        """Carry out the exchange. A caller who leaves ends it at once, in any phase.
+
+        Raises:
+            GatewayError: it failed before anything was written; `api.problems` answers.
+        """
+        writer = (StreamWriter if self._reply.stream else WholeWriter)(self._reply, send)
+        try:
+            async with until_departure(receive) as interrupt:
+                await self._answer(writer, interrupt)
+        except Departed:
+            log.info("%s: a caller left", self._instance.name)
+
+    async def _answer(self, writer: Writer, interrupt: Interrupt) -> None:
+        with writer:
+            try:
+                finished = await self._exchange(writer, interrupt)
+            except GatewayError as error:
+                await writer.fail(error)
+            else:
+                await writer.finish(finished)
+
+    async def _exchange(self, writer: Writer, interrupt: Interrupt) -> Finished:
+        """Hold a lease for as long as the server works on the request."""
+        timeout_s = self._instance.spec.generation_timeout_s
+        async with self._instance.lease(max_wait_s=self._max_wait_s) as lease:
+            lease.on_cut = interrupt.fire
+            try:
+                async with asyncio.timeout(timeout_s) as bound:
+                    return await self._converse(lease, _Pace(writer, bound, timeout_s))
+            except TimeoutError:
+                raise self._too_slow(timeout_s) from None
+
+    async def _converse(self, lease: Lease, pace: _Pace) -> Finished:
+        call = self._instance.engine.call(self._instance.spec, self._request, lease.secret)
+        try:
+            return await self._send(lease, call, pace)
+        except ConnectFailed:  # nothing was sent: once more is safe, and more than once would hide a fault
+            pass
+        try:
+            return await self._send(lease, call, pace)
+        except ConnectFailed as error:
+            raise UpstreamFailed(f"The server of {self._instance.spec.id} takes no connection ({error}).") from None
+
+    async def _send(self, lease: Lease, call: Call, pace: _Pace) -> Finished:
+        try:
+            async with self._client.post(lease.handle.base_url, call, self._headers) as answer:
+                if answer.status != 200:
+                    raise self._instance.engine.refusal(answer.status, await _start_of(answer))
+                return await self._events(answer, pace)
+        except Broken as error:
+            raise self._broken(error, pace) from None
+
+    async def _events(self, answer: Answer, pace: _Pace) -> Finished:
+        """Take events until the body's end, so that the connection can serve the next request."""
+        decoder = self._instance.engine.decoder(self._request)
+        finished: Finished | None = None
+        async for chunk in answer.chunks():
+            for event in decoder.feed(chunk):
+                if isinstance(event, Finished):
+                    finished = event
+                else:
+                    await pace.take(event)
+        if finished is None:
+            raise Broken("the answer has no end")
+        return finished
+
+    def _broken(self, error: Broken, pace: _Pace) -> GatewayError:
+        words = f"The server of {self._instance.spec.id} broke off ({error})"
+        if pace.taken:
+            return GenerationFailed(f"{words} after {pace.taken} tokens.")
+        return UpstreamFailed(f"{words} before the first token; its log may say why.")
+
+    def _too_slow(self, timeout_s: float) -> GenerationTimeout:
+        what = "sent no token" if self._reply.stream else "had not finished"
+        return GenerationTimeout(
+            f"The server of {self._instance.spec.id} {what} within generation_timeout ({timeout_s:g} s). "
+            "Ask for fewer tokens, stream the answer, or raise generation_timeout in models.yaml."
+        )
+
+
+class _Pace:
+    """Counts the tokens of an exchange and, where they are streamed, bounds the time between two of them."""
+
+    def __init__(self, writer: Writer, bound: asyncio.Timeout, timeout_s: float) -> None:
+        self.taken = 0
+        self._writer = writer
+        self._bound = bound
+        self._timeout_s = timeout_s
+
+    async def take(self, event: TokenEvent) -> None:
+        self.taken += 1
+        await self._writer.take(event)
+        if self._writer.streams and not self._bound.expired():
+            self._bound.reschedule(asyncio.get_running_loop().time() + self._timeout_s)
+
+
+async def _start_of(answer: Answer) -> bytes:
+    """Return the body of a refusal, as much as can matter."""
+    body = b""
+    async for chunk in answer.chunks():
+        body += chunk
+        if len(body) > REFUSAL_BYTES:
+            break
+    return body[:REFUSAL_BYTES]

@@ -1,0 +1,65 @@
+"""The relay's client: HTTP/1.1 to model servers, over aiohttp."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+
+import aiohttp
+
+from gateway.engines.base import Call
+from gateway.relay import Broken, ConnectFailed
+
+CONNECT_S = 5.0
+KEPT_ALIVE_S = 3.0
+"""Shorter than llama.cpp's own 5 s: a connection that the server closes while a request is on its way is a lost request."""
+
+
+class AiohttpAnswer:
+    """A server's answer as it comes."""
+
+    def __init__(self, response: aiohttp.ClientResponse) -> None:
+        self._response = response
+        self.status = response.status
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        try:
+            async for chunk in self._response.content.iter_any():
+                yield chunk
+        except (aiohttp.ClientError, OSError) as error:
+            raise Broken(type(error).__name__) from error
+
+
+class AiohttpClient:
+    """Keeps connections to model servers open between requests. Sets no time-outs but the connection's: callers do."""
+
+    def __init__(self) -> None:
+        self._session: aiohttp.ClientSession | None = None
+
+    @asynccontextmanager
+    async def post(self, base_url: str, call: Call, headers: Mapping[str, str]) -> AsyncIterator[AiohttpAnswer]:
+        try:
+            response = await self._opened().post(
+                base_url + call.path, data=call.body, headers={**headers, **call.headers}, allow_redirects=False
+            )
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+            raise ConnectFailed(type(error).__name__) from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise Broken(type(error).__name__) from error
+        try:
+            yield AiohttpAnswer(response)
+        finally:
+            response.close()  # drops the connection, unless the body was read to its end and it is back in the pool
+
+    async def aclose(self) -> None:
+        if self._session:
+            await self._session.close()
+
+    def _opened(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEPT_ALIVE_S)
+            timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S)
+            self._session = aiohttp.ClientSession(
+                connector=connector, timeout=timeout, auto_decompress=False, trust_env=False
+            )
+        return self._session

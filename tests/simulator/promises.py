@@ -1,0 +1,186 @@
+"""Days in the life of a gateway, drawn by seed, with the promises watched after every step."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from random import Random
+
+from gateway.catalog import ModelSpec
+from gateway.fleet.instance import Instance
+from tests.simulator.loop import SimulatedLoop
+from tests.simulator.servers import BadMannersRuntime, Broke
+from tests.simulator.world import World
+
+DAY_S = 24 * 3600.0
+REQUESTS, ORDERS, FAULTS = 300, 3, 2
+
+
+@dataclass(frozen=True, slots=True)
+class Day:
+    """What one simulated day came to. `broke` is the broken promise, if one was."""
+
+    seed: int
+    broke: str | None
+    outcomes: dict[str, int]
+    starts: int
+    trace: list[str]
+
+
+def simulate(
+    seed: int, *, instance: type[Instance] = Instance, runtime: type[BadMannersRuntime] = BadMannersRuntime
+) -> Day:
+    """Live one day with this seed. The same seed gives the same day."""
+    loop = SimulatedLoop(seed)
+    random = Random(seed)
+    story: list[World] = []
+    errors: list[BaseException] = []
+    loop.set_exception_handler(lambda _, context: errors.append(context.get("exception") or Broke(context["message"])))
+    broke = None
+    try:
+        with _our_faults(errors), asyncio.Runner(loop_factory=lambda: loop) as runner:
+            runner.run(_day(seed, random, story, instance, runtime))
+            _nothing_left(loop)
+    except (Exception, asyncio.CancelledError) as error:
+        broke = f"{type(error).__name__}: {error}"
+    if errors and not broke:
+        broke = f"unhandled {type(errors[0]).__name__}: {errors[0]}"
+    world = story[0]
+    return Day(seed, broke, world.outcomes, sum(world.runtime.starts.values()), world.trace)
+
+
+async def _day(
+    seed: int, random: Random, story: list[World], instance: type[Instance], runtime: type[BadMannersRuntime]
+) -> None:
+    specs = [_spec(random, number) for number in range(random.randint(2, 4))]
+    world = World(specs, seed, runtime(random), instance)
+    story.append(world)
+    bursts = _bursts(random)
+    async with asyncio.TaskGroup() as group:
+        for _ in range(ORDERS):
+            group.create_task(_order(world, random, _moment(random, bursts)))
+        for _ in range(FAULTS):
+            group.create_task(_fault(world, random, _moment(random, bursts)))
+        for when, size in bursts:
+            group.create_task(_burst(world, random, when, size))
+    await world.close()
+
+
+def _bursts(random: Random) -> list[tuple[float, int]]:
+    """Return when callers arrive, and how many at once."""
+    sizes: list[int] = []
+    while (left := REQUESTS - sum(sizes)) > 0:
+        sizes.append(min(left, random.choice([1, 1, 2, 5, 20, 60])))
+    return [(random.uniform(0, DAY_S), size) for size in sizes]
+
+
+def _moment(random: Random, bursts: list[tuple[float, int]]) -> float:
+    """Return a moment of the day, rather one at which much is going on."""
+    busy = random.choice(bursts)[0] + random.expovariate(1 / 20)
+    return busy if random.random() < 0.7 else random.uniform(0, DAY_S)
+
+
+def _spec(random: Random, number: int) -> ModelSpec:
+    """Return a model with bounds of its own, some of them tight."""
+    return ModelSpec.model_validate(
+        {
+            "id": f"model-{number}",
+            "engine": "llamacpp",
+            "runtime": "process",
+            "weights": f"weights-{number}.gguf",
+            "start_timeout": random.choice([60.0, 300.0, 1200.0]),
+            "stall_timeout": random.choice([20.0, 180.0]),
+            "generation_timeout": random.choice([20.0, 60.0]),
+            "queue_timeout": random.choice([5.0, 60.0, 300.0]),
+            "drain_timeout": random.choice([2.0, 60.0]),
+            "stop_grace": random.choice([1.0, 10.0]),
+            "idle_timeout": random.choice([30.0, 900.0, 900.0, "never" if number else 3600.0]),
+            "abandon_after": random.choice([5.0, 60.0]),
+            "unhealthy_timeout": random.choice([10.0, 60.0]),
+            "max_concurrency": random.choice([1, 4, 16]),
+            "max_queue": random.choice([0, 8, 256]),
+            "preload": random.random() < 0.1,
+            "pinned": random.random() < 0.1,
+        }
+    )
+
+
+async def _burst(world: World, random: Random, when: float, size: int) -> None:
+    """Let `size` callers arrive within a short time, at a moment when something else is due as often as not."""
+    await _until(world, random, when)
+    spec = random.choice(list(world.fleet.catalog.models.values()))
+    spread_s = random.choice([0.0, 0.0, 1.0, 60.0])
+    async with asyncio.TaskGroup() as group:
+        for _ in range(size):
+            group.create_task(_caller(world, random, spec, random.uniform(0, spread_s)))
+
+
+async def _caller(world: World, random: Random, spec: ModelSpec, after_s: float) -> None:
+    await asyncio.sleep(after_s)
+    max_wait_s = random.choice([None, None, None, 0.0, 3.0, 30.0])
+    work_s = random.choice([0.0, 0.5, 5.0, 25.0])
+    request = asyncio.create_task(world.request(spec, work_s, max_wait_s=max_wait_s))
+    if random.random() < 0.25:
+        await asyncio.wait([request], timeout=random.choice([0.0, 0.5, 5.0, 40.0]))
+        await world.leave(request)
+    if not request.cancelled():
+        with contextlib.suppress(asyncio.CancelledError):
+            await request
+
+
+async def _order(world: World, random: Random, when: float) -> None:
+    await _until(world, random, when)
+    spec = random.choice(list(world.fleet.catalog.models.values()))
+    verb = random.choice(["start", "start-and-go", "stop", "stop", "force-stop", "restart"])
+    order = asyncio.create_task(world.operate(spec, verb))
+    if random.random() < 0.2:
+        await asyncio.wait([order], timeout=random.choice([0.0, 2.0]))
+        order.cancel()
+    await asyncio.wait([order])
+    if not order.cancelled() and (error := order.exception()):
+        raise error
+
+
+async def _fault(world: World, random: Random, when: float) -> None:
+    await _until(world, random, when)
+    running = [server for name in world.runtime.servers for server in world.runtime.alive(name)]
+    kind = random.choice(["silence", "death", "hang"])
+    world.tell(f"fault: {kind}")
+    if kind == "silence" or not running:
+        world.runtime.fall_silent(random.choice([10.0, 60.0, 90.0]))
+    elif kind == "death":
+        random.choice(running).die("killed by SIGKILL")
+    else:
+        random.choice(running).hang()
+
+
+async def _until(world: World, random: Random, when: float) -> None:
+    """Sleep until `when`, or to the very instant at which something else is due about then."""
+    await asyncio.sleep(max(when - world.loop.time(), 0))
+    assert isinstance(world.loop, SimulatedLoop)
+    due = [timer for timer in sorted(world.loop.timers()) if timer - world.loop.time() < 1000]
+    if due and random.random() < 0.5:
+        await asyncio.sleep(max(random.choice(due) - world.loop.time(), 0))
+
+
+@contextlib.contextmanager
+def _our_faults(errors: list[BaseException]) -> Iterator[None]:
+    """Collect what the gateway logs as its own fault, with everything else of the log kept quiet."""
+    log = logging.getLogger("gateway")
+    handler = logging.Handler(logging.ERROR)
+    handler.emit = lambda record: errors.append((record.exc_info or (None, None))[1] or Broke(record.getMessage()))  # type: ignore[method-assign]
+    log.addHandler(handler)
+    propagate, log.propagate = log.propagate, False
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.propagate = propagate
+
+
+def _nothing_left(loop: asyncio.AbstractEventLoop) -> None:
+    if tasks := asyncio.all_tasks(loop):
+        raise Broke(f"tasks are left: {sorted(task.get_name() for task in tasks)}")

@@ -1,0 +1,262 @@
+"""The simulated twins of what touches sockets and threads: a runtime of bad manners, its servers, and the probe."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from random import Random
+from typing import ClassVar
+
+from gateway.catalog import ModelSpec
+from gateway.engines.base import Call, Decoder, Diagnosis
+from gateway.errors import GatewayError, RuntimeUnavailable, StartFailed, Unsupported
+from gateway.fleet.health import Answer
+from gateway.generation import GenerationRequest
+from gateway.runtimes.base import Exit, Handle, Launch, Listener, Progress
+
+NEVER = math.inf
+
+
+class Broke(Exception):
+    """A promise was broken; the words say which and how."""
+
+
+@dataclass(frozen=True, slots=True)
+class Manners:
+    """How one server behaves, in seconds from its making. Drawn anew for every start."""
+
+    make_s: float = 1.0
+    load_s: float = 5.0
+    fails_to_start: bool = False
+    silent_load: bool = False  # prints nothing while it loads
+    dies_loading_s: float = NEVER
+    dies_serving_s: float = NEVER
+    hangs_s: float = NEVER
+    hang_lasts_s: float = 0.0
+    leaves_s: float = 0.2  # from being asked to leave until it is gone; above the grace it is killed
+
+
+def draw_manners(random: Random) -> Manners:
+    """Return polite manners most of the time, and every bad one now and then."""
+    make_s, load_s = random.uniform(0.1, 5), random.choice([0.5, 5, 30, 90])
+    match random.choices(
+        ["polite", "slow", "never ready", "fails", "dies loading", "dies serving", "hangs", "stubborn"],
+        [60, 5, 4, 5, 5, 8, 8, 5],
+    )[0]:
+        case "slow":
+            return Manners(make_s=random.uniform(5, 60), load_s=random.uniform(60, 700))
+        case "never ready":
+            return Manners(make_s, NEVER, silent_load=random.random() < 0.5)
+        case "fails":
+            return Manners(make_s, load_s, fails_to_start=True)
+        case "dies loading":
+            return Manners(make_s, load_s, dies_loading_s=random.uniform(0, load_s))
+        case "dies serving":
+            return Manners(make_s, load_s, dies_serving_s=random.choice([0.0, 1.0, 30.0, 600.0]))
+        case "hangs":
+            lasts_s = random.choice([5.0, 35.0, 80.0, NEVER])
+            return Manners(make_s, load_s, hangs_s=random.uniform(0, 900), hang_lasts_s=lasts_s)
+        case "stubborn":
+            return Manners(make_s, load_s, leaves_s=random.uniform(1, 300))
+        case _:
+            return Manners(make_s, load_s)
+
+
+class Server:
+    """One simulated server process."""
+
+    def __init__(self, name: str, manners: Manners, listener: Listener) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.name = name
+        self.manners = manners
+        self.listener = listener
+        self.made_at = self.loop.time()
+        self.alive = True
+        self.hung_since: float | None = None
+        self.ended: asyncio.Future[Exit] = self.loop.create_future()
+        self.disturbed: asyncio.Future[None] = self.loop.create_future()
+        self.requests: dict[object, None] = {}
+        self._timers = [self._at(self._dies_at(), self.die), self._at(self.ready_at + manners.hangs_s, self.hang)]
+        self._timers.append(self._at(self.made_at, self._say, 0))
+
+    @property
+    def ready_at(self) -> float:
+        return self.made_at + self.manners.load_s
+
+    @property
+    def is_ready(self) -> bool:
+        return self.alive and self.hung_since is None and self.loop.time() >= self.ready_at
+
+    def die(self, reason: str = "exit status 1") -> None:
+        if self.alive:
+            self.alive = False
+            self.ended.set_result(Exit(1, reason))
+            self._changed()
+            for timer in self._timers:
+                timer and timer.cancel()
+
+    def hang(self) -> None:
+        if self.alive and self.hung_since is None:
+            self.hung_since = self.loop.time()
+            self._changed()
+            self._timers.append(self._at(self.loop.time() + self.manners.hang_lasts_s, self.recover))
+
+    def recover(self) -> None:
+        self.hung_since = None
+
+    def _dies_at(self) -> float:
+        return min(self.made_at + self.manners.dies_loading_s, self.ready_at + self.manners.dies_serving_s)
+
+    def _at(self, when: float, what: object, *args: object) -> asyncio.TimerHandle | None:
+        return None if when == NEVER else self.loop.call_at(when, what, *args)  # type: ignore[arg-type]
+
+    def _say(self, lines: int) -> None:
+        """Print a line of progress twenty times a load, or every half minute of an endless one."""
+        if not self.alive or self.loop.time() >= self.ready_at:
+            return
+        if not self.manners.silent_load:
+            self.listener.line(f"loading {lines}")
+        pause_s = min(max(self.manners.load_s / 20, 1.0), 30.0)
+        self._timers.append(self._at(self.loop.time() + pause_s, self._say, lines + 1))
+
+    def _changed(self) -> None:
+        disturbed, self.disturbed = self.disturbed, self.loop.create_future()
+        disturbed.set_result(None)
+
+
+class BadMannersRuntime:
+    """A runtime whose servers behave as badly as real ones, and whose daemon falls silent for a while."""
+
+    name: ClassVar[str] = "simulated"
+
+    def __init__(self, random: Random) -> None:
+        self.random = random
+        self.servers: dict[str, list[Server]] = {}
+        self.starting: dict[str, int] = {}
+        self.starts: dict[str, int] = {}
+        self.silent_until = 0.0
+        self.next_manners: list[Manners] = []
+
+    def alive(self, name: str) -> list[Server]:
+        return [server for server in self.servers.get(name, []) if server.alive]
+
+    def newest(self, name: str) -> Server:
+        return self.servers[name][-1]
+
+    async def start(self, launch: Launch, listener: Listener) -> Handle:
+        name = launch.name
+        if self.starting.get(name):
+            raise Broke(f"P2: two starts of {name} at once")
+        self.starting[name] = 1
+        self.starts[name] = self.starts.get(name, 0) + 1
+        try:
+            return await self._start(name, listener)
+        finally:
+            self.starting[name] = 0
+
+    async def _start(self, name: str, listener: Listener) -> Handle:
+        manners = self.next_manners.pop(0) if self.next_manners else draw_manners(self.random)
+        await self._answer()
+        for older in self.alive(name):
+            older.die("replaced")
+        await asyncio.sleep(manners.make_s)
+        if manners.fails_to_start:
+            raise StartFailed("no such image")
+        if self.alive(name):
+            raise Broke(f"P2: a second server of {name}")
+        server = Server(name, manners, listener)
+        self.servers.setdefault(name, []).append(server)
+        del self.servers[name][:-3]
+        await self._answer()  # it exists, but the daemon has not said so yet
+        return Handle(name, f"sim://{name}", None, str(server.made_at))
+
+    async def ended(self, handle: Handle) -> Exit:
+        end = await asyncio.shield(self.newest(handle.name).ended)
+        await self._answer()
+        return end
+
+    async def stop(self, name: str, *, grace_s: float) -> None:
+        await self._answer()
+        for server in self.alive(name):
+            if server.requests:
+                raise Broke(f"P1: {name} is stopped while it serves {len(server.requests)} requests")
+            await asyncio.sleep(min(server.manners.leaves_s, grace_s))
+            server.die("stopped")
+
+    async def logs(self, name: str, *, lines: int, follow: bool) -> AsyncIterator[str]:  # noqa: ARG002
+        yield f"the last {lines} lines of {name}"
+
+    async def aclose(self) -> None:
+        for name in self.servers:
+            for server in self.alive(name):
+                server.die("gateway gone")
+
+    def fall_silent(self, seconds: float) -> None:
+        self.silent_until = asyncio.get_running_loop().time() + seconds
+
+    async def _answer(self) -> None:
+        """Wait as long as the daemon is silent; after half a minute the client library gives up."""
+        left_s = self.silent_until - asyncio.get_running_loop().time()
+        if left_s > 0:
+            await asyncio.sleep(min(left_s, 30.0))
+        if left_s > 30.0:
+            raise RuntimeUnavailable("the daemon does not answer")
+
+
+class SimulatedProbe:
+    """Health checks of simulated servers."""
+
+    def __init__(self, runtime: BadMannersRuntime) -> None:
+        self._runtime = runtime
+
+    async def ask(self, url: str, timeout_s: float) -> Answer | None:
+        server = self._runtime.newest(url.removeprefix("sim://").removesuffix("/health"))
+        if not server.alive:
+            return None
+        if server.hung_since is not None:
+            await asyncio.sleep(timeout_s)
+            return None
+        return (200 if server.is_ready else 503), b""
+
+    async def rest(self, handle: Handle, seconds: float) -> None:
+        """Rest as the real one does, but jump over all checks that could only find the server well."""
+        loop = asyncio.get_running_loop()
+        server, began = self._runtime.newest(handle.name), loop.time()
+        if server.is_ready:
+            await asyncio.shield(server.disturbed)
+        checks = math.ceil((loop.time() - began) / seconds) or 1
+        await asyncio.sleep(began + checks * seconds - loop.time())
+
+
+class SimulatedEngine:
+    """The engine of simulated servers; the conversation itself is played by the callers of the simulation."""
+
+    name: ClassVar[str] = "simulated"
+    health_path: ClassVar[str] = "/health"
+    default_slots: ClassVar[int] = 4
+
+    def launch(self, spec: ModelSpec, name: str, secret: str) -> Launch:  # noqa: ARG002
+        return Launch(name)
+
+    def is_ready(self, status: int, body: bytes) -> bool:  # noqa: ARG002
+        return status == 200
+
+    def is_alive(self, status: int, body: bytes) -> bool:  # noqa: ARG002
+        return status == 200
+
+    def progress(self, line: str) -> Progress | None:
+        return Progress("loading", float(line.split()[1]), 20.0, "steps")
+
+    def diagnose(self, end: Exit) -> Diagnosis:
+        return Diagnosis(f"it ended with {end.code}", "Try again.")
+
+    def call(self, spec: ModelSpec, request: GenerationRequest, secret: str) -> Call:
+        raise Unsupported("the simulation has no wire")
+
+    def decoder(self, request: GenerationRequest) -> Decoder:
+        raise Unsupported("the simulation has no wire")
+
+    def refusal(self, status: int, body: bytes) -> GatewayError:
+        raise Unsupported("the simulation has no wire")

@@ -1,0 +1,296 @@
+"""One simulated gateway: real fleet, instances and policies, simulated servers, callers, and a witness of the promises."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from gateway.catalog import Catalog, ModelSpec
+from gateway.errors import GatewayError, NotAvailable
+from gateway.fleet.admission import STOP_MARGIN_S
+from gateway.fleet.fleet import Fleet
+from gateway.fleet.instance import Instance
+from gateway.fleet.journal import Journal
+from gateway.fleet.life import Lease
+from gateway.lifecycle import DOWN, SERVING, STARTING_UP, State
+from tests.simulator.loop import SimulatedLoop
+from tests.simulator.servers import BadMannersRuntime, Broke, SimulatedEngine, SimulatedProbe
+
+CLOSED_AT_ONCE_S = 0.1
+ROUNDING_S = 1e-6
+
+
+@dataclass
+class Watched:
+    """What the witness knows of one model, from what it has seen alone."""
+
+    spec: ModelSpec
+    state: State = State.STOPPED
+    since: float = 0.0
+    before: State = State.STOPPED
+    before_since: float = 0.0
+    start_began: float = 0.0
+    waiting: dict[object, None] = field(default_factory=dict)
+    last_waiter_left: float = 0.0
+    promised_until: float = 0.0
+    kept: bool = False
+    forced: bool = False
+    stop_asked: bool = False
+
+
+class World:
+    """A gateway in virtual time. `outcomes` counts how requests ended; `trace` tells the story of a failing seed."""
+
+    def __init__(
+        self,
+        specs: list[ModelSpec],
+        seed: int,
+        runtime: BadMannersRuntime | None = None,
+        instance: type[Instance] = Instance,
+    ) -> None:
+        self.random = Random(seed)
+        self.loop = asyncio.get_running_loop()
+        assert isinstance(self.loop, SimulatedLoop)
+        self.runtime = runtime or BadMannersRuntime(self.random)
+        probe = SimulatedProbe(self.runtime)
+        self.journal = WitnessedJournal(self)
+        catalog = Catalog(path=Path("models.yaml"), default_model=None, models={spec.id: spec for spec in specs})
+        self.fleet = Fleet(
+            catalog,
+            {"llamacpp": SimulatedEngine()},
+            {"process": self.runtime},
+            probe,
+            self.journal,
+            rest=probe.rest,
+            instance=instance,
+        )
+        self.watched = {spec.id: Watched(spec) for spec in specs}
+        self.outcomes: dict[str, int] = {}
+        self.trace: list[str] = []
+        self.broken: str | None = None
+        self._checked_at = -1.0
+        self.loop.after_step = self.check
+
+    # What callers and operators do
+
+    async def request(self, spec: ModelSpec, work_s: float, *, max_wait_s: float | None = None) -> None:
+        """Send one request that takes the server `work_s` seconds, and see to it that it ends exactly once (P4)."""
+        began, held = self.loop.time(), None
+        try:
+            with self._waits(spec) as left_queue:
+                async with self.fleet.get(spec).lease(max_wait_s=max_wait_s) as held:
+                    left_queue()
+                    outcome = await self._converse(spec, held, work_s)
+        except GatewayError as error:
+            outcome = error.code
+            self._refused(spec, error, began, waited_for_lease=held is None)
+        except asyncio.CancelledError:
+            outcome = "left"
+        finally:
+            if held and held in held.life.leases:
+                raise Broke(f"P4: {spec.id} keeps the lease of a request that has ended")
+        self.outcomes[outcome] = self.outcomes.get(outcome, 0) + 1
+
+    async def operate(self, spec: ModelSpec, verb: str) -> None:
+        """Carry out an operator's order: start, start-and-go, stop, force-stop or restart."""
+        self.tell(f"operator: {verb} {spec.id}")
+        watched, instance = self.watched[spec.id], self.fleet.get(spec)
+        was_kept, wanted = watched.kept, watched.state not in SERVING
+        try:
+            match verb:
+                case "start":
+                    watched.kept = wanted or was_kept
+                    with self._waits(spec):
+                        await instance.start()
+                case "start-and-go":
+                    watched.kept = wanted or was_kept
+                    await instance.start(wait=False)
+                case "restart":
+                    watched.kept, watched.stop_asked = True, watched.state not in DOWN
+                    with self._waits(spec):
+                        await instance.restart()
+                case _:
+                    watched.kept, watched.stop_asked, watched.forced = False, True, verb == "force-stop"
+                    await instance.stop(force=verb == "force-stop")
+        except GatewayError as error:
+            self.tell(f"operator: {verb} {spec.id}: {error.code}")
+            watched.kept = was_kept if error.code == "MODEL_NOT_RUNNING" else watched.kept
+
+    async def close(self) -> None:
+        """Shut the gateway down, and see that nothing is left but what cannot be asked."""
+        for watched in self.watched.values():
+            watched.stop_asked = True
+        await self.fleet.aclose()
+        for spec in self.watched.values():
+            status = self.fleet.status(spec.spec)
+            if status.state not in DOWN or status.in_flight or status.queued:
+                raise Broke(f"P4: after the shutdown {status.name} is {status.state}, {status.in_flight} in flight")
+            if status.state is State.STOPPED and self.runtime.alive(status.name):
+                raise Broke(f"P2: {status.name} is stopped, and its server runs")
+
+    def tell(self, line: str) -> None:
+        self.trace.append(f"{self.loop.time():12.3f}  {line}")
+
+    # How a request meets its server
+
+    async def _converse(self, spec: ModelSpec, lease: Lease, work_s: float) -> str:
+        """Play the relay: let the server work, end when it breaks off, when the lease is cut, or with the caller."""
+        cut: asyncio.Future[str] = self.loop.create_future()
+        lease.on_cut = lambda error: self._cut(spec, lease, cut, error)
+        server = self.runtime.newest(lease.handle.name)
+        if not server.alive:
+            return "connection refused"
+        done = self.loop.call_later(work_s, lambda: cut.done() or cut.set_result("answered"))
+        ended = lambda _: cut.done() or cut.set_result("broken off")  # noqa: E731
+        server.requests[cut] = None
+        server.ended.add_done_callback(ended)
+        try:
+            async with asyncio.timeout(spec.generation_timeout_s):
+                return await cut
+        except TimeoutError:
+            return "generation timeout"
+        finally:
+            server.requests.pop(cut, None)
+            server.ended.remove_done_callback(ended)
+            done.cancel()
+
+    def _cut(self, spec: ModelSpec, lease: Lease, cut: asyncio.Future[str], error: GatewayError) -> None:
+        self._witness_cut(self.watched[spec.id], lease)
+        self.runtime.newest(lease.handle.name).requests.pop(cut, None)
+        if not cut.done():
+            cut.set_result(error.code)
+
+    @contextmanager
+    def _waits(self, spec: ModelSpec) -> Any:
+        watched, ticket = self.watched[spec.id], object()
+        watched.waiting[ticket] = None
+
+        def left() -> None:
+            if watched.waiting.pop(ticket, ticket) is None:
+                watched.last_waiter_left = self.loop.time()
+
+        try:
+            yield left
+        finally:
+            left()
+
+    # The witness
+
+    def breaks(self, words: str) -> None:
+        """Note that a promise was broken; the run ends after this step, with what was under way completed."""
+        self.tell(words)
+        self.broken = self.broken or words
+
+    def moved(self, data: Mapping[str, Any]) -> None:
+        """See one move of a model, and whether it was allowed."""
+        watched, now = self.watched[data["model"]], self.loop.time()
+        self.tell(f"{data['model']}: {data['from']} -> {data['to']} ({data['reason']})")
+        watched.before, watched.before_since = State(data["from"]), watched.since
+        watched.state, watched.since = State(data["to"]), now
+        if watched.state is State.STARTING:
+            watched.start_began = now
+            watched.forced = watched.stop_asked = False
+        if watched.state is State.READY:
+            watched.kept = False
+        if watched.state is State.STOPPING and watched.before in STARTING_UP:
+            self._witness_calling_off(watched, data["reason"])
+        if watched.state is State.STOPPING and watched.before in (State.READY, State.UNHEALTHY):
+            self._witness_cause(watched, data["reason"])
+        if watched.state in DOWN:
+            watched.kept = watched.kept and watched.state is State.STOPPED
+
+    def check(self) -> None:
+        """After every step of time: no state outlives its deadline (P5), no unwanted start goes on (P8)."""
+        if self.broken:
+            raise Broke(self.broken)
+        now = self.loop.time()
+        if now == self._checked_at:
+            return
+        self._checked_at = now
+        for watched in self.watched.values():
+            if (deadline := self._deadline(watched)) is not None and now > deadline + ROUNDING_S:
+                self.breaks(f"P5: {watched.spec.id} is {watched.state} beyond its deadline ({deadline:.3f})")
+            if watched.state in STARTING_UP and now > self._unwanted_from(watched) + ROUNDING_S:
+                self.breaks(f"P8: nobody wants {watched.spec.id} any more, and it is {watched.state}")
+
+    def _deadline(self, watched: Watched) -> float | None:
+        spec = watched.spec
+        match watched.state:
+            case State.STARTING | State.LOADING:
+                return watched.start_began + spec.start_timeout_s
+            case State.UNHEALTHY:
+                return watched.since + spec.unhealthy_timeout_s
+            case State.DRAINING:
+                return watched.since + spec.drain_timeout_s
+            case State.STOPPING:
+                return watched.since + spec.stop_grace_s + STOP_MARGIN_S
+            case _:
+                return None
+
+    def _unwanted_from(self, watched: Watched) -> float:
+        if watched.waiting or watched.kept or watched.spec.preload or watched.spec.pinned:
+            return float("inf")
+        return max(watched.last_waiter_left, watched.promised_until) + watched.spec.abandon_after_s
+
+    def _witness_calling_off(self, watched: Watched, reason: str) -> None:
+        if reason == "nobody waits for it any more" and self.loop.time() < self._unwanted_from(watched) - ROUNDING_S:
+            self.breaks(f"P8: the start of {watched.spec.id} is called off, and somebody wants it")
+
+    def _witness_cause(self, watched: Watched, reason: str) -> None:
+        """A server that was ready goes for a cause: somebody's order, idleness, its own end, or lasting silence (P11)."""
+        server = self.runtime.newest(f"tgi-{watched.spec.id}")
+        idle = reason == "idle" and not server.requests
+        silent = watched.before is State.UNHEALTHY and server.hung_since is not None
+        if not (watched.stop_asked or idle or not server.alive or silent):
+            self.breaks(f"P11: {watched.spec.id} is stopped ({reason}), and its server is well")
+
+    def _witness_cut(self, watched: Watched, lease: Lease) -> None:
+        """A server that serves is only stopped for the reasons that promise P1 names."""
+        drained = watched.before is State.DRAINING and self._stayed(watched) >= watched.spec.drain_timeout_s
+        silent = watched.before is State.UNHEALTHY and self._stayed(watched) >= watched.spec.unhealthy_timeout_s
+        late_silent = watched.before is State.DRAINING and self.runtime.newest(lease.handle.name).hung_since is not None
+        ended = not self.runtime.newest(lease.handle.name).alive
+        if not (drained or silent or late_silent or ended or watched.forced):
+            self.breaks(f"P1: a request of {watched.spec.id} is cut for no good reason")
+
+    def _stayed(self, watched: Watched) -> float:
+        return watched.since - watched.before_since + ROUNDING_S
+
+    def _refused(self, spec: ModelSpec, error: GatewayError, began: float, *, waited_for_lease: bool) -> None:
+        """A refusal is typed, in time, and says when to come back where that helps (P7)."""
+        watched, now = self.watched[spec.id], self.loop.time()
+        longest_s = self.fleet.get(spec)._bounds.longest_wait_s
+        if waited_for_lease and now - began > longest_s + ROUNDING_S:
+            self.breaks(f"P7: a request for {spec.id} waited {now - began:.1f} s")
+        watched.promised_until = max(watched.promised_until, now + 2 * (error.retry_after_s or 0))
+        if error.code in ("MODEL_NOT_LOADED", "QUEUE_FULL", "NO_CAPACITY", "MODEL_UNHEALTHY", "SHUTTING_DOWN"):
+            if not isinstance(error, NotAvailable) or not error.retry_after_s:
+                self.breaks(f"P7: {error.code} without Retry-After")
+        if error.code == "NO_CAPACITY" and now - began < spec.queue_timeout_s - ROUNDING_S:
+            self.breaks(f"P7: a request for {spec.id} is refused before its time")
+
+    async def leave(self, task: asyncio.Task[None]) -> None:
+        """Let a caller go, and see that the gateway lets go of the server at once (P10)."""
+        task.cancel()
+        left_at = self.loop.time()
+        await asyncio.wait([task])
+        if self.loop.time() - left_at > CLOSED_AT_ONCE_S:
+            self.breaks("P10: a caller left, and its request went on")
+
+
+class WitnessedJournal(Journal):
+    """The gateway's journal, read by the witness as it is written."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__(world.loop.time)
+        self._world = world
+
+    def write(self, kind: str, **data: Any) -> None:
+        super().write(kind, **data)
+        if kind == "state":
+            self._world.moved(data)
