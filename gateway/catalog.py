@@ -498,7 +498,8 @@ class Catalog(BaseModel):
     def _is_consistent(self) -> Catalog:
         wrong = [f"{section}: {rule}" for section, rule in _clashes(self.models)]
         if self.default_model is not None and self.default_model not in self.models:
-            wrong.append(f"default_model: {_no_such_model(self.default_model, self.models)}")
+            near = did_you_mean(self.default_model, self.models)
+            wrong.append(f"default_model: there is no model {_shown(self.default_model)}{near}")
         if wrong:
             raise ValueError("; ".join(wrong))
         return self
@@ -575,29 +576,25 @@ def _ambiguous(name: str, by_id: Mapping[str, set[str]]) -> str:
     return f"the name {_shown(name)} means more than one model: {holders}; {fix}"
 
 
-def _no_such_model(name: str, models: Iterable[object]) -> str:
-    return f"there is no model {_shown(name)}{did_you_mean(name, models)}"
-
-
 def _unknown_key(key: object, known: Iterable[object]) -> str:
     return f"unknown key{did_you_mean(key, known)}"
 
 
-def did_you_mean(name: object, known: Iterable[object]) -> str:
-    """Return `; did you mean ...?` with the known names that are close to `name`, or nothing."""
-    near = [_shown(close) for close in _near(name, known)]
-    return f"; did you mean {' or '.join(near)}?" if near else ""
+def did_you_mean(name: object, known: Iterable[object], likeness: float = 0.6) -> str:
+    """Return `; did you mean ...?` with the known name most like `name` (1 is the same), or nothing."""
+    near = _near(name, known, likeness)
+    return f"; did you mean {_shown(near[0])}?" if near else ""
 
 
-def _near(name: object, known: Iterable[object]) -> list[str]:
+def _near(name: object, known: Iterable[object], likeness: float = 0.6) -> list[str]:
     names = [other for other in known if isinstance(other, str) and len(other) <= 100]
-    return difflib.get_close_matches(name[:100], names, n=3) if isinstance(name, str) else []
+    return difflib.get_close_matches(name[:100], names, n=3, cutoff=likeness) if isinstance(name, str) else []
 
 
 def _shown(name: object, longest: int = 100) -> str:
     """Return a name from outside, short and harmless to a terminal."""
     if not isinstance(name, str):
-        return f"<{type(name).__name__}>"
+        return f"<{type(name).__name__}>" if isinstance(name, int) and abs(name) > 2**63 else str(name)
     short = name if len(name) <= longest else name[:longest] + "..."
     return short if short.isprintable() else ascii(short)
 
@@ -711,8 +708,12 @@ def _yaml_fault(error: yaml.YAMLError, text: str) -> str:
     mark = getattr(error, "problem_mark", None)
     problem = getattr(error, "problem", None) or "not YAML"
     # What the parser quotes may be part of a secret (`api_key: *abc`); single characters and its own <words> may stay.
-    problem = re.sub(r"'[^'<]{2,}'|\"[^\"]{2,}\"", "...", problem)
+    problem = re.sub(r"'[^']*'|\"[^\"]*\"", lambda quoted: _harmless(quoted[0]), problem)
     return f"line {mark.line + 1}: {problem}" if mark else problem
+
+
+def _harmless(quoted: str) -> str:
+    return quoted if len(quoted) <= 3 or quoted[1] in "<\\" else "..."
 
 
 # ---- the file: ${VARIABLE} ------------------------------------------------------------------------------------------
@@ -772,9 +773,9 @@ def faults(error: ValidationError) -> Iterator[tuple[str, str]]:
     A key inside a key is `env.NAME`.
     """
     for fault in error.errors(include_input=False, include_url=False):
-        place = ".".join(_shown(str(step)) for step in fault["loc"] if step != "[key]")
+        place = ".".join(_shown(step) for step in fault["loc"] if step != "[key]")
         if place and fault["type"] != "default_factory_not_called":
-            yield place.replace("weights_source", "weights"), _rule(fault)
+            yield "weights" if place == "weights_source" else place, _rule(fault)
 
 
 _RULES = {
@@ -791,6 +792,7 @@ _RULES = {
     "finite_number": "must be a finite number",
     "string_too_short": "must not be empty",
     "too_short": "must not be empty",
+    "bool_parsing": "must be true or false",
     "literal_error": "must be {expected}",
     "greater_than": "must be above {gt:g}",
     "greater_than_equal": "must be at least {ge}",
@@ -834,17 +836,18 @@ class _Reading:
         top = self._known("", document, _TOP_KEYS)
         default_model = self._default_model(top)
         defaults = self._entry("defaults", top.get("defaults", {}))
-        self._check_defaults(defaults)
-        models = self._models(top.get("models"), defaults)
+        models = self._models(top.get("models"), defaults, self._right(defaults))
         self.found += [(section, "", rule) for section, rule in _clashes(models)]
         return None if self.found else Catalog(path=self.path, default_model=default_model, models=models)
 
-    def _document(self) -> object:
+    def _document(self) -> dict[Any, Any] | None:
         try:
             document, repeated = _parse(_read_text(self.path))
             self.found += [("", "", rule) for rule in repeated]
             if document is None:
                 raise ValueError("is empty: write `models:` and at least one model under it")
+            if not isinstance(document, dict):
+                raise ValueError("must be a mapping of keys to values")
         except ValueError as error:
             self.found.append(("", "", str(error)))
             return None
@@ -864,8 +867,9 @@ class _Reading:
         if not isinstance(name, str):
             self.found.append(("default_model", "", "must be the id of a model"))
             return None
-        if isinstance(models, dict) and name not in models and not self._faulty("default_model", ""):
-            self.found.append(("default_model", "", _no_such_model(name, models)))
+        if isinstance(models, dict) and name not in models:
+            written = _shown(top["default_model"])  # not what its ${VARIABLE} holds
+            self._add("default_model", [("", f"there is no model {written}{did_you_mean(name, models)}")])
         return name
 
     def _entry(self, section: str, written: object) -> dict[str, Any]:
@@ -886,29 +890,33 @@ class _Reading:
             self.found.append((section, place, str(error)))
             return value
 
-    def _faulty(self, section: str, key: str) -> bool:
-        return any(section == where and key == place.split(".")[0] for where, place, _ in self.found)
-
-    def _check_defaults(self, defaults: Mapping[str, Any]) -> None:
+    def _right(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the defaults that are right; complain of the others here, not once a model."""
         _, wrong = self._spec("defaults", defaults)
         self._add("defaults", wrong)
+        faulty = {place.split(".")[0] for section, place, _ in self.found if section == "defaults"}
+        return {key: value for key, value in defaults.items() if key not in faulty}
 
-    def _models(self, written: object, defaults: Mapping[str, Any]) -> dict[str, ModelSpec]:
+    def _models(self, written: object, defaults: Mapping[str, Any], right: Mapping[str, Any]) -> dict[str, ModelSpec]:
         if not isinstance(written, dict) or not written:
             self.found.append(("models", "", "must be a mapping of at least one model by its id"))
             return {}
-        specs = [self._model(model, entry, defaults) for model, entry in written.items()]
+        specs = [self._model(model, entry, defaults, right) for model, entry in written.items()]
         return {spec.id: spec for spec in specs if spec is not None}
 
-    def _model(self, model: object, written: object, defaults: Mapping[str, Any]) -> ModelSpec | None:
-        section = _shown(model)
-        if not isinstance(model, str) or not _ID.fullmatch(model):
-            self.found.append((section, "", _ID_RULE))
+    def _model(
+        self, model: object, written: object, defaults: Mapping[str, Any], right: Mapping[str, Any]
+    ) -> ModelSpec | None:
+        section, usable = _shown(model), isinstance(model, str) and _ID.fullmatch(model)
+        if not usable:
+            self.found.append((section, "", _ID_RULE if isinstance(model, str) else "must be text: put it in quotes"))
         own = self._entry(section, written)
-        values = {**defaults, **own}
-        spec, wrong = self._spec("an-id" if self._faulty(section, "") else section, values)
-        self._add(section, [(place, rule) for place, rule in wrong if place.split(".")[0] in own])
-        self._add(section, list(_contradictions({**values, "weights_source": values.get("weights")})))
+        if not isinstance(written, dict):
+            return None
+        spec, wrong = self._spec(section if usable else "an-id", {**right, **own})
+        self._add(section, wrong)
+        said = {**defaults, **own}
+        self._add(section, list(_contradictions({**said, "weights_source": said.get("weights")})))
         return spec
 
     def _spec(self, model: str, values: Mapping[str, Any]) -> tuple[ModelSpec | None, list[tuple[str, str]]]:
@@ -918,9 +926,9 @@ class _Reading:
             return None, list(faults(error))
 
     def _add(self, section: str, wrong: Sequence[tuple[str, str]]) -> None:
-        """Add what is wrong, but for keys that have been complained of already: one fault, one complaint."""
-        before = {key for key, _ in wrong if self._faulty(section, key.split(".")[0])}
-        self.found += [(section, key, rule) for key, rule in wrong if key not in before]
+        """Add what is wrong, but for the places that have been complained of already: one fault, one complaint."""
+        before = {(where, place) for where, place, _ in self.found}
+        self.found += [(section, place, rule) for place, rule in wrong if (section, place) not in before]
 
 
 # ---- its JSON Schema ------------------------------------------------------------------------------------------------

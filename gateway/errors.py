@@ -4,7 +4,7 @@ GatewayError                 code, HTTP status, words for the reader, and when a
   CatalogError               stops `serve` or `check`; never reaches a caller
   BadRequest                 400, 404, 405, 413, 422: the caller can mend it
     EmptyPrompt PromptTooLong UnknownModel ModelNotRunning NotFound MethodNotAllowed
-    BodyTooLarge InvalidRequest Unsupported
+    BodyTooLarge InvalidRequest Unsupported Forbidden
   NotAvailable               503: waiting or an operator can mend it
     StartFailed ModelNotLoaded ModelUnhealthy NoCapacity QueueFull RuntimeUnavailable ShuttingDown
   UpstreamFailed             502: the model's server broke before its first byte
@@ -92,6 +92,11 @@ class BodyTooLarge(BadRequest):
 
 class InvalidRequest(BadRequest):
     """The engine found a parameter it cannot take, or the request is for no model at all."""
+
+
+class Forbidden(BadRequest):
+    code = "FORBIDDEN"
+    status = 403
 
 
 class Unsupported(BadRequest):

@@ -38,7 +38,10 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class TokenChance:
-    """One candidate at one position. The probability is softmax(logits / T) over the whole vocabulary; T = 0 reads as 1."""
+    """One candidate at one position.
+
+    The probability is softmax(logits / T) over the whole vocabulary, before any filter; T = 0 reads as 1.
+    """
 
     id: int
     text: str

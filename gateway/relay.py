@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Mapping
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import AbstractAsyncContextManager, aclosing
 from typing import Protocol
 
 from starlette.types import Receive, Scope, Send
@@ -25,6 +25,7 @@ from gateway.writers import Reply, StreamWriter, WholeWriter, Writer
 
 log = logging.getLogger(__name__)
 
+SECOND_ATTEMPT_S = 0.1
 REFUSAL_BYTES = 64 * 1024
 
 
@@ -42,7 +43,7 @@ class Answer(Protocol):
     @property
     def status(self) -> int: ...
 
-    def chunks(self) -> AsyncIterator[bytes]: ...
+    def chunks(self) -> AsyncGenerator[bytes, None]: ...
 
 
 class Client(Protocol):
@@ -100,28 +101,29 @@ class Relay:
                 await writer.finish(finished)
 
     async def _exchange(self, writer: Writer, interrupt: Interrupt) -> Finished:
+        """Get the answer from the server. Only if no connection could be made is it asked for again, once."""
+        try:
+            return await self._attempt(writer, interrupt)
+        except ConnectFailed:  # nothing was sent; a moment later the gateway may know that the server has ended
+            await asyncio.sleep(SECOND_ATTEMPT_S)
+        try:
+            return await self._attempt(writer, interrupt)
+        except ConnectFailed as error:
+            raise UpstreamFailed(f"The server of {self._instance.spec.id} takes no connection ({error}).") from None
+
+    async def _attempt(self, writer: Writer, interrupt: Interrupt) -> Finished:
         """Hold a lease for as long as the server works on the request."""
         timeout_s = self._instance.spec.generation_timeout_s
         async with self._instance.lease(max_wait_s=self._max_wait_s) as lease:
             lease.on_cut = interrupt.fire
             try:
                 async with asyncio.timeout(timeout_s) as bound:
-                    return await self._converse(lease, _Pace(writer, bound, timeout_s))
+                    return await self._send(lease, _Pace(writer, bound, timeout_s))
             except TimeoutError:
                 raise self._too_slow(timeout_s) from None
 
-    async def _converse(self, lease: Lease, pace: _Pace) -> Finished:
+    async def _send(self, lease: Lease, pace: _Pace) -> Finished:
         call = self._instance.engine.call(self._instance.spec, self._request, lease.secret)
-        try:
-            return await self._send(lease, call, pace)
-        except ConnectFailed:  # nothing was sent: once more is safe, and more than once would hide a fault
-            pass
-        try:
-            return await self._send(lease, call, pace)
-        except ConnectFailed as error:
-            raise UpstreamFailed(f"The server of {self._instance.spec.id} takes no connection ({error}).") from None
-
-    async def _send(self, lease: Lease, call: Call, pace: _Pace) -> Finished:
         try:
             async with self._client.post(lease.handle.base_url, call, self._headers) as answer:
                 if answer.status != 200:
@@ -131,18 +133,15 @@ class Relay:
             raise self._broken(error, pace) from None
 
     async def _events(self, answer: Answer, pace: _Pace) -> Finished:
-        """Take events until the body's end, so that the connection can serve the next request."""
+        """Take events up to the end of the answer; what a server may still send after it is not waited for."""
         decoder = self._instance.engine.decoder(self._request)
-        finished: Finished | None = None
-        async for chunk in answer.chunks():
-            for event in decoder.feed(chunk):
-                if isinstance(event, Finished):
-                    finished = event
-                else:
+        async with aclosing(answer.chunks()) as chunks:
+            async for chunk in chunks:
+                for event in decoder.feed(chunk):
+                    if isinstance(event, Finished):
+                        return event
                     await pace.take(event)
-        if finished is None:
-            raise Broken("the answer has no end")
-        return finished
+        raise Broken("the answer has no end")
 
     def _broken(self, error: Broken, pace: _Pace) -> GatewayError:
         words = f"The server of {self._instance.spec.id} broke off ({error})"
@@ -177,8 +176,9 @@ class _Pace:
 async def _start_of(answer: Answer) -> bytes:
     """Return the body of a refusal, as much as can matter."""
     body = b""
-    async for chunk in answer.chunks():
-        body += chunk
-        if len(body) > REFUSAL_BYTES:
-            break
+    async with aclosing(answer.chunks()) as chunks:
+        async for chunk in chunks:
+            body += chunk
+            if len(body) > REFUSAL_BYTES:
+                break
     return body[:REFUSAL_BYTES]

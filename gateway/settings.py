@@ -6,12 +6,11 @@ import ipaddress
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import (
     BaseSettings,
-    NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
 )
@@ -91,11 +90,11 @@ class Settings(BaseSettings):
     """Serve other machines without keys all the same."""
     max_body_bytes: Bytes = Field(default=2_000_000, validation_alias="GATEWAY_MAX_BODY")
     """The largest request body."""
-    gpus: Annotated[Mapping[str, int] | None, NoDecode, BeforeValidator(_gpu_memory)] = None
+    gpus: Annotated[Mapping[str, int] | None, BeforeValidator(_gpu_memory)] = None
     """Memory in bytes of each GPU by its id, where it cannot be asked for."""
     state_dir: Path | None = None
     """Where to keep what was learned about models. None: nowhere."""
-    cors_origins: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_origins)] = ()
+    cors_origins: Annotated[tuple[str, ...], BeforeValidator(_origins)] = ()
     """Web pages that may call the gateway from a browser."""
     log_format: Literal["text", "json"] = "text"
     """One line of text or one JSON object for each event."""
@@ -108,7 +107,12 @@ class Settings(BaseSettings):
 
     @classmethod
     def settings_customise_sources(
-        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, **_others: Any
+        cls,
+        settings_cls: type[BaseSettings],  # noqa: ARG003
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Return the arguments as the only source: the environment is what `load_settings` is given."""
         return (init_settings,)
@@ -128,7 +132,7 @@ def load_settings(environ: Mapping[str, str]) -> Settings:
     """
     said = {attribute: environ[name] for name, attribute in _VARIABLES.items() if environ.get(name)}
     try:
-        return Settings(**said)
+        return Settings.model_validate(said)
     except ValidationError as error:
         raise CatalogError(list(_complaints(error))) from None
 
@@ -143,7 +147,7 @@ def unknown_variables(environ: Mapping[str, str]) -> list[str]:
     """Return a line for each GATEWAY_* variable that nothing reads, with the near name."""
     known = {*_VARIABLES, *_CLIENTS}
     unknown = sorted(name for name in environ if name.startswith(_PREFIX) and name not in known)
-    return [f"{name}: nothing reads this variable{did_you_mean(name, known)}" for name in unknown]
+    return [f"{name}: nothing reads this variable{did_you_mean(name, known, likeness=0.8)}" for name in unknown]
 
 
 def check_exposure(settings: Settings, environ: Mapping[str, str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 
 import aiohttp
@@ -12,7 +12,7 @@ from gateway.relay import Broken, ConnectFailed
 
 CONNECT_S = 5.0
 KEPT_ALIVE_S = 3.0
-"""Shorter than llama.cpp's own 5 s: a connection that the server closes while a request is on its way is a lost request."""
+"""Shorter than llama.cpp's own 5 s: a request that meets a connection which is being closed is lost."""
 
 
 class AiohttpAnswer:
@@ -22,7 +22,7 @@ class AiohttpAnswer:
         self._response = response
         self.status = response.status
 
-    async def chunks(self) -> AsyncIterator[bytes]:
+    async def chunks(self) -> AsyncGenerator[bytes, None]:
         try:
             async for chunk in self._response.content.iter_any():
                 yield chunk

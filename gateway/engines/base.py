@@ -69,7 +69,7 @@ class Engine(Protocol):
     def progress(self, line: str) -> Progress | None:
         """Return the progress that a line of the server's output tells of, if it does."""
 
-    def diagnose(self, exit: Exit) -> Diagnosis:
+    def diagnose(self, end: Exit) -> Diagnosis:
         """Return why the server ended, from its exit and its last lines."""
 
     def call(self, spec: ModelSpec, request: GenerationRequest, secret: str) -> Call:

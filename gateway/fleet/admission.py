@@ -32,6 +32,11 @@ class Bounds:
         return leaving_s + self.start_timeout_s + self.queue_timeout_s
 
 
+def queue_room(state: State, max_queue: int, slots: int) -> int:
+    """Return how many may wait: `max_queue`, and while no server runs yet also those whom its slots will take."""
+    return max_queue if state in SERVING else max_queue + slots
+
+
 def wait_ends_at(state: State, bounds: Bounds, *, asked_at: float, now: float, max_wait_s: float | None) -> float:
     """Return when a caller who waits for a lease is to be refused.
 

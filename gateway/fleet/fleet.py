@@ -38,7 +38,14 @@ class Fleet:
         self._rest = rest
         self._instance = instance
         self._instances: dict[str, Instance] = {}
-        self._closing = False
+        self._closing: asyncio.Future[None] | None = None
+
+    @property
+    def closing(self) -> asyncio.Future[None]:
+        """Done as soon as the gateway begins to shut down; what never ends by itself ends then."""
+        if self._closing is None:
+            self._closing = asyncio.get_running_loop().create_future()
+        return self._closing
 
     def get(self, spec: ModelSpec) -> Instance:
         """Return the one instance of this model.
@@ -74,7 +81,7 @@ class Fleet:
             if spec.preload:
                 await self.get(spec).start(wait=False)
 
-    def logs_of(self, spec: ModelSpec) -> Runtime:
+    def runtime_of(self, spec: ModelSpec) -> Runtime:
         """Return the runtime that has this model's output.
 
         Raises:
@@ -84,7 +91,9 @@ class Fleet:
 
     def close(self) -> None:
         """Refuse all further requests, and let what runs finish within its drain limit."""
-        self._closing = True
+        if not self.closing.done():
+            self.closing.set_result(None)
+        self.journal.close()
         for instance in self._instances.values():
             instance.close()
 
@@ -99,7 +108,7 @@ class Fleet:
             engine, self._probe, interval_s=spec.health_interval_s, failures=spec.health_failures, rest=self._rest
         )
         instance = self._instance(spec, server_name(spec), engine, runtime, health, self.journal)
-        if self._closing:
+        if self.closing.done():
             instance.close()
         return instance
 

@@ -11,13 +11,20 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 from gateway.catalog import ModelSpec
 from gateway.engines.base import Engine
-from gateway.errors import GatewayError, ModelNotRunning, RuntimeUnavailable
+from gateway.errors import GatewayError, ModelNotRunning, RuntimeUnavailable, StopFailed
 from gateway.fleet import refusals
-from gateway.fleet.admission import STOP_MARGIN_S, Bounds, call_off_at, pause_after_failure_s, wait_ends_at
+from gateway.fleet.admission import (
+    STOP_MARGIN_S,
+    Bounds,
+    call_off_at,
+    pause_after_failure_s,
+    queue_room,
+    wait_ends_at,
+)
 from gateway.fleet.health import Health
 from gateway.fleet.journal import Journal
 from gateway.fleet.life import Lease, Life
@@ -151,11 +158,14 @@ class Instance:
     async def restart(self, *, force: bool = False) -> Handle | None:
         """Stop the model as `stop` does, start it again, and return its handle once it is ready. The queue waits.
 
-        Raises: as `stop` and `start`.
+        What a stop may have left behind is cleared by the start.
+
+        Raises: as `start`, and ModelNotRunning.
         """
         life = self._running_life()
         self._wanted = True
-        await self._take_down(life, "restart", force=force)
+        with suppress(StopFailed):
+            await self._take_down(life, "restart", force=force)
         return await self.start()
 
     def close(self) -> None:
@@ -263,7 +273,7 @@ class Instance:
         self._refuse_when_closing()
         self._refuse_when_unhealthy()
         self._refuse_while_cooling()
-        if self._queue.requests >= self.spec.max_queue:
+        if self._queue.requests >= queue_room(self._state, self.spec.max_queue, self.spec.max_concurrency):
             raise self._promised(refusals.queue_full(self.spec))
 
     def _refuse_when_closing(self) -> None:
@@ -359,8 +369,8 @@ class Instance:
         error = self._why_ended(life.serve)
         if self._state is not State.STOPPING:
             self._fail(life, error or refusals.our_fault(self.spec, None))
-        left = await self._clear()
-        self._went_down(life, left)
+        life.left = await self._clear()
+        self._went_down(life)
 
     def _why_ended(self, serve: asyncio.Task[None]) -> GatewayError | None:
         if serve.cancelled():
@@ -405,13 +415,13 @@ class Instance:
             return refusals.perhaps_left(self.spec, type(error).__name__)
         return None
 
-    def _went_down(self, life: Life, left: GatewayError | None) -> None:
-        if left:
-            self._remember(left, life)
+    def _went_down(self, life: Life) -> None:
+        if life.left:
+            self._remember(life.left, life)
         elif self._served_long(life):
             self._failures = 0
         self._life = None
-        self._move(Event.GAVE_UP if life.failed else Event.CLEARED, left.detail if left else "nothing left")
+        self._move(Event.GAVE_UP if life.failed else Event.CLEARED, life.left.detail if life.left else "nothing left")
         self._go_on()
 
     def _go_on(self) -> None:
@@ -434,6 +444,8 @@ class Instance:
     async def _take_down(self, life: Life, reason: str, *, force: bool) -> None:
         self._lead_down(reason, force=force)
         await asyncio.wait([life.task])
+        if life.left:
+            raise refusals.again(life.left, 0)
 
     def _lead_down(self, reason: str, *, force: bool = False) -> None:
         """Drain, or stop at once if nothing runs or `force` says so."""

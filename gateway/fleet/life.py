@@ -60,6 +60,8 @@ class Life:
         """Whether an operator, `preload` or `pinned` wants this start, so that it is not called off."""
         self.ready_at: float | None = None
         self.failed = False
+        self.left: GatewayError | None = None
+        """Why it is not known whether its server is gone, when it is not."""
         self.serve: asyncio.Task[None]
         self.task: asyncio.Task[None]
         self.report: Report | None = None

@@ -45,9 +45,9 @@ def simulate(
             runner.run(_day(seed, random, story, instance, runtime))
             _nothing_left(loop)
     except (Exception, asyncio.CancelledError) as error:
-        broke = f"{type(error).__name__}: {error}"
+        broke = _words(error)
     if errors and not broke:
-        broke = f"unhandled {type(errors[0]).__name__}: {errors[0]}"
+        broke = f"unhandled: {_words(errors[0])}"
     world = story[0]
     return Day(seed, broke, world.outcomes, sum(world.runtime.starts.values()), world.trace)
 
@@ -164,6 +164,12 @@ async def _until(world: World, random: Random, when: float) -> None:
     due = [timer for timer in sorted(world.loop.timers()) if timer - world.loop.time() < 1000]
     if due and random.random() < 0.5:
         await asyncio.sleep(max(random.choice(due) - world.loop.time(), 0))
+
+
+def _words(error: BaseException) -> str:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return str(error) if isinstance(error, Broke) else f"{type(error).__name__}: {error}"
 
 
 @contextlib.contextmanager

@@ -43,7 +43,7 @@ def draw_manners(random: Random) -> Manners:
     make_s, load_s = random.uniform(0.1, 5), random.choice([0.5, 5, 30, 90])
     match random.choices(
         ["polite", "slow", "never ready", "fails", "dies loading", "dies serving", "hangs", "stubborn"],
-        [60, 5, 4, 5, 5, 8, 8, 5],
+        [60, 5, 4, 5, 5, 8, 12, 5],
     )[0]:
         case "slow":
             return Manners(make_s=random.uniform(5, 60), load_s=random.uniform(60, 700))
@@ -57,7 +57,9 @@ def draw_manners(random: Random) -> Manners:
             return Manners(make_s, load_s, dies_serving_s=random.choice([0.0, 1.0, 30.0, 600.0]))
         case "hangs":
             lasts_s = random.choice([5.0, 35.0, 80.0, NEVER])
-            return Manners(make_s, load_s, hangs_s=random.uniform(0, 900), hang_lasts_s=lasts_s)
+            return Manners(
+                make_s, load_s, hangs_s=random.choice([0.0, 1.0, 10.0, random.uniform(0, 900)]), hang_lasts_s=lasts_s
+            )
         case "stubborn":
             return Manners(make_s, load_s, leaves_s=random.uniform(1, 300))
         case _:
@@ -95,7 +97,8 @@ class Server:
             self.ended.set_result(Exit(1, reason))
             self._changed()
             for timer in self._timers:
-                timer and timer.cancel()
+                if timer:
+                    timer.cancel()
 
     def hang(self) -> None:
         if self.alive and self.hung_since is None:
@@ -210,9 +213,15 @@ class SimulatedProbe:
 
     def __init__(self, runtime: BadMannersRuntime) -> None:
         self._runtime = runtime
+        self._was_well: dict[str, bool] = {}
 
     async def ask(self, url: str, timeout_s: float) -> Answer | None:
         server = self._runtime.newest(url.removeprefix("sim://").removesuffix("/health"))
+        answer = await self._ask(server, timeout_s)
+        self._was_well[server.name] = answer is not None and answer[0] == 200
+        return answer
+
+    async def _ask(self, server: Server, timeout_s: float) -> Answer | None:
         if not server.alive:
             return None
         if server.hung_since is not None:
@@ -224,7 +233,7 @@ class SimulatedProbe:
         """Rest as the real one does, but jump over all checks that could only find the server well."""
         loop = asyncio.get_running_loop()
         server, began = self._runtime.newest(handle.name), loop.time()
-        if server.is_ready:
+        if self._was_well.get(handle.name) and server.is_ready:
             await asyncio.shield(server.disturbed)
         checks = math.ceil((loop.time() - began) / seconds) or 1
         await asyncio.sleep(began + checks * seconds - loop.time())
@@ -252,11 +261,11 @@ class SimulatedEngine:
     def diagnose(self, end: Exit) -> Diagnosis:
         return Diagnosis(f"it ended with {end.code}", "Try again.")
 
-    def call(self, spec: ModelSpec, request: GenerationRequest, secret: str) -> Call:
+    def call(self, spec: ModelSpec, request: GenerationRequest, secret: str) -> Call:  # noqa: ARG002
         raise Unsupported("the simulation has no wire")
 
-    def decoder(self, request: GenerationRequest) -> Decoder:
+    def decoder(self, request: GenerationRequest) -> Decoder:  # noqa: ARG002
         raise Unsupported("the simulation has no wire")
 
-    def refusal(self, status: int, body: bytes) -> GatewayError:
+    def refusal(self, status: int, body: bytes) -> GatewayError:  # noqa: ARG002
         raise Unsupported("the simulation has no wire")

@@ -1,9 +1,9 @@
-"""One simulated gateway: real fleet, instances and policies, simulated servers, callers, and a witness of the promises."""
+"""One simulated gateway: real fleet and policies, simulated servers and callers, and a witness of the promises."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,16 +11,21 @@ from random import Random
 from typing import Any
 
 from gateway.catalog import Catalog, ModelSpec
-from gateway.errors import GatewayError, NotAvailable
+from gateway.errors import GatewayError, ModelNotRunning
 from gateway.fleet.admission import STOP_MARGIN_S
 from gateway.fleet.fleet import Fleet
 from gateway.fleet.instance import Instance
 from gateway.fleet.journal import Journal
 from gateway.fleet.life import Lease
 from gateway.lifecycle import DOWN, SERVING, STARTING_UP, State
+from gateway.relay import SECOND_ATTEMPT_S
+from gateway.runtimes.base import Handle
 from tests.simulator.loop import SimulatedLoop
 from tests.simulator.servers import BadMannersRuntime, Broke, SimulatedEngine, SimulatedProbe
 
+COME_BACK = {"MODEL_NOT_LOADED", "QUEUE_FULL", "NO_CAPACITY", "MODEL_UNHEALTHY", "SHUTTING_DOWN"}
+STOPS = ("stop", "force-stop", "restart")
+REFUSED = "connection refused"
 CLOSED_AT_ONCE_S = 0.1
 ROUNDING_S = 1e-6
 
@@ -78,14 +83,18 @@ class World:
 
     # What callers and operators do
 
-    async def request(self, spec: ModelSpec, work_s: float, *, max_wait_s: float | None = None) -> None:
+    async def request(self, spec: ModelSpec, work_s: float, *, max_wait_s: float | None = None) -> str:
         """Send one request that takes the server `work_s` seconds, and see to it that it ends exactly once (P4)."""
         began, held = self.loop.time(), None
         try:
-            with self._waits(spec) as left_queue:
-                async with self.fleet.get(spec).lease(max_wait_s=max_wait_s) as held:
-                    left_queue()
-                    outcome = await self._converse(spec, held, work_s)
+            outcome = REFUSED
+            for pause_s in (0.0, SECOND_ATTEMPT_S):
+                if outcome == REFUSED:
+                    await asyncio.sleep(pause_s)
+                    with self._waits(spec) as left_queue:
+                        async with self.fleet.get(spec).lease(max_wait_s=max_wait_s) as held:
+                            left_queue()
+                            outcome = await self._converse(spec, held, work_s)
         except GatewayError as error:
             outcome = error.code
             self._refused(spec, error, began, waited_for_lease=held is None)
@@ -95,31 +104,41 @@ class World:
             if held and held in held.life.leases:
                 raise Broke(f"P4: {spec.id} keeps the lease of a request that has ended")
         self.outcomes[outcome] = self.outcomes.get(outcome, 0) + 1
+        return outcome
 
     async def operate(self, spec: ModelSpec, verb: str) -> None:
+        """Carry out an operator's order, whatever comes of it."""
+        try:
+            await self.order(spec, verb)
+        except GatewayError as error:
+            self.tell(f"operator: {verb} {spec.id}: {error.code}")
+            self._promised(self.watched[spec.id], error)
+
+    async def order(self, spec: ModelSpec, verb: str) -> Handle | None:
         """Carry out an operator's order: start, start-and-go, stop, force-stop or restart."""
         self.tell(f"operator: {verb} {spec.id}")
         watched, instance = self.watched[spec.id], self.fleet.get(spec)
-        was_kept, wanted = watched.kept, watched.state not in SERVING
+        was_kept, is_down = watched.kept, watched.state in DOWN
+        watched.stop_asked = watched.stop_asked or (verb in STOPS and not is_down)
+        watched.forced = watched.forced or (verb == "force-stop" and not is_down)
+        watched.kept = verb not in ("stop", "force-stop") and (was_kept or watched.state not in SERVING)
         try:
             match verb:
-                case "start":
-                    watched.kept = wanted or was_kept
-                    with self._waits(spec):
-                        await instance.start()
-                case "start-and-go":
-                    watched.kept = wanted or was_kept
-                    await instance.start(wait=False)
+                case "start" | "start-and-go":
+                    return await self._waiting(spec, instance.start(wait=verb == "start"))
                 case "restart":
-                    watched.kept, watched.stop_asked = True, watched.state not in DOWN
-                    with self._waits(spec):
-                        await instance.restart()
+                    watched.kept = True
+                    return await self._waiting(spec, instance.restart())
                 case _:
-                    watched.kept, watched.stop_asked, watched.forced = False, True, verb == "force-stop"
                     await instance.stop(force=verb == "force-stop")
-        except GatewayError as error:
-            self.tell(f"operator: {verb} {spec.id}: {error.code}")
-            watched.kept = was_kept if error.code == "MODEL_NOT_RUNNING" else watched.kept
+        except ModelNotRunning:
+            watched.kept = was_kept
+            raise
+        return None
+
+    async def _waiting(self, spec: ModelSpec, order: Awaitable[Handle | None]) -> Handle | None:
+        with self._waits(spec):
+            return await order
 
     async def close(self) -> None:
         """Shut the gateway down, and see that nothing is left but what cannot be asked."""
@@ -144,9 +163,16 @@ class World:
         lease.on_cut = lambda error: self._cut(spec, lease, cut, error)
         server = self.runtime.newest(lease.handle.name)
         if not server.alive:
-            return "connection refused"
-        done = self.loop.call_later(work_s, lambda: cut.done() or cut.set_result("answered"))
-        ended = lambda _: cut.done() or cut.set_result("broken off")  # noqa: E731
+            return REFUSED
+
+        def end(outcome: str) -> None:
+            if not cut.done():
+                cut.set_result(outcome)
+
+        def ended(_: object) -> None:
+            end("broken off")
+
+        done = self.loop.call_later(work_s, end, "answered")
         server.requests[cut] = None
         server.ended.add_done_callback(ended)
         try:
@@ -199,10 +225,9 @@ class World:
             watched.kept = False
         if watched.state is State.STOPPING and watched.before in STARTING_UP:
             self._witness_calling_off(watched, data["reason"])
+            watched.kept = watched.kept and watched.stop_asked  # a failed start has had its chance; a restart goes on
         if watched.state is State.STOPPING and watched.before in (State.READY, State.UNHEALTHY):
             self._witness_cause(watched, data["reason"])
-        if watched.state in DOWN:
-            watched.kept = watched.kept and watched.state is State.STOPPED
 
     def check(self) -> None:
         """After every step of time: no state outlives its deadline (P5), no unwanted start goes on (P8)."""
@@ -242,7 +267,7 @@ class World:
             self.breaks(f"P8: the start of {watched.spec.id} is called off, and somebody wants it")
 
     def _witness_cause(self, watched: Watched, reason: str) -> None:
-        """A server that was ready goes for a cause: somebody's order, idleness, its own end, or lasting silence (P11)."""
+        """A ready server goes for a cause: somebody's order, idleness, its own end, or lasting silence (P11)."""
         server = self.runtime.newest(f"tgi-{watched.spec.id}")
         idle = reason == "idle" and not server.requests
         silent = watched.before is State.UNHEALTHY and server.hung_since is not None
@@ -267,14 +292,17 @@ class World:
         longest_s = self.fleet.get(spec)._bounds.longest_wait_s
         if waited_for_lease and now - began > longest_s + ROUNDING_S:
             self.breaks(f"P7: a request for {spec.id} waited {now - began:.1f} s")
-        watched.promised_until = max(watched.promised_until, now + 2 * (error.retry_after_s or 0))
-        if error.code in ("MODEL_NOT_LOADED", "QUEUE_FULL", "NO_CAPACITY", "MODEL_UNHEALTHY", "SHUTTING_DOWN"):
-            if not isinstance(error, NotAvailable) or not error.retry_after_s:
-                self.breaks(f"P7: {error.code} without Retry-After")
+        self._promised(watched, error)
+        if error.code in COME_BACK and not error.retry_after_s:
+            self.breaks(f"P7: {error.code} without Retry-After")
         if error.code == "NO_CAPACITY" and now - began < spec.queue_timeout_s - ROUNDING_S:
             self.breaks(f"P7: a request for {spec.id} is refused before its time")
 
-    async def leave(self, task: asyncio.Task[None]) -> None:
+    def _promised(self, watched: Watched, error: GatewayError) -> None:
+        until = self.loop.time() + 2 * (error.retry_after_s or 0)
+        watched.promised_until = max(watched.promised_until, until)
+
+    async def leave(self, task: asyncio.Task[str]) -> None:
         """Let a caller go, and see that the gateway lets go of the server at once (P10)."""
         task.cancel()
         left_at = self.loop.time()

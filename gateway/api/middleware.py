@@ -1,0 +1,135 @@
+"""What happens to every request, whatever it is for: an id, a line in the log, a bound on its body. Plain ASGI."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import re
+import time
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from gateway.api import problems
+from gateway.errors import BodyTooLarge, GatewayError
+
+log = logging.getLogger("gateway.access")
+
+_ID = re.compile(r"[\x21-\x7e]{1,128}")
+
+
+def request_id_of(scope: Scope) -> str:
+    """Return the id that `RequestLog` gave this request."""
+    return str(scope["state"]["request_id"])
+
+
+class RequestLog:
+    """Gives each request an id (the caller's own if it sent a fit one) and logs how it ended."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        sent = Headers(scope=scope).get("x-request-id", "")
+        request_id = sent if _ID.fullmatch(sent) else uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = request_id
+        exchange = _Exchange(request_id, send)
+        began = time.perf_counter()
+        try:
+            await self._app(scope, receive, exchange.send)
+        finally:
+            took_ms = (time.perf_counter() - began) * 1000
+            # the path as it came may hold anything: %r keeps one request on one line
+            log.info("%s %r %s %.1f ms %s", scope["method"], scope["path"], exchange.status, took_ms, request_id)
+
+
+class _Exchange:
+    def __init__(self, request_id: str, send: Send) -> None:
+        self.status: int | str = "unanswered"
+        self._request_id = request_id
+        self._send = send
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            MutableHeaders(scope=message)["x-request-id"] = self._request_id
+        await self._send(message)
+
+
+class BodyLimit:
+    """Refuses a body above `most_bytes`: before it is read if it says its length, else while it is read."""
+
+    def __init__(self, app: ASGIApp, most_bytes: int) -> None:
+        self._app = app
+        self._most_bytes = most_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        try:
+            said_bytes = int(Headers(scope=scope).get("content-length", "0"))
+        except ValueError:
+            said_bytes = 0
+        if said_bytes > self._most_bytes:
+            # the rest of the body is not read, so the connection cannot be used again
+            await problems.render(self._too_large(), {"connection": "close"})(scope, receive, send)
+            return
+        await self._app(scope, self._counting(receive), send)
+
+    def _counting(self, receive: Receive) -> Receive:
+        read_bytes = 0
+
+        async def counted() -> Message:
+            nonlocal read_bytes
+            message = await receive()
+            read_bytes += len(message.get("body", b""))
+            if read_bytes > self._most_bytes:
+                raise self._too_large()
+            return message
+
+        return counted
+
+    def _too_large(self) -> GatewayError:
+        words = f"The body is larger than {self._most_bytes:,} bytes; send less, or raise GATEWAY_MAX_BODY."
+        return BodyTooLarge(words)
+
+
+class PlainPaths:
+    """Serves every address with and without a trailing slash."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] != "/" and scope["path"].endswith("/"):
+            scope = {**scope, "path": scope["path"].rstrip("/") or "/"}
+        await self._app(scope, receive, send)
+
+
+class LoopbackOnly:
+    """Answers nobody who came in by another address than loopback, whatever the server was bound to."""
+
+    def __init__(self, app: ASGIApp, refusal: Callable[[], GatewayError]) -> None:
+        self._app = app
+        self._refusal = refusal
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and not _is_loopback(scope.get("server")):
+            await problems.render(self._refusal(), {"connection": "close"})(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+
+def _is_loopback(server: tuple[str, int | None] | None) -> bool:
+    if server is None or server[1] is None:  # a Unix socket
+        return True
+    with suppress(ValueError):
+        return ipaddress.ip_address(server[0]).is_loopback
+    return False

@@ -1,0 +1,167 @@
+"""The control plane: list, look at, start, stop and restart models, and read their logs."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query
+from pydantic import BaseModel
+from starlette.responses import JSONResponse, Response
+
+from gateway.api.streams import LineStream
+from gateway.fleet.fleet import Fleet, server_name
+from gateway.fleet.status import Failure, Status, describe
+from gateway.lifecycle import RUNNING
+from gateway.runtimes.base import Handle
+
+MOST_LINES = 10_000
+
+
+class LastError(BaseModel):
+    """How the last life that failed ended. `at` and `retry_at` are seconds since 1970."""
+
+    error_code: str
+    detail: str
+    evidence: list[str]
+    fix: str | None
+    at: float
+    retry_at: float | None
+
+
+class Progress(BaseModel):
+    """How far a start has come. `done` and `total` count in `unit`."""
+
+    phase: str
+    done: float | None
+    total: float | None
+    unit: str | None
+
+
+class Model(BaseModel):
+    """One model of the catalog, and what is known of it now."""
+
+    id: str
+    name: str
+    hf_name: str | None
+    running: bool
+    state: str
+    engine: str
+    runtime: str
+    progress: Progress | None
+    in_flight: int
+    queued: int
+    idle_seconds: float | None
+    port: int | None
+    last_error: LastError | None
+
+
+class Models(BaseModel):
+    models: list[Model]
+
+
+class Started(BaseModel):
+    message: str
+    port: int | None
+    container_name: str
+
+
+class Message(BaseModel):
+    message: str
+
+
+def models_router(fleet: Fleet) -> APIRouter:
+    router = APIRouter(tags=["models"])
+
+    @router.get("/models", response_model=Models, summary="List available models")
+    async def models() -> Any:
+        return {"models": [model_json(status) for status in fleet.statuses()]}
+
+    @router.get("/models/{model_id}", response_model=Model, summary="Show one model")
+    async def model(model_id: str) -> Any:
+        return model_json(fleet.status(fleet.catalog.by_id(model_id)))
+
+    @router.post("/models/{model_id}/start", response_model=Started, summary="Start a model")
+    async def start(model_id: str, wait: bool = True) -> Any:
+        """Start the model's server and answer when it is ready; with `wait=false` answer 202 at once.
+
+        Also starts a model that failed lately and cools down. A caller who leaves does not end the start.
+        """
+        spec = fleet.catalog.by_id(model_id)
+        was_running = fleet.status(spec).state in RUNNING
+        handle = await fleet.get(spec).start(wait=wait)
+        if handle is None:
+            return JSONResponse(_started(f"Container for {spec.id} is starting", server_name(spec), None), 202)
+        words = "is already running" if was_running else "started"
+        return _started(f"Container for {spec.id} {words}", handle.name, handle)
+
+    @router.post("/models/{model_id}/stop", response_model=Message, summary="Stop a model")
+    async def stop(model_id: str, force: bool = False) -> Any:
+        """Let running requests finish, stop the server, and answer when it is gone; `force=true` cuts them off."""
+        spec = fleet.catalog.by_id(model_id)
+        await fleet.running(spec).stop(force=force)
+        return {"message": f"Container for {spec.id} stopped"}
+
+    @router.post("/models/{model_id}/restart", response_model=Started, summary="Restart a model")
+    async def restart(model_id: str, force: bool = False) -> Any:
+        """Stop the server as `stop` does, start it again, and answer when it is ready."""
+        spec = fleet.catalog.by_id(model_id)
+        handle = await fleet.running(spec).restart(force=force)
+        return _started(f"Container for {spec.id} restarted", server_name(spec), handle)
+
+    @router.get("/models/{model_id}/logs", summary="Read the log of a model's server")
+    async def logs(
+        model_id: str,
+        lines: Annotated[int, Query(ge=1, le=MOST_LINES)] = 200,
+        follow: bool = False,
+    ) -> Response:
+        """Return the last lines of the newest server's output as text; `follow=true` goes on until it ends."""
+        spec = fleet.catalog.by_id(model_id)
+        output = fleet.runtime_of(spec).logs(server_name(spec), lines=lines, follow=follow)
+        return LineStream(_terminated(output), "text/plain; charset=utf-8", until=fleet.closing)
+
+    return router
+
+
+def model_json(status: Status) -> dict[str, Any]:
+    """Return what the API says of one model."""
+    return {
+        "id": status.spec.id,
+        "name": status.spec.name,
+        "hf_name": status.spec.hf_name,
+        "running": status.state in RUNNING,
+        "state": status.state.value,
+        "engine": status.spec.engine,
+        "runtime": status.spec.runtime,
+        "progress": describe(status.progress),
+        "in_flight": status.in_flight,
+        "queued": status.queued,
+        "idle_seconds": None if status.idle_s is None else round(status.idle_s, 1),
+        "port": status.handle.port if status.handle else None,
+        "last_error": _last_error(status.failure, status.retry_after_s),
+    }
+
+
+def _last_error(failure: Failure | None, retry_after_s: float | None) -> dict[str, Any] | None:
+    if failure is None:
+        return None
+    error = failure.error
+    return {
+        "error_code": error.code,
+        "detail": error.detail,
+        "evidence": error.extra.get("evidence", []),
+        "fix": error.extra.get("fix"),
+        "at": failure.at,
+        "retry_at": None if retry_after_s is None else math.ceil(time.time() + retry_after_s),
+    }
+
+
+def _started(message: str, name: str, handle: Handle | None) -> dict[str, Any]:
+    return {"message": message, "port": handle.port if handle else None, "container_name": name}
+
+
+async def _terminated(lines: AsyncIterator[str]) -> AsyncIterator[bytes]:
+    async for line in lines:
+        yield line.encode() + b"\n"

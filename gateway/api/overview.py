@@ -1,0 +1,82 @@
+"""The gateway itself: what it is, whether it is well, and what happens in it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Header
+from starlette.responses import Response
+
+from gateway.api.streams import LineStream
+from gateway.fleet.fleet import Fleet
+from gateway.fleet.journal import Entry, Journal
+from gateway.lifecycle import RUNNING, State
+
+ENDPOINTS = {
+    "POST /generate": "Generate text from prompt",
+    "GET /models": "The models, and what they are doing",
+    "GET /health": "Health check",
+    "GET /events": "State changes and progress, as server-sent events",
+    "GET /docs": "Interactive API documentation",
+}
+
+
+def overview_router(fleet: Fleet, version: str) -> APIRouter:
+    router = APIRouter(tags=["gateway"])
+
+    @router.get("/", summary="Get API info")
+    async def root() -> dict[str, Any]:
+        statuses = fleet.statuses()
+        return {
+            "message": "LLM Inference API",
+            "service": "Inference API",
+            "version": version,
+            "status": "running",
+            "checkpoint": fleet.catalog.default_model,
+            "models": [status.spec.id for status in statuses],
+            "running_containers": [status.spec.id for status in statuses if status.state in RUNNING],
+            "endpoints": ENDPOINTS,
+        }
+
+    @router.get("/health", summary="Is the gateway up?")
+    @router.get("/health/live", include_in_schema=False)
+    async def health() -> dict[str, Any]:
+        """200 once the gateway serves, whatever its models do. Wakes none of them."""
+        default = fleet.catalog.default_model
+        loaded = default is not None and fleet.status(fleet.catalog.models[default]).state is State.READY
+        now = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+        return {"status": "ok", "model_loaded": loaded, "checkpoint": default, "timestamp": now}
+
+    @router.get("/events", summary="Follow what happens")
+    async def events(last_event_id: Annotated[str | None, Header()] = None) -> Response:
+        """Server-sent events `state` and `progress`; with `Last-Event-ID` those since then first, 1,000 at most."""
+        journal = fleet.journal
+        source = _as_events(journal, _after(journal, last_event_id))
+        return LineStream(
+            source, "text/event-stream; charset=utf-8", until=fleet.closing, heartbeat=b": still here\n\n"
+        )
+
+    return router
+
+
+def _after(journal: Journal, last_event_id: str | None) -> int:
+    """Return the id to go on from. An id we never gave is from before a restart: all we remember is new then."""
+    if last_event_id is None:
+        return journal.last_id
+    known = last_event_id.isascii() and last_event_id.isdigit() and len(last_event_id) < 18
+    after = int(last_event_id) if known else 0
+    return after if after <= journal.last_id else 0
+
+
+async def _as_events(journal: Journal, after_id: int) -> AsyncIterator[bytes]:
+    yield b": the last event was %d\n\n" % after_id
+    async for entry in journal.follow(after_id):
+        yield _event(entry)
+
+
+def _event(entry: Entry) -> bytes:
+    data = json.dumps(entry.data, ensure_ascii=False, separators=(",", ":"))
+    return f"id: {entry.id}\nevent: {entry.kind}\ndata: {data}\n\n".encode()

@@ -1,0 +1,91 @@
+"""How an error looks on the wire: the only place that knows (contract section 5)."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+
+from gateway.errors import EmptyPrompt, GatewayError, InvalidRequest, MethodNotAllowed, NotFound
+
+log = logging.getLogger(__name__)
+
+_FIELD_CODES = {
+    "temperature": "INVALID_TEMPERATURE",
+    "max_tokens": "INVALID_MAX_TOKENS",
+    "max_new_tokens": "INVALID_MAX_TOKENS",
+    "top_k": "INVALID_TOP_K",
+}
+"""The code of a body in which nothing but this field is wrong."""
+
+
+def render(error: GatewayError, headers: Mapping[str, str] | None = None) -> Response:
+    """Return the answer for an error: the documents' shape, with `Retry-After` in whole seconds where waiting helps."""
+    body = {"detail": error.detail, "error_code": error.code, **error.extra}
+    headers = dict(headers or {})
+    if error.retry_after_s:
+        headers["retry-after"] = str(math.ceil(error.retry_after_s))
+    return JSONResponse(body, error.status, headers)
+
+
+def install(app: FastAPI) -> None:
+    """Let `app` answer every error in one shape."""
+    app.add_exception_handler(GatewayError, _gateway_error)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(Exception, _ours)
+
+
+async def _gateway_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, GatewayError)  # noqa: S101 - registered for it
+    return render(error)
+
+
+async def _invalid(_: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)  # noqa: S101 - registered for it
+    complaints = [_complaint(each) for each in error.errors()]
+    if blank := [each for each in complaints if each["type"] == "empty_prompt"]:
+        return render(EmptyPrompt(f"Prompt cannot be empty: {blank[0]['msg']}."))
+    return JSONResponse({"detail": complaints, "error_code": _code(complaints)}, 422)
+
+
+def _complaint(error: Mapping[str, Any]) -> dict[str, Any]:
+    """Return where, what and which rule; never the value, which may be a prompt."""
+    message = error["msg"]
+    if error["type"] == "model_attributes_type":
+        message = "the body must be a JSON object, sent with Content-Type: application/json"
+    return {"loc": list(error["loc"]), "msg": message, "type": error["type"]}
+
+
+def _code(complaints: Sequence[Mapping[str, Any]]) -> str:
+    fields = {each["loc"][1] if len(each["loc"]) > 1 else None for each in complaints}
+    codes = {_FIELD_CODES.get(str(field)) for field in fields}
+    return codes.pop() or InvalidRequest.code if len(codes) == 1 and len(fields) == 1 else InvalidRequest.code
+
+
+async def _http(request: Request, error: Exception) -> Response:
+    """Answer what FastAPI itself refuses. What it could not read of a body may be an error of ours underneath."""
+    assert isinstance(error, HTTPException)  # noqa: S101 - registered for it
+    if isinstance(error.__cause__, GatewayError):
+        return render(error.__cause__)
+    match error.status_code:
+        case 400:
+            return render(InvalidRequest("The body is not JSON in UTF-8, or nested too deeply."))
+        case 404:
+            return render(NotFound(f"There is nothing at {request.url.path}; GET /docs shows what there is."))
+        case 405:
+            words = f"{request.method} is not possible here; see the Allow header, or GET /docs."
+            return render(MethodNotAllowed(words), error.headers)
+        case _:
+            return JSONResponse({"detail": error.detail, "error_code": "INTERNAL_ERROR"}, error.status_code)
+
+
+async def _ours(_: Request, error: Exception) -> Response:
+    """Answer a fault of the gateway's own; the log has the rest."""
+    return render(GatewayError(f"The gateway itself failed ({type(error).__name__}); its log says where."))

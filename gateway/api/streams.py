@@ -1,0 +1,74 @@
+"""Endless answers: lines or events for as long as the caller reads them and the gateway serves."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from gateway.departure import Departed, until_departure
+
+HEARTBEAT_S = 10.0
+
+
+class Ended(Exception):
+    """The gateway ends its streams: it shuts down."""
+
+
+class LineStream(Response):
+    """Sends what `source` yields until it is exhausted, the caller leaves, or `until` is done.
+
+    `heartbeat` is sent whenever nothing came for ten seconds, so that nobody on the way gives the connection up.
+    """
+
+    def __init__(
+        self,
+        source: AsyncIterator[bytes],
+        media_type: str,
+        *,
+        until: asyncio.Future[None],
+        heartbeat: bytes | None = None,
+    ) -> None:
+        headers = {"cache-control": "no-cache, no-transform", "x-accel-buffering": "no"}
+        super().__init__(headers=headers, media_type=media_type)
+        del self.headers["content-length"]
+        self._source = source
+        self._until = until
+        self._heartbeat = heartbeat
+
+    async def __call__(self, _: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        try:
+            async with until_departure(receive) as interrupt:
+                end = lambda _: interrupt.fire(Ended())  # noqa: E731
+                self._until.add_done_callback(end)
+                try:
+                    await self._pump(send)
+                finally:
+                    self._until.remove_done_callback(end)
+        except Departed:
+            return
+        except Ended:
+            pass
+        await send({"type": "http.response.body", "body": b""})
+
+    async def _pump(self, send: Send) -> None:
+        upcoming: asyncio.Task[bytes] | None = None
+        try:
+            while True:
+                upcoming = upcoming or asyncio.ensure_future(anext(self._source))
+                await asyncio.wait([upcoming], timeout=HEARTBEAT_S if self._heartbeat else None)
+                if upcoming.done():
+                    data, upcoming = upcoming.result(), None
+                    await send({"type": "http.response.body", "body": data, "more_body": True})
+                elif self._heartbeat:
+                    await send({"type": "http.response.body", "body": self._heartbeat, "more_body": True})
+        except StopAsyncIteration:
+            return
+        finally:
+            if upcoming is not None:
+                upcoming.cancel()
+                await asyncio.wait([upcoming])
+            await self._source.aclose()  # type: ignore[attr-defined]

@@ -1,0 +1,119 @@
+"""The composition root: makes the concrete things and joins them. The only module that names them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+from types import FrameType
+
+from fastapi import FastAPI
+
+from gateway.api import problems
+from gateway.api.generate import generate_router
+from gateway.api.middleware import BodyLimit, LoopbackOnly, PlainPaths, RequestLog
+from gateway.api.models import models_router
+from gateway.api.overview import overview_router
+from gateway.catalog import Catalog, load_catalog
+from gateway.engines.llamacpp import LlamaCpp
+from gateway.errors import Forbidden
+from gateway.fleet.fleet import Fleet
+from gateway.fleet.health import HttpProbe
+from gateway.fleet.journal import Journal
+from gateway.runtimes.process import ProcessRuntime
+from gateway.settings import Settings, check_exposure, load_settings, unknown_variables
+from gateway.upstream import AiohttpClient
+
+log = logging.getLogger(__name__)
+
+VERSION = version("tgi-gateway")
+
+
+def create_app(settings: Settings | None = None, environ: Mapping[str, str] = os.environ) -> FastAPI:
+    """Return the gateway as an ASGI application, from the environment and the catalog that it names.
+
+    One process, one worker: each model has one owner.
+
+    Raises:
+        CatalogError: the environment or the catalog cannot be used; every complaint at once.
+    """
+    settings = settings or load_settings(environ)
+    check_exposure(settings, environ)
+    for complaint in unknown_variables(environ):
+        log.warning("%s", complaint)
+    return compose(settings, load_catalog(settings.catalog, environ))
+
+
+def compose(settings: Settings, catalog: Catalog) -> FastAPI:
+    """Join the parts. Nothing runs until the application's lifespan begins."""
+    runtime, probe, client = ProcessRuntime(), HttpProbe(), AiohttpClient()
+    fleet = Fleet(
+        catalog,
+        engines={"llamacpp": LlamaCpp(settings.device)},
+        runtimes={"process": runtime},
+        probe=probe,
+        journal=Journal(time.time),
+    )
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        with _closing_on_signal(fleet):
+            await fleet.preload()
+            yield
+        await fleet.aclose()
+        for part in (client, probe, runtime):
+            await part.aclose()
+
+    app = FastAPI(title="TGI Gateway", version=VERSION, lifespan=lifespan, root_path=settings.root_path)
+    app.router.redirect_slashes = False
+    problems.install(app)
+    for router in (generate_router(fleet, client), models_router(fleet), overview_router(fleet, VERSION)):
+        app.include_router(router)
+    app.add_middleware(PlainPaths)
+    app.add_middleware(BodyLimit, most_bytes=settings.max_body_bytes)
+    if not settings.allow_insecure:
+        app.add_middleware(LoopbackOnly, refusal=_not_for_you)
+    app.add_middleware(RequestLog)
+    return app
+
+
+def _not_for_you() -> Forbidden:
+    return Forbidden(
+        "This gateway has no keys, so it answers on loopback only. Set GATEWAY_ALLOW_INSECURE=true to serve "
+        "other machines without any protection."
+    )
+
+
+class _closing_on_signal:  # noqa: N801 - reads as what it does
+    """Closes the fleet as soon as a signal asks the server to end.
+
+    The server itself waits for open connections before it ends the lifespan, and an open event stream never
+    ends by itself: so our streams end, queues are refused and running requests get their drain limit first.
+    """
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+        self._before: dict[int, signal._HANDLER] = {}
+
+    def __enter__(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            theirs = signal.getsignal(number)
+            if callable(theirs):
+                self._before[number] = theirs
+                signal.signal(number, lambda number, frame: self._on_signal(loop, number, frame))
+
+    def __exit__(self, *_: object) -> None:
+        for number, theirs in self._before.items():
+            signal.signal(number, theirs)
+
+    def _on_signal(self, loop: asyncio.AbstractEventLoop, number: int, frame: FrameType | None) -> None:
+        loop.call_soon_threadsafe(self._fleet.close)
+        theirs = self._before[number]
+        assert callable(theirs)  # noqa: S101 - only such were replaced
+        theirs(number, frame)

@@ -1,0 +1,229 @@
+"""The gateway's own `/generate` and `/generate_stream` (documents/api-reference.md 5, contract section 4).
+
+Pure: a body in, a `GenerationRequest` out; events in, bytes out. Streams have TGI's event shape
+(router/src/server.rs): one token an event, the last one with the whole continuation.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from gateway.catalog import ModelSpec
+from gateway.errors import GatewayError, InvalidRequest
+from gateway.generation import Finished, FinishReason, GenerationRequest, GenerationResult, TokenChance, TokenEvent
+
+DEFAULT_NEW_TOKENS = 200
+FINISH_REASONS: Mapping[FinishReason, str] = {"length": "length", "stop": "stop_sequence", "eos": "eos_token"}
+"""TGI's words, which its clients compare."""
+
+
+def not_blank(prompt: str) -> str:
+    """Return the prompt, which must hold more than white space."""
+    if not prompt.strip():
+        raise PydanticCustomError("empty_prompt", "the prompt is empty; write what the model shall continue")
+    return prompt
+
+
+StopText = Annotated[str, Field(min_length=1, max_length=1000)]
+
+
+class GenerateBody(BaseModel):
+    """What `POST /generate` takes. Unknown fields are ignored."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+    model_id: str | None = Field(None, description="Model to use: an id, alias or hub name; default: the default model")
+    model: str | None = Field(None, description="The same as model_id")
+    prompt: Annotated[str, AfterValidator(not_blank)] = Field(description="Text to continue")
+    max_new_tokens: int | None = Field(None, ge=1, description="Most tokens to generate, 1 to the context; default 200")
+    max_tokens: int | None = Field(None, ge=1, description="The same as max_new_tokens")
+    temperature: float = Field(0.7, ge=0, le=2, description="Sampling temperature; 0 is greedy")
+    top_p: float = Field(0.95, gt=0, le=1, description="Nucleus sampling; 1 is off")
+    top_k: int | None = Field(None, ge=1, description="Sample from the k likeliest tokens; null is off")
+    stop: list[StopText] = Field(default=[], max_length=64, description="Texts that end the generation, left out of it")
+    stop_on_newline: bool = Field(False, description="End at the first new line")
+    seed: int | None = Field(None, ge=0, le=2**32 - 2, description="Makes sampling repeatable")
+    repetition_penalty: float = Field(1.0, gt=0, le=100, description="1 is off")
+    frequency_penalty: float = Field(0.0, ge=-2, le=2, description="0 is off")
+    presence_penalty: float = Field(0.0, ge=-2, le=2, description="0 is off")
+    top_tokens: int = Field(0, ge=0, le=50, description="Report this many likeliest tokens at each position")
+    return_full_text: bool = Field(True, description="Begin generated_text with the prompt (not in streams)")
+    stream: bool = Field(False, description="Answer token by token, as server-sent events")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_stop_is_a_list(cls, body: Any) -> Any:
+        if isinstance(body, dict) and isinstance(body.get("stop"), str):
+            return {**body, "stop": [body["stop"]]}
+        return body
+
+    @model_validator(mode="after")
+    def _one_name_each(self) -> GenerateBody:
+        if self.max_new_tokens is not None and self.max_tokens is not None:
+            raise PydanticCustomError("two_names", "give max_new_tokens or max_tokens, not both: they mean the same")
+        if self.model_id is not None and self.model is not None and self.model_id != self.model:
+            raise PydanticCustomError("two_names", "model_id and model name different models; give one of them")
+        return self
+
+    @property
+    def model_name(self) -> str | None:
+        return self.model_id or self.model
+
+
+class TokenProbability(BaseModel):
+    """One candidate for a position, and how likely it was."""
+
+    token: str
+    probability: float
+    percentage: float
+    logprob: float
+    rank: int
+
+
+class GenerateAnswer(BaseModel):
+    """What `POST /generate` answers."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    generated_text: str
+    model_id: str
+    model: str
+    prompt: str
+    tokens_generated: int
+    finish_reason: str
+    tokens: list[list[TokenProbability]] | None = None
+
+
+def with_catalog(spec: ModelSpec, body: GenerateBody) -> GenerateBody:
+    """Return the body with the catalog's `parameters` where the caller gave none, and its `overrides` in any case.
+
+    Raises:
+        InvalidRequest: together they make no valid request; says which entry of models.yaml to mend.
+    """
+    if not spec.parameters and not spec.overrides:
+        return body
+    said = body.model_dump(include=body.model_fields_set)
+    merged = {**_not_said(spec.parameters, said), **said}
+    merged = {**{key: value for key, value in merged.items() if key not in _others(spec.overrides)}, **spec.overrides}
+    try:
+        return GenerateBody.model_validate(merged)
+    except ValueError:
+        words = f"`parameters` and `overrides` of {spec.id} in models.yaml do not go together with this request"
+        raise InvalidRequest(f"{words}; ask whoever keeps the catalog.") from None
+
+
+def _not_said(defaults: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in defaults.items() if not {key, *_others([key])} & said.keys()}
+
+
+def _others(keys: Iterable[str]) -> set[str]:
+    """Return the other names of these parameters."""
+    twins = {"max_tokens": "max_new_tokens", "max_new_tokens": "max_tokens"}
+    return {twins[key] for key in keys if key in twins}
+
+
+def to_request(spec: ModelSpec, body: GenerateBody) -> GenerationRequest:
+    """Return what is to be generated."""
+    limit = body.max_new_tokens or body.max_tokens or min(DEFAULT_NEW_TOKENS, spec.context_tokens or DEFAULT_NEW_TOKENS)
+    return GenerationRequest(
+        prompt=body.prompt,
+        max_new_tokens=limit,
+        temperature=body.temperature,
+        top_p=body.top_p,
+        top_k=body.top_k,
+        stop=(*body.stop, "\n") if body.stop_on_newline else tuple(body.stop),
+        seed=body.seed,
+        repetition_penalty=body.repetition_penalty,
+        frequency_penalty=body.frequency_penalty,
+        presence_penalty=body.presence_penalty,
+        top_tokens=body.top_tokens,
+    )
+
+
+class NativeReply:
+    """Writes one answer as `/generate` gives it: whole, or as a stream of TGI's events."""
+
+    def __init__(self, spec: ModelSpec, body: GenerateBody, request: GenerationRequest) -> None:
+        self.stream = body.stream
+        self._spec = spec
+        self._body = body
+        self._limit = request.max_new_tokens
+        self._index = 0
+        self._text: list[str] = []
+        self._held: TokenEvent | None = None
+
+    def whole(self, result: GenerationResult) -> bytes:
+        full = self._body.prompt if self._body.return_full_text else ""
+        answer: dict[str, Any] = {
+            "generated_text": full + result.text,
+            "model_id": self._spec.id,
+            "model": self._spec.id,
+            "prompt": self._body.prompt,
+            "tokens_generated": result.tokens_generated,
+            "finish_reason": FINISH_REASONS[result.reason],
+        }
+        if self._body.top_tokens:
+            answer["tokens"] = [candidates(token.top) for token in result.tokens]
+        return json.dumps(answer, ensure_ascii=False, separators=(",", ":")).encode()
+
+    def event(self, event: TokenEvent) -> bytes:
+        """Return the event of one token; the last possible one is kept for `end`, which TGI sends as one event."""
+        self._index += 1
+        self._text.append(event.text)
+        if self._index >= self._limit:
+            self._held = event
+            return b""
+        return self._frame(event, special=False)
+
+    def end(self, finished: Finished) -> bytes:
+        """Return the last event: the last token, or an empty special one where the model ended before its limit."""
+        if self._held is None:
+            self._index += 1
+        last = self._held or TokenEvent(None, "")
+        text = "".join(self._text) + finished.text
+        details = {
+            "finish_reason": FINISH_REASONS[finished.reason],
+            "generated_tokens": finished.tokens_generated,
+            "seed": self._body.seed,
+            "input_length": finished.prompt_tokens,
+        }
+        shown = TokenEvent(last.id, last.text + finished.text, last.logprob, last.top)
+        return self._frame(
+            shown, special=self._held is None and not finished.text, generated_text=text, details=details
+        )
+
+    def failure(self, error: GatewayError) -> bytes:
+        return _event({"error": error.detail, "error_type": error.code, "error_code": error.code})
+
+    def _frame(self, event: TokenEvent, *, special: bool, **last: Any) -> bytes:
+        token = {"id": event.id or 0, "text": event.text, "logprob": event.logprob or 0.0, "special": special}
+        frame = {"index": self._index, "token": token}
+        if event.top:
+            frame["top_tokens"] = [
+                {"id": chance.id, "text": chance.text, "logprob": chance.logprob, "special": False}
+                for chance in event.top
+            ]
+        return _event({**frame, "generated_text": None, "details": None, **last})
+
+
+def candidates(chances: Sequence[TokenChance]) -> list[dict[str, Any]]:
+    """Return the likeliest tokens of one position as the documents show them, the likeliest first."""
+    return [
+        {
+            "token": chance.text,
+            "probability": chance.probability,
+            "percentage": round(100 * chance.probability, 2),
+            "logprob": chance.logprob,
+            "rank": rank,
+        }
+        for rank, chance in enumerate(chances, 1)
+    ]
+
+
+def _event(frame: Mapping[str, Any]) -> bytes:
+    return b"data: " + json.dumps(frame, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"

@@ -1,0 +1,39 @@
+"""Finds the texts that end a generation, however the answer is cut into pieces, and cuts them off. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class StopTexts:
+    """Passes an answer's text on, except what may yet become a stop text."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self._texts = tuple(text for text in texts if text)
+        self._held = ""
+        self.found = False
+
+    def feed(self, piece: str) -> str:
+        """Return what can be passed on now. Once a stop text is complete, `found` is set and nothing more comes."""
+        text, self._held = self._held + piece, ""
+        starts = [start for stop in self._texts if (start := text.find(stop)) >= 0]
+        if self.found or starts:
+            self.found, sent = True, text[: min(starts, default=0)]
+            return sent
+        sent = text[: len(text) - self._may_become_stop(text)]
+        self._held = text[len(sent) :]
+        return sent
+
+    def rest(self) -> str:
+        """Return what was held back, at the end of an answer: it did not become a stop text."""
+        rest, self._held = self._held, ""
+        return rest
+
+    def _may_become_stop(self, text: str) -> int:
+        """Return how many characters at the end of `text` begin a stop text."""
+        longest = min(len(text), max(map(len, self._texts), default=0))
+        starts = (length for length in range(longest, 0, -1) if self._begins_stop(text[-length:]))
+        return next(starts, 0)
+
+    def _begins_stop(self, text: str) -> bool:
+        return any(stop.startswith(text) for stop in self._texts)

@@ -1,0 +1,8 @@
+"""Ignores SIGTERM."""
+
+import signal
+import time
+
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print("up", flush=True)
+time.sleep(3600)
