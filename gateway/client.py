@@ -16,7 +16,7 @@ gateway's defaults hold. Talks HTTP, and imports nothing else of the package.
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NotRequired, Protocol, Self, TypedDict, TypeVar, Unpack, cast
@@ -482,7 +482,7 @@ class InferenceClient:
         """Return the answer to a prompt, whole. `Parameters` lists what may be asked."""
         return cast(Generated, self._ask(_generation("/generate", prompt, parameters)))
 
-    def stream(self, prompt: str, **parameters: Unpack[Parameters]) -> Iterator[str]:
+    def stream(self, prompt: str, **parameters: Unpack[Parameters]) -> Generator[str]:
         """Yield the texts of the answer's tokens as they come; closing the iterator ends the generation."""
         return self._read(_generation("/generate_stream", prompt, parameters), _Tokens(self._gateway.url))
 
@@ -504,11 +504,11 @@ class InferenceClient:
     def restart(self, id: str) -> Started:  # noqa: A002
         return cast(Started, self._ask(_restart(id)))
 
-    def logs(self, id: str, lines: int = 200, follow: bool = False) -> Iterator[str]:  # noqa: A002
+    def logs(self, id: str, lines: int = 200, follow: bool = False) -> Generator[str]:  # noqa: A002
         """Yield the last lines of a model's server; with `follow` go on until it ends."""
         return self._read(_log(id, lines, follow), _Lines())
 
-    def events(self, last_event_id: int | None = None) -> Iterator[Event]:
+    def events(self, last_event_id: int | None = None) -> Generator[Event]:
         """Yield what happens from now on, or after an event seen before, until the gateway ends."""
         return self._read(_event_stream(last_event_id), _Events())
 
@@ -529,7 +529,7 @@ class InferenceClient:
             response = self._http.request(**call.arguments(self._gateway.timeout_s))
         return self._gateway.answer(response)
 
-    def _read(self, call: _Call, reading: _Reading[T]) -> Iterator[T]:
+    def _read(self, call: _Call, reading: _Reading[T]) -> Generator[T]:
         with _in_words(self._gateway.url), self._http.stream(**call.arguments(self._gateway.timeout_s)) as response:
             if not response.is_success:
                 response.read()
@@ -554,7 +554,7 @@ class AsyncInferenceClient:
     async def generate(self, prompt: str, **parameters: Unpack[Parameters]) -> Generated:
         return cast(Generated, await self._ask(_generation("/generate", prompt, parameters)))
 
-    def stream(self, prompt: str, **parameters: Unpack[Parameters]) -> AsyncIterator[str]:
+    def stream(self, prompt: str, **parameters: Unpack[Parameters]) -> AsyncGenerator[str]:
         return self._read(_generation("/generate_stream", prompt, parameters), _Tokens(self._gateway.url))
 
     async def models(self) -> list[Model]:
@@ -572,10 +572,10 @@ class AsyncInferenceClient:
     async def restart(self, id: str) -> Started:  # noqa: A002
         return cast(Started, await self._ask(_restart(id)))
 
-    def logs(self, id: str, lines: int = 200, follow: bool = False) -> AsyncIterator[str]:  # noqa: A002
+    def logs(self, id: str, lines: int = 200, follow: bool = False) -> AsyncGenerator[str]:  # noqa: A002
         return self._read(_log(id, lines, follow), _Lines())
 
-    def events(self, last_event_id: int | None = None) -> AsyncIterator[Event]:
+    def events(self, last_event_id: int | None = None) -> AsyncGenerator[Event]:
         return self._read(_event_stream(last_event_id), _Events())
 
     async def health(self) -> Health:
@@ -595,7 +595,7 @@ class AsyncInferenceClient:
             response = await self._http.request(**call.arguments(self._gateway.timeout_s))
         return self._gateway.answer(response)
 
-    async def _read(self, call: _Call, reading: _Reading[T]) -> AsyncIterator[T]:
+    async def _read(self, call: _Call, reading: _Reading[T]) -> AsyncGenerator[T]:
         arguments = call.arguments(self._gateway.timeout_s)
         with _in_words(self._gateway.url):
             async with self._http.stream(**arguments) as response:

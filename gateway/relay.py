@@ -13,6 +13,7 @@ from collections.abc import AsyncGenerator, Mapping
 from contextlib import AbstractAsyncContextManager, aclosing
 from typing import Protocol
 
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from gateway.departure import Departed, Interrupt, until_departure
@@ -58,8 +59,10 @@ class Client(Protocol):
         """
 
 
-class Relay:
-    """The answer to one generation request: give it to Starlette as the response."""
+class Relay(Response):
+    """The answer to one generation request: what an endpoint returns."""
+
+    background = None
 
     def __init__(
         self,
@@ -70,7 +73,7 @@ class Relay:
         *,
         request_id: str,
         max_wait_s: float | None = None,
-    ) -> None:
+    ) -> None:  # and not the base class's: there is no body to prepare
         self._instance = instance
         self._request = request
         self._reply = reply
@@ -78,7 +81,7 @@ class Relay:
         self._headers = {"x-request-id": request_id}
         self._max_wait_s = max_wait_s
 
-    async def __call__(self, _: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Carry out the exchange. A caller who leaves ends it at once, in any phase.
 
         Raises:

@@ -18,6 +18,7 @@ from gateway.errors import BodyTooLarge, GatewayError
 
 log = logging.getLogger("gateway.access")
 
+UNANSWERED = "unanswered"
 _ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
@@ -43,6 +44,11 @@ class RequestLog:
         began = time.perf_counter()
         try:
             await self._app(scope, receive, exchange.send)
+        except Exception as error:
+            log.exception("the gateway itself failed, request %s", request_id)
+            if exchange.status != UNANSWERED:
+                raise  # too late for an answer: the server cuts the connection
+            await problems.our_fault(error)(scope, receive, exchange.send)
         finally:
             took_ms = (time.perf_counter() - began) * 1000
             # the path as it came may hold anything: %r keeps one request on one line
@@ -51,7 +57,7 @@ class RequestLog:
 
 class _Exchange:
     def __init__(self, request_id: str, send: Send) -> None:
-        self.status: int | str = "unanswered"
+        self.status: int | str = UNANSWERED
         self._request_id = request_id
         self._send = send
 

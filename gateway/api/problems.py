@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,8 +12,6 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from gateway.errors import EmptyPrompt, GatewayError, InvalidRequest, MethodNotAllowed, NotFound
-
-log = logging.getLogger(__name__)
 
 _FIELD_CODES = {
     "temperature": "INVALID_TEMPERATURE",
@@ -39,7 +36,6 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(GatewayError, _gateway_error)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
-    app.add_exception_handler(Exception, _ours)
 
 
 async def _gateway_error(_: Request, error: Exception) -> Response:
@@ -86,6 +82,6 @@ async def _http(request: Request, error: Exception) -> Response:
             return JSONResponse({"detail": error.detail, "error_code": "INTERNAL_ERROR"}, error.status_code)
 
 
-async def _ours(_: Request, error: Exception) -> Response:
-    """Answer a fault of the gateway's own; the log has the rest."""
+def our_fault(error: Exception) -> Response:
+    """Return the answer when the gateway itself failed; the log has the rest."""
     return render(GatewayError(f"The gateway itself failed ({type(error).__name__}); its log says where."))

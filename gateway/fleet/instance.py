@@ -114,6 +114,8 @@ class Instance:
         lease = self._grant_at_once() or await self._wait(lease=True, max_wait_s=max_wait_s)
         assert isinstance(lease, Lease)  # noqa: S101 - a ticket for a lease is never granted anything else
         try:
+            if lease.error:  # cut in the very tick in which it was granted
+                raise lease.error
             yield lease
         finally:
             self._give_back(lease)

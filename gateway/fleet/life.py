@@ -19,16 +19,19 @@ Cut = Callable[[GatewayError], None]
 class Lease:
     """One request's right to use a model's server.
 
-    Whoever holds it may hang `on_cut` on it, and is told there, once, if the server goes before the
-    lease is given back. It must then let go of the server at once.
+    Whoever holds it hangs `on_cut` on it before anything is awaited, and is told there, once, if the server
+    goes before the lease is given back. It must then let go of the server at once.
     """
 
     handle: Handle
     secret: str
     life: Life
     on_cut: Cut | None = None
+    error: GatewayError | None = None
+    """Why it was cut, if it was; also before its holder could know of it."""
 
     def cut(self, error: GatewayError) -> None:
+        self.error = error
         if self.on_cut is not None:
             self.on_cut(error)
 

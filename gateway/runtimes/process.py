@@ -37,10 +37,10 @@ OLDER_GRACE_S = 5.0
 """How long an older server of the same name may take to leave before a new one is started."""
 KILL_S = 10.0
 """How long the kernel may take to end a process that was killed; one that hangs in a driver takes longer."""
-GROUP_S = 2.0
-"""How long the rest of a killed group may take to disappear."""
 OUTPUT_S = 1.0
 """How long the last output of an ended server is waited for; something that left its group may hold the pipe."""
+GROUP_S = 0.2
+"""How long the rest of a killed group, which has closed its output, is waited for: nobody may be there to reap it."""
 
 # fmt: off
 INHERITED = frozenset({
@@ -165,8 +165,8 @@ class _Server:
             await _until_exit(self._process)
             _signal_group(self._process.pid, signal.SIGKILL)  # the rest; not reaped yet, the number is its own
             code = self._process.wait()
-            await _until_gone(self._process.pid)
             await self._until_silent()
+            await _until_gone(self._process.pid)
             return Exit(code, _how_it_ended(code, killed=self._killed), self.log.last(LAST_LINES))
         finally:
             self._let_go()
@@ -299,7 +299,7 @@ def _wait_and_tell(process: subprocess.Popen[bytes], loop: asyncio.AbstractEvent
 
 
 async def _until_gone(group: int) -> None:
-    """Return when no process of a killed group is left, or after a bound: nobody may be there to reap the last ones."""
+    """Return when no process of a killed group is left, or after a bound."""
     with suppress(ProcessLookupError, PermissionError, TimeoutError):
         async with asyncio.timeout(GROUP_S):
             while True:

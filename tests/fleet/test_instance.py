@@ -111,6 +111,32 @@ async def test_a_caller_who_leaves_in_the_tick_of_the_grant_leaves_no_lease() ->
 
 
 @in_every_order
+async def test_a_lease_that_is_cut_in_the_tick_of_its_grant_is_not_used() -> None:
+    """Found by the simulator: the cut came before its holder could hear of it, and the request went to a dying server."""
+    scene = Scene(max_concurrency=1)
+    await scene.ready()
+    busy = scene.ask(1)
+    await scene.after(0.5)
+    queued = scene.ask(1)
+    await scene.after(0.4)
+
+    def stop_as_soon_as_it_is_granted() -> None:
+        if scene.instance.status.queued:
+            scene.loop.call_soon(stop_as_soon_as_it_is_granted)
+        else:
+            orders.append(asyncio.create_task(scene.order("force-stop")))
+
+    orders: list[asyncio.Task[object]] = []
+    await scene.after(0.1)
+    stop_as_soon_as_it_is_granted()
+    outcomes = await asyncio.gather(busy, queued)
+
+    assert outcomes[0] == "answered"
+    assert outcomes[1] in ("GENERATION_FAILED", "answered")
+    await asyncio.wait(orders)
+
+
+@in_every_order
 async def test_an_idle_server_is_stopped_and_the_next_request_starts_it_again() -> None:
     scene = Scene(idle_timeout="15m")
     assert await scene.ask() == "answered"

@@ -1,0 +1,730 @@
+"""The command `gateway`: serves, checks the catalog, and talks to a gateway that runs.
+
+Words for people go to stderr, results to stdout. The exit status is 0, 1 (it failed) or 2 (bad usage, environment or
+file); 130 after Ctrl-C. The modules that serve are imported by the commands that need them: `gateway models` shall
+answer at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import json
+import logging.config
+import math
+import os
+import shutil
+import signal
+import socket
+import sys
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import aclosing, closing, contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+import uvicorn
+from uvicorn.supervisors import ChangeReload
+
+from gateway.client import (
+    DEFAULT_URL,
+    AsyncInferenceClient,
+    ClientError,
+    GatewayRefused,
+    InferenceClient,
+    Model,
+    Parameters,
+    Progress,
+    Started,
+)
+from gateway.errors import CatalogError, UnknownModel
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from gateway.catalog import Catalog, ModelSpec
+    from gateway.settings import Settings
+
+log = logging.getLogger(__name__)
+
+COMING_UP = ("starting", "loading")
+DOWN = ("stopped", "failed")
+LOOK_EVERY_S = 0.25
+CUT_SHORT = 128 + signal.SIGINT
+DRAIN_MARGIN_S = 10.0
+"""What the server waits for open connections beyond the longest drain of the catalog."""
+CHECKPOINT = "_GATEWAY_CHECKPOINT"
+"""How `--checkpoint` reaches a reloaded gateway: not one of the documented variables."""
+
+T = TypeVar("T")
+
+# ---- errors, and what all commands share ----------------------------------------------------------------------------
+
+
+class Failed(click.ClickException):
+    """The command failed: a line on stderr for each complaint, or with --json one object on stdout."""
+
+    def __init__(self, lines: Sequence[str], about: Mapping[str, Any], as_json: bool) -> None:
+        super().__init__("\n".join(lines))
+        self._lines = lines
+        self._about = about
+        self._as_json = as_json
+
+    def show(self, file: Any = None) -> None:
+        if self._as_json:
+            echo_json({"error": self._about})
+            return
+        for line in self._lines:
+            click.echo(line, file=file, err=True)
+
+
+class Unusable(Failed):
+    """The usage, the environment or a file is wrong."""
+
+    exit_code = 2
+
+
+class Commands(click.Group):
+    """Ends every command in words, however it fails."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except CatalogError as error:
+            about = {"error_code": error.code, "detail": error.detail, "complaints": error.complaints}
+            raise Unusable(error.complaints, about, _wants_json(ctx)) from None
+        except ClientError as error:
+            raise Failed(list(_lines_about(error)), _about(error), _wants_json(ctx)) from None
+        except KeyboardInterrupt:
+            if sys.stderr.isatty():
+                click.echo(err=True)  # the terminal's ^C stands on the line
+            raise click.exceptions.Exit(CUT_SHORT) from None
+
+
+def _lines_about(error: ClientError) -> Iterator[str]:
+    yield str(error)
+    extra = error.extra if isinstance(error, GatewayRefused) else {}
+    evidence = extra.get("evidence")
+    for line in evidence if isinstance(evidence, list) else ():
+        yield f"  | {line}"
+
+
+def _about(error: ClientError) -> dict[str, Any]:
+    if not isinstance(error, GatewayRefused):
+        return {"error_code": "UNREACHABLE", "detail": str(error)}
+    known = {"error_code": error.error_code, "status": error.status, "detail": error.detail}
+    return {**known, "retry_after_s": error.retry_after_s, **error.extra}
+
+
+def _wants_json(ctx: click.Context) -> bool:
+    return bool(ctx.meta.get("as_json"))
+
+
+def _remember_json(ctx: click.Context, _: click.Parameter, value: bool) -> bool:
+    ctx.meta["as_json"] = value
+    return value
+
+
+json_option = click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    is_eager=True,
+    callback=_remember_json,
+    help='Print one JSON object; an error is {"error": {...}} on stdout too.',
+)
+
+
+def _address(_: click.Context, __: click.Parameter, url: str) -> str:
+    try:
+        InferenceClient(url).close()
+    except ValueError:
+        raise click.BadParameter(f"must be an address such as {DEFAULT_URL}, without a user or password") from None
+    return url
+
+
+url_option = click.option(
+    "--url",
+    envvar="GATEWAY_URL",
+    show_envvar=True,
+    default=DEFAULT_URL,
+    show_default=True,
+    metavar="URL",
+    callback=_address,
+    help="The gateway to talk to; its key, if it asks for one, is taken from GATEWAY_API_KEY.",
+)
+
+
+def echo_json(value: object) -> None:
+    click.echo(json.dumps(value, ensure_ascii=False))
+
+
+def echo_text(text: str, *, end: str = "\n") -> None:
+    """Write text that somebody else made: as it is, but harmless to a terminal."""
+    if sys.stdout.isatty():
+        text = _harmless(text)
+    click.echo(text + end, nl=False, color=True)  # color: or click would cut escape sequences out of files, too
+
+
+def _harmless(text: str) -> str:
+    return "".join(char if char.isprintable() or char in "\n\t" else "\N{REPLACEMENT CHARACTER}" for char in text)
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows as columns, the last one ragged."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="tgi-gateway", prog_name="gateway")
+def main() -> None:
+    """One address for many language models: each one's server runs only while it is wanted.
+
+    \b
+    To begin with:
+      gateway check                                     what models.yaml says, and what is wrong with it
+      gateway serve                                     serve its models at http://127.0.0.1:8000
+      gateway generate smollm2-135m "The sky is" --stream
+                                                        in another terminal: one answer, starting the model
+      gateway models                                    what runs, and what has failed
+
+    All commands but `serve` and `check` talk to a gateway that runs: at --url, at GATEWAY_URL, or on this machine's
+    port 8000. The exit status is 0, 1 if the command failed, 2 if the usage, environment or a file is wrong, and 130
+    after Ctrl-C.
+    """
+
+
+# ---- serve ----------------------------------------------------------------------------------------------------------
+
+
+@main.command()
+@click.option("--host", help="Where to listen; anything but loopback must be allowed explicitly. [127.0.0.1]")
+@click.option("--port", help="Its port; 0 takes a free one, and the address printed is the real one. [8000]")
+@click.option("--catalog", metavar="FILE", help="The file of models. [models.yaml]")
+@click.option("--checkpoint", metavar="ID", help="The model for requests that name none: the catalog's default_model.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Where llama.cpp computes. [auto]")
+@click.option("--reload", is_flag=True, help="Serve afresh whenever the gateway's own code changes (for developers).")
+def serve(checkpoint: str | None, reload: bool, **flags: str | None) -> None:
+    """Serve the models of the catalog until SIGTERM or Ctrl-C.
+
+    Each option overrides its environment variable (GATEWAY_HOST, GATEWAY_PORT, GATEWAY_CATALOG, GATEWAY_DEVICE); there
+    are more of those, and GATEWAY_LOG_FORMAT=json makes each log line on stderr a JSON object. One line on stdout
+    says where the gateway is, as soon as it serves. Asked to end, it lets requests finish within their models'
+    drain_timeout, stops the models that are its own processes, and exits with 0.
+
+    \b
+    Examples:
+      gateway serve
+      gateway serve --port 8080 --checkpoint smollm2-135m --device cpu
+      GATEWAY_ALLOW_INSECURE=true gateway serve --host 0.0.0.0     # no keys: only where something else protects it
+    """
+    said = {f"GATEWAY_{flag.upper()}": value for flag, value in flags.items() if value is not None}
+    with _naming_flags(said):
+        settings, catalog = _prepared({**os.environ, **said}, checkpoint)
+    with closing(_listen(settings.host, settings.port)) as listener:
+        if reload:
+            os.environ.update(said, **{CHECKPOINT: checkpoint or ""})
+        status = (_serve_reloading if reload else _serve)(settings, catalog, listener)
+    raise click.exceptions.Exit(status)
+
+
+@contextmanager
+def _naming_flags(said: Mapping[str, str]) -> Iterator[None]:
+    """Let complaints about a variable that a flag has set name the flag."""
+    try:
+        yield
+    except CatalogError as error:
+        raise CatalogError([_naming_flag(complaint, said) for complaint in error.complaints]) from None
+
+
+def _naming_flag(complaint: str, said: Mapping[str, str]) -> str:
+    name, colon, rule = complaint.partition(":")
+    return f"--{name.removeprefix('GATEWAY_').lower()}{colon}{rule}" if name in said else complaint
+
+
+def _prepared(environ: Mapping[str, str], checkpoint: str | None) -> tuple[Settings, Catalog]:
+    """Return what to serve, and set up the log.
+
+    Raises:
+        CatalogError: it cannot be served like this.
+    """
+    from gateway.catalog import load_catalog
+    from gateway.settings import check_exposure, load_settings, unknown_variables
+
+    settings = load_settings(environ)
+    check_exposure(settings, environ)
+    _check_workers(environ)
+    catalog = load_catalog(settings.catalog, environ)
+    if checkpoint:
+        catalog = catalog.model_copy(update={"default_model": _chosen(catalog, checkpoint)})
+    logging.config.dictConfig(_log_config(settings.log_format))
+    for complaint in unknown_variables(environ):
+        log.warning("%s", complaint)
+    return settings, catalog
+
+
+def _check_workers(environ: Mapping[str, str]) -> None:
+    rule = "a gateway is one process, because each model has one owner: unset it, or set it to 1"
+    asked = [name for name in ("WEB_CONCURRENCY", "UVICORN_WORKERS") if environ.get(name, "") not in ("", "1")]
+    if asked:
+        raise CatalogError([f"{name}: {rule}" for name in asked])
+
+
+def _chosen(catalog: Catalog, name: str) -> str:
+    from gateway.catalog import did_you_mean
+
+    try:
+        return catalog.resolve(name).id
+    except UnknownModel:
+        hint = did_you_mean(name, catalog.models)
+        words = f"--checkpoint: there is no model {name!r} in {catalog.path}{hint}; it has {', '.join(catalog.models)}"
+        raise CatalogError([words]) from None
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens at this address, or fail in words; a connection waits until it is accepted."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        # `localhost` has two addresses: the one that the documents use
+        family, _, _, _, address = min(found, key=lambda info: info[0] != socket.AF_INET)
+        return socket.create_server(address, family=family, backlog=2048)
+    except (OSError, UnicodeError) as error:
+        raise _cannot_listen(host, port, error) from None
+
+
+def _cannot_listen(host: str, port: int, error: OSError | UnicodeError) -> Failed:
+    match getattr(error, "errno", None):
+        case errno.EADDRINUSE:
+            finder = f"ss -ltnp 'sport = :{port}'" if sys.platform == "linux" else f"lsof -nP -i TCP:{port}"
+            rule = f"another program listens there (`{finder}` shows which); name another one with --port, or 0 for any"
+        case errno.EACCES:
+            rule = "only root may listen there; name a port above 1023 with --port"
+        case _:
+            rule = f"{getattr(error, 'strerror', None) or error}; name an address of this machine with --host"
+    words = f"Cannot listen on port {port} of {host}: {rule}."
+    return Failed([words], {"error_code": "CANNOT_LISTEN", "detail": words}, as_json=False)
+
+
+def _serve(settings: Settings, catalog: Catalog, listener: socket.socket) -> int:
+    """Serve until a signal; return the exit status."""
+    from gateway.app import compose
+
+    server = Server(_config(compose(settings, catalog), settings, catalog), _url_of(listener))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, server.end)
+    try:
+        server.run(sockets=[listener])
+    except SystemExit:  # it could not be started; the log says why
+        return 1
+    return CUT_SHORT if server.force_exit else 0
+
+
+def _serve_reloading(settings: Settings, catalog: Catalog, listener: socket.socket) -> int:
+    package = str(Path(__file__).parent)
+    config = _config("gateway.cli:reloaded_app", settings, catalog, factory=True, reload=True, reload_dirs=[package])
+    ChangeReload(config, target=Server(config, _url_of(listener)).run, sockets=[listener]).run()
+    return 0
+
+
+def reloaded_app() -> FastAPI:
+    """Return the application in each new process of `serve --reload`; the flags come through the environment."""
+    from gateway.app import compose
+
+    try:
+        return compose(*_prepared(os.environ, os.environ.get(CHECKPOINT)))
+    except CatalogError as error:
+        for complaint in error.complaints:
+            log.error("%s", complaint)
+        sys.exit(Unusable.exit_code)
+
+
+class Server(uvicorn.Server):
+    """Says where it is once it serves. A signal is how it is meant to end, so that is no failure."""
+
+    def __init__(self, config: uvicorn.Config, url: str) -> None:
+        super().__init__(config)
+        self._url = url
+
+    def end(self, *_: object) -> None:
+        """Handle a signal that comes before uvicorn handles them, or that it raises once more after the end."""
+        self.should_exit = True
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        _say(f"TGI Gateway serves at {self._url} (documentation: {self._url}/docs)")
+
+
+def _say(line: str) -> None:
+    """Tell whoever started the gateway; one who has stopped reading does not stop it."""
+    try:
+        click.echo(line)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _url_of(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    reached = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - only compared
+    return f"http://[{reached}]:{port}" if ":" in reached else f"http://{reached}:{port}"
+
+
+def _config(app: FastAPI | str, settings: Settings, catalog: Catalog, **more: Any) -> uvicorn.Config:
+    drain_s = max(spec.drain_timeout_s for spec in catalog.models.values()) + DRAIN_MARGIN_S
+    return uvicorn.Config(
+        app,
+        loop="uvloop",
+        http="httptools",
+        ws="none",
+        lifespan="on",
+        workers=1,
+        access_log=False,  # the gateway has its own
+        log_config=_log_config(settings.log_format),
+        timeout_graceful_shutdown=math.ceil(drain_s),
+        **more,
+    )
+
+
+def _log_config(log_format: str) -> dict[str, Any]:
+    """Return the log's configuration: a line on stderr for each event, uvicorn's own among them."""
+    text = {"format": "%(asctime)s %(levelname)s %(name)s: %(message)s", "datefmt": "%Y-%m-%dT%H:%M:%S%z"}
+    return {
+        "version": 1,
+        "disable_existing_loggers": False,
+        "formatters": {"lines": {"()": "gateway.cli.JsonLines"} if log_format == "json" else text},
+        "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "lines"}},
+        "root": {"level": "INFO", "handlers": ["stderr"]},
+        "loggers": {"httpx": {"level": "WARNING"}},  # it would tell of every health check
+    }
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        event = {"time": at, "level": record.levelname, "logger": record.name, "message": record.getMessage()}
+        if record.exc_info:
+            event["exception"] = self.formatException(record.exc_info)
+        return json.dumps(event, ensure_ascii=False)
+
+
+# ---- check ----------------------------------------------------------------------------------------------------------
+
+
+@main.command()
+@click.argument("file", required=False, type=click.Path(path_type=Path))
+@click.option("--schema", is_flag=True, help="Print the JSON Schema of such files instead, for editors.")
+@json_option
+def check(file: Path | None, schema: bool, as_json: bool) -> None:
+    """Say what is wrong with a catalog, all of it at once, or what it would run where.
+
+    FILE is the one that GATEWAY_CATALOG names, or else models.yaml. Nothing is started. A catalog that cannot be used
+    is exit status 2, with a line on stderr for each fault.
+
+    \b
+    Examples:
+      gateway check
+      gateway check /etc/gateway/models.yaml --json
+      gateway check --schema > models.schema.json
+    """
+    from gateway.catalog import catalog_schema, load_catalog
+
+    if schema:
+        click.echo(json.dumps(catalog_schema(), indent=2))
+        return
+    catalog = load_catalog(file or Path(os.environ.get("GATEWAY_CATALOG") or "models.yaml"), os.environ)
+    models = [_plan(spec) for spec in catalog.models.values()]
+    if as_json:
+        echo_json({"catalog": str(catalog.path), "default_model": catalog.default_model, "models": models})
+        return
+    click.echo(f"{catalog.path} is fine. Requests that name no model get {catalog.default_model or 'an error'}.\n")
+    rows = [
+        [*(model[key] for key in ("id", "engine", "runtime", "runs")), "; ".join(model["notes"])] for model in models
+    ]
+    click.echo(_table([["MODEL", "ENGINE", "RUNTIME", "RUNS", "NOTES"], *rows]))
+
+
+def _plan(spec: ModelSpec) -> dict[str, Any]:
+    from gateway.catalog import deferred
+
+    notes = [*deferred(spec), *_missing_weights(spec)]
+    return {"id": spec.id, "engine": spec.engine, "runtime": spec.runtime, "runs": _what_runs(spec), "notes": notes}
+
+
+def _what_runs(spec: ModelSpec) -> str:
+    if spec.url:
+        return spec.url
+    if spec.weights_source:
+        return str(spec.weights or spec.weights_source)
+    return f"{spec.hf_name} in {spec.image}" if spec.image else str(spec.hf_name)
+
+
+def _missing_weights(spec: ModelSpec) -> Iterator[str]:
+    if spec.weights_source and spec.weights is None:
+        yield "the package of its weights is not installed"
+    elif spec.weights and not spec.weights.is_file():
+        yield "there is no such weights file"
+
+
+# ---- talking to a gateway -------------------------------------------------------------------------------------------
+
+
+@main.command()
+@url_option
+@json_option
+def models(url: str, as_json: bool) -> None:
+    """List all models: what runs, what starts, and what has failed.
+
+    \b
+    Examples:
+      gateway models
+      gateway models --json | jq -r '.models[] | select(.running) | .id'
+    """
+    with InferenceClient(url, api_key=_api_key()) as client:
+        found = client.models()
+    if as_json:
+        echo_json({"models": found})
+        return
+    echo_text(_table([["MODEL", "STATE", "ENGINE", "RUNTIME", "BUSY", "QUEUED", "ABOUT"], *map(_row, found)]))
+
+
+def _row(model: Model) -> list[str]:
+    counts = [str(model["in_flight"]), str(model["queued"])]
+    return [model["id"], model["state"], model["engine"], model["runtime"], *counts, _about_model(model)]
+
+
+def _about_model(model: Model) -> str:
+    if model["progress"]:
+        return _how_far(model["progress"])
+    if model["last_error"] and model["state"] == "failed":
+        return " ".join(model["last_error"]["detail"].split())
+    return ""
+
+
+@main.command()
+@click.argument("model_id", metavar="ID")
+@click.option("--no-wait", is_flag=True, help="Return at once; the start goes on.")
+@url_option
+@json_option
+def start(model_id: str, no_wait: bool, url: str, as_json: bool) -> None:
+    """Start a model, and return when it is ready.
+
+    Tells on stderr how far it has come. Ctrl-C ends the waiting, not the start: `gateway stop` calls it off. A model
+    that has failed is tried again at once.
+
+    \b
+    Examples:
+      gateway start smollm2-135m
+      gateway start mistral-7b --no-wait
+    """
+    answer = _talk(
+        url, lambda client: _with_progress(client, model_id, client.start(model_id, wait=not no_wait), not as_json)
+    )
+    _tell(answer, as_json)
+
+
+@main.command()
+@click.argument("model_id", metavar="ID")
+@url_option
+@json_option
+def restart(model_id: str, url: str, as_json: bool) -> None:
+    """Let a model's requests finish, stop it, start it again, and return when it is ready."""
+    _tell(_talk(url, lambda client: _with_progress(client, model_id, client.restart(model_id), not as_json)), as_json)
+
+
+def _tell(started: Started, as_json: bool) -> None:
+    if as_json:
+        echo_json(started)
+    else:
+        port = f", port {started['port']}" if started["port"] else ""
+        click.echo(f"{started['message']} ({started['container_name']}{port}).")
+
+
+@main.command()
+@click.argument("model_id", metavar="[ID]", required=False)
+@click.option("--all", "everything", is_flag=True, help="Every model that runs or starts, instead of one.")
+@click.option("--force", is_flag=True, help="Cut off the requests that run, instead of letting them finish.")
+@url_option
+@json_option
+def stop(model_id: str | None, everything: bool, force: bool, url: str, as_json: bool) -> None:
+    """Stop a model and return when it is gone; the next request starts it again.
+
+    \b
+    Examples:
+      gateway stop smollm2-135m
+      gateway stop --all --force
+    """
+    if everything == bool(model_id):
+        raise click.UsageError("Name one model, or say --all.")
+    if model_id:
+        message = _talk(url, lambda client: client.stop(model_id, force=force))
+        echo_json(message) if as_json else click.echo(f"{message['message']}.")
+    else:
+        _report_stops(_talk(url, lambda client: _stop_all(client, force)), as_json)
+
+
+async def _stop_all(client: AsyncInferenceClient, force: bool) -> dict[str, ClientError | None]:
+    """Stop all that can be stopped at once; return each model_id with what went wrong."""
+    up = [
+        model["id"] for model in await client.models() if model["state"] not in DOWN and model["runtime"] != "external"
+    ]
+    return dict(zip(up, await asyncio.gather(*(_stop_one(client, model_id, force) for model_id in up)), strict=True))
+
+
+async def _stop_one(client: AsyncInferenceClient, model_id: str, force: bool) -> ClientError | None:
+    try:
+        await client.stop(model_id, force=force)
+    except ClientError as error:
+        gone = isinstance(error, GatewayRefused) and error.error_code == "MODEL_NOT_RUNNING"
+        return None if gone else error
+    return None
+
+
+def _report_stops(ends: Mapping[str, ClientError | None], as_json: bool) -> None:
+    stopped = [model_id for model_id, error in ends.items() if error is None]
+    failed = {model_id: error for model_id, error in ends.items() if error is not None}
+    if as_json:
+        echo_json({"stopped": stopped, "failed": {model_id: _about(error) for model_id, error in failed.items()}})
+    else:
+        click.echo(f"Stopped: {', '.join(stopped) or 'nothing was running'}.")
+        for model_id, error in failed.items():
+            click.echo(f"{model_id}: {error}", err=True)
+    if failed:
+        raise click.exceptions.Exit(1)
+
+
+@main.command()
+@click.argument("model_id", metavar="ID")
+@click.option("--follow", "-f", is_flag=True, help="Go on with new lines until the server ends.")
+@click.option("--lines", "-n", type=click.IntRange(1, 10_000), default=200, show_default=True, help="How many lines.")
+@url_option
+def logs(model_id: str, follow: bool, lines: int, url: str) -> None:
+    """Print what a model's newest server has written, also after its end.
+
+    \b
+    Examples:
+      gateway logs smollm2-135m --lines 20
+      gateway logs smollm2-135m --follow
+    """
+    with InferenceClient(url, api_key=_api_key()) as client:
+        for line in client.logs(model_id, lines=lines, follow=follow):
+            echo_text(line)
+
+
+@main.command()
+@click.argument("model_id", metavar="ID")
+@click.argument("prompt")
+@click.option("--stream", is_flag=True, help="Print each token as it comes.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), help="Longest answer in tokens.")
+@click.option("--temperature", type=click.FloatRange(0, 2), help="0 always takes the likeliest token.")
+@url_option
+@json_option
+def generate(
+    model_id: str,
+    prompt: str,
+    stream: bool,
+    max_new_tokens: int | None,
+    temperature: float | None,
+    url: str,
+    as_json: bool,
+) -> None:
+    """Print how a model continues a prompt; one that is not running is started first.
+
+    \b
+    Examples:
+      gateway generate smollm2-135m "The capital of France is" --temperature 0 --max-new-tokens 8
+      gateway generate smollm2-135m "Once upon a time" --stream
+      gateway generate smollm2-135m "2 + 2 =" --json | jq -r .generated_text
+    """
+    if stream and as_json:
+        raise click.UsageError("--json prints one object when the answer is whole: leave out --stream.")
+    asked: Parameters = {"model": model_id, "max_new_tokens": max_new_tokens, "temperature": temperature}
+    if stream:
+        _talk(url, lambda client: _print_stream(client, prompt, asked))
+        return
+    asked["return_full_text"] = False
+    answer = _talk(url, lambda client: _with_progress(client, model_id, client.generate(prompt, **asked), not as_json))
+    echo_json(answer) if as_json else echo_text(answer["generated_text"])
+
+
+async def _print_stream(client: AsyncInferenceClient, prompt: str, asked: Parameters) -> None:
+    async with aclosing(client.stream(prompt, **asked)) as texts:
+        echo_text(await _with_progress(client, asked["model"] or "", anext(texts, ""), True), end="")
+        try:
+            async for text in texts:
+                echo_text(text, end="")
+        finally:
+            click.echo()
+
+
+def _talk(url: str, work: Callable[[AsyncInferenceClient], Coroutine[Any, Any, T]]) -> T:
+    """Run what does two things at once: asyncio ends both on Ctrl-C."""
+
+    async def talk() -> T:
+        async with AsyncInferenceClient(url, api_key=_api_key()) as client:
+            return await work(client)
+
+    return asyncio.run(talk())
+
+
+def _api_key() -> str | None:
+    return os.environ.get("GATEWAY_API_KEY") or None
+
+
+# ---- progress -------------------------------------------------------------------------------------------------------
+
+
+async def _with_progress(client: AsyncInferenceClient, model_id: str, work: Awaitable[T], shown: bool) -> T:
+    """Return what `work` returns; meanwhile tell on stderr how far the model's start has come."""
+    watching = asyncio.create_task(_watch(client, model_id)) if shown else None
+    try:
+        return await work
+    finally:
+        if watching:
+            watching.cancel()
+            await asyncio.wait([watching])
+
+
+async def _watch(client: AsyncInferenceClient, model_id: str) -> None:
+    display = Display()
+    try:
+        with suppress(ClientError):  # the work itself meets it too, and reports it
+            while True:
+                model = await client.model(model_id)
+                if model["state"] in COMING_UP:
+                    display.show(f"{model_id}: {_how_far(model['progress']) or model['state']}")
+                await asyncio.sleep(LOOK_EVERY_S)
+    finally:
+        display.clear()
+
+
+def _how_far(progress: Progress | None) -> str:
+    if progress is None:
+        return ""
+    amounts = [f"{amount:g}" for amount in (progress["done"], progress["total"]) if amount is not None]
+    return " ".join(filter(None, [progress["phase"], "/".join(amounts), progress["unit"] if amounts else None]))
+
+
+class Display:
+    """A line on stderr that is rewritten on a terminal; elsewhere a new one whenever it changes."""
+
+    def __init__(self) -> None:
+        self._rewritten = sys.stderr.isatty()
+        self._began_at = time.monotonic()
+        self._shown = ""
+
+    def show(self, words: str) -> None:
+        if self._rewritten:
+            line = f"{_harmless(words)} ({time.monotonic() - self._began_at:.0f} s)"
+            click.echo(f"\r\x1b[2K{line[: shutil.get_terminal_size().columns - 1]}", nl=False, err=True, color=True)
+        elif words != self._shown:
+            click.echo(words, err=True)
+        self._shown = words
+
+    def clear(self) -> None:
+        if self._rewritten and self._shown:
+            click.echo("\r\x1b[2K", nl=False, err=True, color=True)
