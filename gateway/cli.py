@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import io
 import json
 import logging.config
 import math
@@ -51,7 +52,7 @@ log = logging.getLogger(__name__)
 
 COMING_UP = ("starting", "loading")
 DOWN = ("stopped", "failed")
-LOOK_EVERY_S = 0.25
+LOOK_EVERY_S = 1.0
 CUT_SHORT = 128 + signal.SIGINT
 DRAIN_MARGIN_S = 10.0
 """What the server waits for open connections beyond the longest drain of the catalog."""
@@ -97,6 +98,8 @@ class Commands(click.Group):
             raise Unusable(error.complaints, about, _wants_json(ctx)) from None
         except ClientError as error:
             raise Failed(list(_lines_about(error)), _about(error), _wants_json(ctx)) from None
+        except UnicodeEncodeError:  # of an argument: stdout takes anything
+            raise click.UsageError("The arguments must be UTF-8 text.") from None
         except KeyboardInterrupt:
             if sys.stderr.isatty():
                 click.echo(err=True)  # the terminal's ^C stands on the line
@@ -137,12 +140,16 @@ json_option = click.option(
 )
 
 
-def _address(_: click.Context, __: click.Parameter, url: str) -> str:
+def _checked(_: click.Context, __: click.Parameter, url: str) -> str:
     try:
-        InferenceClient(url).close()
-    except ValueError:
-        raise click.BadParameter(f"must be an address such as {DEFAULT_URL}, without a user or password") from None
+        InferenceClient(url, api_key=_api_key()).close()
+    except ValueError as error:
+        raise click.UsageError(f"{error}.") from None
     return url
+
+
+def _api_key() -> str | None:
+    return os.environ.get("GATEWAY_API_KEY") or None
 
 
 url_option = click.option(
@@ -152,7 +159,7 @@ url_option = click.option(
     default=DEFAULT_URL,
     show_default=True,
     metavar="URL",
-    callback=_address,
+    callback=_checked,
     help="The gateway to talk to; its key, if it asks for one, is taken from GATEWAY_API_KEY.",
 )
 
@@ -196,6 +203,8 @@ def main() -> None:
     port 8000. The exit status is 0, 1 if the command failed, 2 if the usage, environment or a file is wrong, and 130
     after Ctrl-C.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # no answer is lost for a character that the terminal lacks
 
 
 # ---- serve ----------------------------------------------------------------------------------------------------------
@@ -420,10 +429,10 @@ class JsonLines(logging.Formatter):
 @click.option("--schema", is_flag=True, help="Print the JSON Schema of such files instead, for editors.")
 @json_option
 def check(file: Path | None, schema: bool, as_json: bool) -> None:
-    """Say what is wrong with a catalog, all of it at once, or what it would run where.
+    """Say what is wrong with a catalog, or what it would run where.
 
     FILE is the one that GATEWAY_CATALOG names, or else models.yaml. Nothing is started. A catalog that cannot be used
-    is exit status 2, with a line on stderr for each fault.
+    is exit status 2, with a line on stderr for each of its faults.
 
     \b
     Examples:
@@ -511,7 +520,7 @@ def _about_model(model: Model) -> str:
 @url_option
 @json_option
 def start(model_id: str, no_wait: bool, url: str, as_json: bool) -> None:
-    """Start a model, and return when it is ready.
+    """Start a model and return when it is ready.
 
     Tells on stderr how far it has come. Ctrl-C ends the waiting, not the start: `gateway stop` calls it off. A model
     that has failed is tried again at once.
@@ -532,7 +541,10 @@ def start(model_id: str, no_wait: bool, url: str, as_json: bool) -> None:
 @url_option
 @json_option
 def restart(model_id: str, url: str, as_json: bool) -> None:
-    """Let a model's requests finish, stop it, start it again, and return when it is ready."""
+    """Restart a model and return when it is ready.
+
+    Its running requests finish first, within drain_timeout; those that wait are answered by the new server.
+    """
     _tell(_talk(url, lambda client: _with_progress(client, model_id, client.restart(model_id), not as_json)), as_json)
 
 
@@ -551,7 +563,9 @@ def _tell(started: Started, as_json: bool) -> None:
 @url_option
 @json_option
 def stop(model_id: str | None, everything: bool, force: bool, url: str, as_json: bool) -> None:
-    """Stop a model and return when it is gone; the next request starts it again.
+    """Stop a model, or all of them, and return when they are gone.
+
+    Running requests finish first, within drain_timeout. The next request for the model starts it again.
 
     \b
     Examples:
@@ -568,7 +582,7 @@ def stop(model_id: str | None, everything: bool, force: bool, url: str, as_json:
 
 
 async def _stop_all(client: AsyncInferenceClient, force: bool) -> dict[str, ClientError | None]:
-    """Stop all that can be stopped at once; return each model_id with what went wrong."""
+    """Stop all that can be stopped at once; return each id with what went wrong."""
     up = [
         model["id"] for model in await client.models() if model["state"] not in DOWN and model["runtime"] != "external"
     ]
@@ -603,7 +617,9 @@ def _report_stops(ends: Mapping[str, ClientError | None], as_json: bool) -> None
 @click.option("--lines", "-n", type=click.IntRange(1, 10_000), default=200, show_default=True, help="How many lines.")
 @url_option
 def logs(model_id: str, follow: bool, lines: int, url: str) -> None:
-    """Print what a model's newest server has written, also after its end.
+    """Print what a model's server has written.
+
+    That is its newest server, also when it has ended already.
 
     \b
     Examples:
@@ -632,7 +648,9 @@ def generate(
     url: str,
     as_json: bool,
 ) -> None:
-    """Print how a model continues a prompt; one that is not running is started first.
+    """Print how a model continues a prompt.
+
+    A model that is not running is started first; on stderr is told how far that has come.
 
     \b
     Examples:
@@ -671,10 +689,6 @@ def _talk(url: str, work: Callable[[AsyncInferenceClient], Coroutine[Any, Any, T
     return asyncio.run(talk())
 
 
-def _api_key() -> str | None:
-    return os.environ.get("GATEWAY_API_KEY") or None
-
-
 # ---- progress -------------------------------------------------------------------------------------------------------
 
 
@@ -696,7 +710,8 @@ async def _watch(client: AsyncInferenceClient, model_id: str) -> None:
             while True:
                 model = await client.model(model_id)
                 if model["state"] in COMING_UP:
-                    display.show(f"{model_id}: {_how_far(model['progress']) or model['state']}")
+                    phase = model["progress"]["phase"] if model["progress"] else model["state"]
+                    display.show(f"{model_id}: {phase}", f"{model_id}: {_how_far(model['progress']) or phase}")
                 await asyncio.sleep(LOOK_EVERY_S)
     finally:
         display.clear()
@@ -705,26 +720,30 @@ async def _watch(client: AsyncInferenceClient, model_id: str) -> None:
 def _how_far(progress: Progress | None) -> str:
     if progress is None:
         return ""
-    amounts = [f"{amount:g}" for amount in (progress["done"], progress["total"]) if amount is not None]
-    return " ".join(filter(None, [progress["phase"], "/".join(amounts), progress["unit"] if amounts else None]))
+    scale, unit = (1e6, "MB") if progress["unit"] == "bytes" else (1, progress["unit"])
+    amounts = [f"{amount / scale:.0f}" for amount in (progress["done"], progress["total"]) if amount is not None]
+    return " ".join(filter(None, [progress["phase"], "/".join(amounts), unit if amounts else None]))
 
 
 class Display:
-    """A line on stderr that is rewritten on a terminal; elsewhere a new one whenever it changes."""
+    """A line on stderr: rewritten on a terminal, elsewhere a new one for each phase."""
 
     def __init__(self) -> None:
         self._rewritten = sys.stderr.isatty()
         self._began_at = time.monotonic()
-        self._shown = ""
+        self._phase = ""
 
-    def show(self, words: str) -> None:
+    def show(self, phase: str, words: str) -> None:
         if self._rewritten:
-            line = f"{_harmless(words)} ({time.monotonic() - self._began_at:.0f} s)"
-            click.echo(f"\r\x1b[2K{line[: shutil.get_terminal_size().columns - 1]}", nl=False, err=True, color=True)
-        elif words != self._shown:
-            click.echo(words, err=True)
-        self._shown = words
+            self._rewrite(f"{_harmless(words)} ({time.monotonic() - self._began_at:.0f} s)")
+        elif phase != self._phase:
+            click.echo(phase, err=True)
+        self._phase = phase
 
     def clear(self) -> None:
-        if self._rewritten and self._shown:
-            click.echo("\r\x1b[2K", nl=False, err=True, color=True)
+        if self._rewritten and self._phase:
+            self._rewrite("")
+
+    def _rewrite(self, line: str) -> None:
+        room = shutil.get_terminal_size().columns - 1
+        click.echo(f"\r\x1b[2K{line[:room]}", nl=False, err=True, color=True)

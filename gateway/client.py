@@ -319,9 +319,9 @@ class _Gateway:
 
     def __post_init__(self) -> None:
         if not _is_address(self.url):
-            raise ValueError(f"base_url must be an address such as {DEFAULT_URL}, without a user or password")
+            raise ValueError(f"the gateway's address must be like {DEFAULT_URL}, without a user or password")
         if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable()):
-            raise ValueError("api_key holds characters that no key has")
+            raise ValueError("the gateway's key holds characters that no key has")
 
     def options(self) -> dict[str, Any]:
         """Return what an httpx client is made with."""

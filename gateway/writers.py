@@ -107,7 +107,6 @@ class StreamWriter:
         self._send = send
         self._loop = asyncio.get_running_loop()
         self._began = False
-        self._ended = False
         self._last_write_at = self._loop.time()
         self._timer = self._loop.call_later(QUIET_S, self._look)
         self._comment: asyncio.Task[None] | None = None
@@ -116,7 +115,6 @@ class StreamWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._ended = True
         self._timer.cancel()
         if self._comment:
             self._comment.cancel()

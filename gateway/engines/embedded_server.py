@@ -77,12 +77,33 @@ def make_params(llama: Any, options: argparse.Namespace, key: str) -> Any:
     params.n_parallel, params.kv_unified = options.slots, False
     params.n_ctx = options.slots * options.context_tokens
     params.n_threads_http = 2 * options.slots + 4  # a kept connection holds a thread; health checks need one too
+    set_threads(llama, params, spare_threads())
     params.fit_params = False  # or it would change the two lines above to fit the memory
     params.n_gpu_layers = GPU_LAYERS[options.device]
     params.cache_ram_mib = 0  # its default is 8 GiB of old prompts
     for name, value in options.args.items():
         set_flag(llama, params, name, value)
     return params
+
+
+def spare_threads() -> int:
+    """Return how many threads compute, with a core to spare for everything else.
+
+    llama.cpp's threads wait for each other by spinning, a thousand times per token. With one of them on every core, any
+    other busy process there makes all of them wait: 2 threads on 2 busy cores gave 1 token/s, and 1 thread 30 to 90.
+    """
+    cores = usable_cores()
+    return max(1, cores - 1) if cores <= 4 else cores // 2  # beyond 4, two are often one core in truth
+
+
+def usable_cores() -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        with open("/sys/fs/cgroup/cpu.max") as limit:  # noqa: PTH123 - pathlib is not worth its import here
+            quota, period = limit.read().split()
+    except (OSError, ValueError):
+        return cores
+    return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
 
 
 def set_flag(llama: Any, params: Any, name: str, value: Any) -> None:

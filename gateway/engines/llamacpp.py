@@ -44,7 +44,6 @@ DEFAULT_CONTEXT_TOKENS = 4096
 LOADING_RETRY_S = 2.0
 EVIDENCE_LINES = 8
 RECENT_TOKENS = 64
-WHOLE_CONTEXT = -1
 LEAST_PROBABILITY = 1e-45
 """The smallest number that llama.cpp can tell from 0; stands for 0, whose logarithm JSON cannot express."""
 
@@ -64,7 +63,7 @@ class LlamaCpp:
             "--model": str(spec.weights),
             "--port": "{port}",
             "--slots": str(spec.max_concurrency),
-            "--context-tokens": str(spec.context_tokens or DEFAULT_CONTEXT_TOKENS),
+            "--context-tokens": str(_context_tokens(spec)),
             "--device": self._device,
             "--args": json.dumps(dict(spec.args)),
         }
@@ -89,15 +88,16 @@ class LlamaCpp:
         said = "\n".join(end.last_lines)
         for symptom in SYMPTOMS:
             if found := re.search(symptom.pattern, said):
-                return Diagnosis(symptom.cause.format(*found.groups()), symptom.fix, _evidence(end.last_lines))
+                evidence = _evidence(end.last_lines, symptom.pattern)
+                return Diagnosis(symptom.cause.format(*found.groups()), symptom.fix, evidence)
         cause, fix = _silent_end(end)
-        return Diagnosis(cause, fix, _evidence(end.last_lines))
+        return Diagnosis(cause, fix, _evidence(end.last_lines, "embedded server: "))
 
-    def call(self, spec: ModelSpec, request: GenerationRequest, secret: str) -> Call:  # noqa: ARG002 - the contract's
+    def call(self, spec: ModelSpec, request: GenerationRequest, secret: str) -> Call:
         body = {"prompt": request.prompt, "stream": True, "n_predict": request.max_new_tokens, "cache_prompt": True}
         return Call(
             path="/completion",
-            body=json.dumps({**body, **_sampling(request), **_reporting(request)}).encode(),
+            body=json.dumps({**body, **_sampling(request, _context_tokens(spec)), **_reporting(request)}).encode(),
             headers={"Content-Type": "application/json", "Authorization": f"Bearer {secret}"},
         )
 
@@ -114,6 +114,10 @@ class LlamaCpp:
         if status == 503:
             return ModelNotLoaded("The model is still loading.", retry_after_s=LOADING_RETRY_S)
         return UpstreamFailed(f"The model's server answered with status {status}: {words}.")
+
+
+def _context_tokens(spec: ModelSpec) -> int:
+    return spec.context_tokens or DEFAULT_CONTEXT_TOKENS
 
 
 # ---- starting: what is wrong, and what to do ----
@@ -237,16 +241,16 @@ def _silent_end(end: Exit) -> tuple[str, str]:
     return f"it ended without a known reason ({end.reason})", "Read its last lines with `gateway logs`."
 
 
-def _evidence(lines: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the lines that tell of errors, or else the last ones."""
-    errors = [line for line in lines if re.match(r"\S+ E |embedded server: |.*(?:error|Error)", line)]
+def _evidence(lines: tuple[str, ...], pattern: str) -> tuple[str, ...]:
+    """Return the lines that fit the pattern or tell of an error, or else the last ones."""
+    errors = [line for line in lines if re.search(rf"^\S+ E |[Ee]rror\b|{pattern}", line)]
     return tuple(errors[-EVIDENCE_LINES:] or lines[-EVIDENCE_LINES:])
 
 
 # ---- asking ----
 
 
-def _sampling(request: GenerationRequest) -> dict[str, Any]:
+def _sampling(request: GenerationRequest, context_tokens: int) -> dict[str, Any]:
     """Return every parameter that decides which tokens come, those that are off included."""
     return {
         # TGI's order: what is likely enough for top_p is judged after the temperature.
@@ -260,7 +264,7 @@ def _sampling(request: GenerationRequest) -> dict[str, Any]:
         "presence_penalty": request.presence_penalty,
         # A token is penalised by repetition_penalty once, wherever it stands. The others count, and llama.cpp counts
         # the prompt too: over a long prompt they would forbid every common word.
-        "repeat_last_n": WHOLE_CONTEXT if request.repetition_penalty != 1 else RECENT_TOKENS,
+        "repeat_last_n": context_tokens if request.repetition_penalty != 1 else RECENT_TOKENS,
         **_OFF,
     }
 
@@ -429,7 +433,7 @@ def _error_of(frame: Any) -> dict[str, Any]:
 
 def _plain_words(error: dict[str, Any]) -> str:
     """Return the server's words without what they may quote of the request, which holds the prompt."""
-    words = re.sub(r"^\[json\.exception\.[^]]*\] ", "", str(error.get("message") or "no reason given"))
+    words = re.sub(r"\[json\.exception\.[^]]*\] ", "", str(error.get("message") or "no reason given"))
     return words.partition("; last read")[0][:300].rstrip(". ")
 
 

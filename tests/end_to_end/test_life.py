@@ -50,7 +50,9 @@ def test_a_hundred_cold_callers_start_one_process_and_all_get_text(tmp_path: Pat
 def send(gateway: Gateway, *, stream: bool, tokens: int = 1500) -> socket.socket:
     """Send a generation request over a socket of our own, to leave whenever we like."""
     body = json.dumps({"prompt": "Count: 1, 2, 3,", "max_new_tokens": tokens, "temperature": 0.9, "stream": stream})
-    head = f"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = (
+        f"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
     connection = socket.create_connection(("127.0.0.1", gateway.port))
     connection.sendall((head + body).encode())
     return connection

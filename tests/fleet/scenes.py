@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from gateway.catalog import ModelSpec
 from gateway.fleet.instance import Instance
+from gateway.fleet.life import Lease
 from gateway.lifecycle import State
 from gateway.runtimes.base import Handle
 from tests.simulator.loop import SimulatedLoop
@@ -50,6 +52,14 @@ class Scene:
     def ask(self, work_s: float = 1.0, *, max_wait_s: float | None = None) -> asyncio.Task[str]:
         """Send a request; its result is `answered`, an error code, or how it ended."""
         return self.loop.create_task(self.world.request(self.spec, work_s, max_wait_s=max_wait_s))
+
+    @contextmanager
+    def held(self, lease: Lease) -> Iterator[None]:
+        """Hold a lease in the sight of the witness."""
+        holding = self.world.watched[self.spec.id].holding
+        holding[lease] = None
+        yield
+        del holding[lease]
 
     async def after(self, seconds: float) -> None:
         await asyncio.sleep(seconds)

@@ -48,10 +48,11 @@ async def test_slots_are_never_exceeded_and_the_queue_is_served_in_the_order_of_
 
     async def caller(number: int) -> None:
         nonlocal most
-        async with scene.instance.lease():
-            order.append(number)
-            most = max(most, scene.instance.status.in_flight)
-            await asyncio.sleep(1)
+        async with scene.instance.lease() as lease:
+            with scene.held(lease):
+                order.append(number)
+                most = max(most, scene.instance.status.in_flight)
+                await asyncio.sleep(1)
 
     callers = []
     for number in range(10):
@@ -112,7 +113,7 @@ async def test_a_caller_who_leaves_in_the_tick_of_the_grant_leaves_no_lease() ->
 
 @in_every_order
 async def test_a_lease_that_is_cut_in_the_tick_of_its_grant_is_not_used() -> None:
-    """Found by the simulator: the cut came before its holder could hear of it, and the request went to a dying server."""
+    """Found by the simulator: its holder could not hear of it yet, and the request went to a dying server."""
     scene = Scene(max_concurrency=1)
     await scene.ready()
     busy = scene.ask(1)

@@ -124,11 +124,18 @@ async def _caller(world: World, random: Random, spec: ModelSpec, after_s: float)
     work_s = random.choice([0.0, 0.5, 5.0, 25.0])
     request = asyncio.create_task(world.request(spec, work_s, max_wait_s=max_wait_s))
     if random.random() < 0.25:
-        await asyncio.wait([request], timeout=random.choice([0.0, 0.5, 5.0, 40.0]))
+        await asyncio.wait([request], timeout=_patience_s(world, random))
         await world.leave(request)
     if not request.cancelled():
         with contextlib.suppress(asyncio.CancelledError):
             await request
+
+
+def _patience_s(world: World, random: Random) -> float:
+    """Return how long a caller stays, as often as not until the instant at which something else is due."""
+    stays_s = random.choice([0.0, 0.5, 5.0, 40.0])
+    due = world.due_within(120.0)
+    return random.choice(due) - world.loop.time() if due and random.random() < 0.5 else stays_s
 
 
 async def _order(world: World, random: Random, when: float) -> None:
@@ -160,10 +167,9 @@ async def _fault(world: World, random: Random, when: float) -> None:
 async def _until(world: World, random: Random, when: float) -> None:
     """Sleep until `when`, or to the very instant at which something else is due about then."""
     await asyncio.sleep(max(when - world.loop.time(), 0))
-    assert isinstance(world.loop, SimulatedLoop)
-    due = [timer for timer in sorted(world.loop.timers()) if timer - world.loop.time() < 1000]
+    due = world.due_within(1000.0)
     if due and random.random() < 0.5:
-        await asyncio.sleep(max(random.choice(due) - world.loop.time(), 0))
+        await asyncio.sleep(random.choice(due) - world.loop.time())
 
 
 def _words(error: BaseException) -> str:

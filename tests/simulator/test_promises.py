@@ -1,0 +1,181 @@
+"""The simulator itself: it holds on good code, finds every planted bug, and lives a day again to the letter."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from itertools import count
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from tests.fleet.scenes import spec
+from tests.simulator.loop import Deadlock, SimulatedLoop
+from tests.simulator.planted import INSTANCES
+from tests.simulator.promises import Day, simulate
+from tests.simulator.servers import NEVER, Manners
+from tests.simulator.world import World
+
+ENOUGH_DAYS = 200
+
+
+def first_broken_day(promise: str) -> Day:
+    for seed in range(ENOUGH_DAYS):
+        day = simulate(seed, instance=INSTANCES[promise])
+        if day.broke:
+            return day
+    raise AssertionError(f"{ENOUGH_DAYS} days did not show that {promise} is broken")
+
+
+@pytest.mark.parametrize("promise", sorted(INSTANCES))
+def test_a_planted_bug_is_found_and_its_day_can_be_lived_again(promise: str) -> None:
+    broken = first_broken_day(promise)
+
+    again = simulate(broken.seed, instance=INSTANCES[promise])
+
+    assert again == broken
+
+
+def test_the_same_seed_gives_the_same_day_in_another_process() -> None:
+    program = "from tests.simulator.promises import simulate; print('\\n'.join(simulate(3).trace))"
+    root = Path(__file__).parent.parent.parent
+
+    told = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True).stdout
+
+    assert told.splitlines() == simulate(3).trace
+
+
+def test_a_day_has_the_requests_the_orders_and_the_faults_that_it_must() -> None:
+    days = [simulate(seed) for seed in range(10)]
+
+    assert all(sum(day.outcomes.values()) >= 300 for day in days)
+    assert all(sum("operator: " in line and line.count(":") == 1 for line in day.trace) >= 3 for day in days)
+    assert all(sum("fault: " in line for line in day.trace) == 2 for day in days)
+
+
+def test_a_failing_seed_is_replayed_with_one_command() -> None:
+    root = Path(__file__).parent.parent.parent
+    seed = first_broken_day("P1").seed
+    command = ["scripts/simulate", "promises", "--seed", str(seed), "--plant", "P1"]
+
+    lived = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+
+    assert lived.returncode == 1
+    assert f"seed {seed}: P1" in lived.stderr
+    assert " ".join(command) in lived.stderr
+
+
+def test_waiting_for_nothing_is_a_deadlock_and_not_a_hang() -> None:
+    async def wait_for_nothing() -> None:
+        await asyncio.get_running_loop().create_future()
+
+    with pytest.raises(Deadlock), asyncio.Runner(loop_factory=lambda: SimulatedLoop(0)) as runner:
+        runner.run(wait_for_nothing())
+
+
+SECONDS = st.sampled_from([0.0, 0.001, 0.5, 4.0, 5.0, 10.0, 30.0, 60.0, 300.0, 901.0])
+MANNERS = st.builds(
+    Manners,
+    make_s=st.sampled_from([0.0, 1.0, 30.0]),
+    load_s=st.sampled_from([0.0, 5.0, 100.0, NEVER]),
+    fails_to_start=st.sampled_from([False] * 5 + [True]),
+    silent_load=st.booleans(),
+    dies_loading_s=st.sampled_from([NEVER] * 4 + [1.0]),
+    dies_serving_s=st.sampled_from([NEVER] * 4 + [0.0, 5.0]),
+    hangs_s=st.sampled_from([NEVER] * 4 + [0.0, 20.0]),
+    hang_lasts_s=st.sampled_from([7.0, 60.0, NEVER]),
+    leaves_s=st.sampled_from([0.2, 5.0, 500.0]),
+)
+
+
+class Gateway(RuleBasedStateMachine):
+    """Two models, tried in every way that Hypothesis can think of; the witness watches after every step."""
+
+    numbers = count()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.runner = asyncio.Runner(loop_factory=lambda: SimulatedLoop(next(self.numbers)))
+        self.tasks: list[asyncio.Task[object]] = []
+        self.run(self._open())
+
+    async def _open(self) -> None:
+        bounds = {"queue_timeout": 20, "drain_timeout": 10, "abandon_after": 15, "idle_timeout": 120}
+        one = spec(id="one", weights="1.gguf", max_concurrency=1, max_queue=2, start_timeout=200, **bounds)
+        two = spec(id="two", weights="2.gguf", max_concurrency=3, stall_timeout=30, unhealthy_timeout=20, **bounds)
+        self.world = World([one, two], seed=0)
+        self.specs = [one, two]
+
+    def run(self, work: object) -> None:
+        self.runner.run(work)  # type: ignore[arg-type]
+
+    async def _begin(self, work: object) -> None:
+        self.tasks.append(asyncio.get_running_loop().create_task(work))  # type: ignore[arg-type]
+
+    @rule(model=st.integers(0, 1), callers=st.integers(1, 4), work_s=SECONDS, max_wait_s=st.none() | SECONDS)
+    def requests_arrive(self, model: int, callers: int, work_s: float, max_wait_s: float | None) -> None:
+        for _ in range(callers):
+            self.run(self._begin(self.world.request(self.specs[model], work_s, max_wait_s=max_wait_s)))
+
+    @rule(model=st.integers(0, 1), verb=st.sampled_from(["start", "start-and-go", "stop", "force-stop", "restart"]))
+    def an_operator_orders(self, model: int, verb: str) -> None:
+        self.run(self._begin(self.world.operate(self.specs[model], verb)))
+
+    @rule(seconds=SECONDS)
+    def time_passes(self, seconds: float) -> None:
+        self.run(asyncio.sleep(seconds))
+
+    @rule(which=st.integers(0, 50))
+    def somebody_leaves(self, which: int) -> None:
+        if self.tasks:
+            self.tasks[which % len(self.tasks)].cancel()
+            self.run(asyncio.sleep(0))
+
+    @rule(manners=MANNERS)
+    def the_next_server_has_manners(self, manners: Manners) -> None:
+        self.world.runtime.next_manners.append(manners)
+
+    @rule(seconds=SECONDS)
+    def the_daemon_falls_silent(self, seconds: float) -> None:
+        async def fall_silent() -> None:
+            self.world.runtime.fall_silent(seconds)
+
+        self.run(fall_silent())
+
+    @rule(model=st.integers(0, 1), hangs=st.booleans())
+    def a_server_fails(self, model: int, hangs: bool) -> None:
+        async def fail() -> None:
+            for server in self.world.runtime.alive(f"tgi-{self.specs[model].id}"):
+                if hangs:
+                    server.hang()
+                else:
+                    server.die()
+
+        self.run(fail())
+
+    @invariant()
+    def no_promise_is_broken(self) -> None:
+        assert self.world.broken is None
+
+    def teardown(self) -> None:
+        try:
+            self.run(self.world.close())
+            self.run(self._settle())
+            left = asyncio.all_tasks(self.runner.get_loop())
+            assert [task.get_name() for task in left] == []
+        finally:
+            self.runner.close()
+
+    async def _settle(self) -> None:
+        for outcome in await asyncio.gather(*self.tasks, return_exceptions=True):
+            assert outcome is None or isinstance(outcome, str | asyncio.CancelledError), outcome
+
+
+Gateway.TestCase.settings = settings(
+    max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+)
+TestGateway = Gateway.TestCase

