@@ -8,26 +8,19 @@ answer at once.
 from __future__ import annotations
 
 import asyncio
-import errno
 import io
 import json
-import logging.config
-import math
 import os
 import shutil
 import signal
-import socket
 import sys
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
-from contextlib import aclosing, closing, contextmanager, suppress
-from datetime import UTC, datetime
+from contextlib import aclosing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
-import uvicorn
-from uvicorn.supervisors import ChangeReload
 
 from gateway.client import (
     DEFAULT_URL,
@@ -40,24 +33,15 @@ from gateway.client import (
     Progress,
     Started,
 )
-from gateway.errors import CatalogError, UnknownModel
+from gateway.errors import CatalogError
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI
-
-    from gateway.catalog import Catalog, ModelSpec
-    from gateway.settings import Settings
-
-log = logging.getLogger(__name__)
+    from gateway.catalog import ModelSpec
 
 COMING_UP = ("starting", "loading")
 DOWN = ("stopped", "failed")
 LOOK_EVERY_S = 1.0
 CUT_SHORT = 128 + signal.SIGINT
-DRAIN_MARGIN_S = 10.0
-"""What the server waits for open connections beyond the longest drain of the catalog."""
-CHECKPOINT = "_GATEWAY_CHECKPOINT"
-"""How `--checkpoint` reaches a reloaded gateway: not one of the documented variables."""
 
 T = TypeVar("T")
 
@@ -78,7 +62,7 @@ class Failed(click.ClickException):
             echo_json({"error": self._about})
             return
         for line in self._lines:
-            click.echo(line, file=file, err=True)
+            click.echo(_harmless(line), file=file, err=True)
 
 
 class Unusable(Failed):
@@ -231,13 +215,19 @@ def serve(checkpoint: str | None, reload: bool, **flags: str | None) -> None:
       gateway serve --port 8080 --checkpoint smollm2-135m --device cpu
       GATEWAY_ALLOW_INSECURE=true gateway serve --host 0.0.0.0     # no keys: only where something else protects it
     """
+    from gateway import serving
+
     said = {f"GATEWAY_{flag.upper()}": value for flag, value in flags.items() if value is not None}
     with _naming_flags(said):
-        settings, catalog = _prepared({**os.environ, **said}, checkpoint)
-    with closing(_listen(settings.host, settings.port)) as listener:
+        settings, catalog = serving.prepared({**os.environ, **said}, checkpoint)
+    try:
+        listener = serving.listen(settings.host, settings.port)
+    except serving.CannotListen as error:
+        raise Failed([str(error)], {"error_code": "CANNOT_LISTEN", "detail": str(error)}, as_json=False) from None
+    with listener:
         if reload:
-            os.environ.update(said, **{CHECKPOINT: checkpoint or ""})
-        status = (_serve_reloading if reload else _serve)(settings, catalog, listener)
+            os.environ.update(said, **{serving.CHECKPOINT: checkpoint or ""})
+        status = (serving.serve_reloading if reload else serving.serve)(settings, catalog, listener)
     raise click.exceptions.Exit(status)
 
 
@@ -253,172 +243,6 @@ def _naming_flags(said: Mapping[str, str]) -> Iterator[None]:
 def _naming_flag(complaint: str, said: Mapping[str, str]) -> str:
     name, colon, rule = complaint.partition(":")
     return f"--{name.removeprefix('GATEWAY_').lower()}{colon}{rule}" if name in said else complaint
-
-
-def _prepared(environ: Mapping[str, str], checkpoint: str | None) -> tuple[Settings, Catalog]:
-    """Return what to serve, and set up the log.
-
-    Raises:
-        CatalogError: it cannot be served like this.
-    """
-    from gateway.catalog import load_catalog
-    from gateway.settings import check_exposure, load_settings, unknown_variables
-
-    settings = load_settings(environ)
-    check_exposure(settings, environ)
-    _check_workers(environ)
-    catalog = load_catalog(settings.catalog, environ)
-    if checkpoint:
-        catalog = catalog.model_copy(update={"default_model": _chosen(catalog, checkpoint)})
-    logging.config.dictConfig(_log_config(settings.log_format))
-    for complaint in unknown_variables(environ):
-        log.warning("%s", complaint)
-    return settings, catalog
-
-
-def _check_workers(environ: Mapping[str, str]) -> None:
-    rule = "a gateway is one process, because each model has one owner: unset it, or set it to 1"
-    asked = [name for name in ("WEB_CONCURRENCY", "UVICORN_WORKERS") if environ.get(name, "") not in ("", "1")]
-    if asked:
-        raise CatalogError([f"{name}: {rule}" for name in asked])
-
-
-def _chosen(catalog: Catalog, name: str) -> str:
-    from gateway.catalog import did_you_mean
-
-    try:
-        return catalog.resolve(name).id
-    except UnknownModel:
-        hint = did_you_mean(name, catalog.models)
-        words = f"--checkpoint: there is no model {name!r} in {catalog.path}{hint}; it has {', '.join(catalog.models)}"
-        raise CatalogError([words]) from None
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """Return a socket that listens at this address, or fail in words; a connection waits until it is accepted."""
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        # `localhost` has two addresses: the one that the documents use
-        family, _, _, _, address = min(found, key=lambda info: info[0] != socket.AF_INET)
-        return socket.create_server(address, family=family, backlog=2048)
-    except (OSError, UnicodeError) as error:
-        raise _cannot_listen(host, port, error) from None
-
-
-def _cannot_listen(host: str, port: int, error: OSError | UnicodeError) -> Failed:
-    match getattr(error, "errno", None):
-        case errno.EADDRINUSE:
-            finder = f"ss -ltnp 'sport = :{port}'" if sys.platform == "linux" else f"lsof -nP -i TCP:{port}"
-            rule = f"another program listens there (`{finder}` shows which); name another one with --port, or 0 for any"
-        case errno.EACCES:
-            rule = "only root may listen there; name a port above 1023 with --port"
-        case _:
-            rule = f"{getattr(error, 'strerror', None) or error}; name an address of this machine with --host"
-    words = f"Cannot listen on port {port} of {host}: {rule}."
-    return Failed([words], {"error_code": "CANNOT_LISTEN", "detail": words}, as_json=False)
-
-
-def _serve(settings: Settings, catalog: Catalog, listener: socket.socket) -> int:
-    """Serve until a signal; return the exit status."""
-    from gateway.app import compose
-
-    server = Server(_config(compose(settings, catalog), settings, catalog), _url_of(listener))
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, server.end)
-    try:
-        server.run(sockets=[listener])
-    except SystemExit:  # it could not be started; the log says why
-        return 1
-    return CUT_SHORT if server.force_exit else 0
-
-
-def _serve_reloading(settings: Settings, catalog: Catalog, listener: socket.socket) -> int:
-    package = str(Path(__file__).parent)
-    config = _config("gateway.cli:reloaded_app", settings, catalog, factory=True, reload=True, reload_dirs=[package])
-    ChangeReload(config, target=Server(config, _url_of(listener)).run, sockets=[listener]).run()
-    return 0
-
-
-def reloaded_app() -> FastAPI:
-    """Return the application in each new process of `serve --reload`; the flags come through the environment."""
-    from gateway.app import compose
-
-    try:
-        return compose(*_prepared(os.environ, os.environ.get(CHECKPOINT)))
-    except CatalogError as error:
-        for complaint in error.complaints:
-            log.error("%s", complaint)
-        sys.exit(Unusable.exit_code)
-
-
-class Server(uvicorn.Server):
-    """Says where it is once it serves. A signal is how it is meant to end, so that is no failure."""
-
-    def __init__(self, config: uvicorn.Config, url: str) -> None:
-        super().__init__(config)
-        self._url = url
-
-    def end(self, *_: object) -> None:
-        """Handle a signal that comes before uvicorn handles them, or that it raises once more after the end."""
-        self.should_exit = True
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        _say(f"TGI Gateway serves at {self._url} (documentation: {self._url}/docs)")
-
-
-def _say(line: str) -> None:
-    """Tell whoever started the gateway; one who has stopped reading does not stop it."""
-    try:
-        click.echo(line)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _url_of(listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    reached = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - only compared
-    return f"http://[{reached}]:{port}" if ":" in reached else f"http://{reached}:{port}"
-
-
-def _config(app: FastAPI | str, settings: Settings, catalog: Catalog, **more: Any) -> uvicorn.Config:
-    drain_s = max(spec.drain_timeout_s for spec in catalog.models.values()) + DRAIN_MARGIN_S
-    return uvicorn.Config(
-        app,
-        loop="uvloop",
-        http="httptools",
-        ws="none",
-        lifespan="on",
-        workers=1,
-        access_log=False,  # the gateway has its own
-        log_config=_log_config(settings.log_format),
-        timeout_graceful_shutdown=math.ceil(drain_s),
-        **more,
-    )
-
-
-def _log_config(log_format: str) -> dict[str, Any]:
-    """Return the log's configuration: a line on stderr for each event, uvicorn's own among them."""
-    text = {"format": "%(asctime)s %(levelname)s %(name)s: %(message)s", "datefmt": "%Y-%m-%dT%H:%M:%S%z"}
-    return {
-        "version": 1,
-        "disable_existing_loggers": False,
-        "formatters": {"lines": {"()": "gateway.cli.JsonLines"} if log_format == "json" else text},
-        "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "lines"}},
-        "root": {"level": "INFO", "handlers": ["stderr"]},
-        "loggers": {"httpx": {"level": "WARNING"}},  # it would tell of every health check
-    }
-
-
-class JsonLines(logging.Formatter):
-    """One JSON object a line."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
-        event = {"time": at, "level": record.levelname, "logger": record.name, "message": record.getMessage()}
-        if record.exc_info:
-            event["exception"] = self.formatException(record.exc_info)
-        return json.dumps(event, ensure_ascii=False)
 
 
 # ---- check ----------------------------------------------------------------------------------------------------------
@@ -606,7 +430,7 @@ def _report_stops(ends: Mapping[str, ClientError | None], as_json: bool) -> None
     else:
         click.echo(f"Stopped: {', '.join(stopped) or 'nothing was running'}.")
         for model_id, error in failed.items():
-            click.echo(f"{model_id}: {error}", err=True)
+            click.echo(_harmless(f"{model_id}: {error}"), err=True)
     if failed:
         raise click.exceptions.Exit(1)
 

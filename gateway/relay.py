@@ -78,26 +78,21 @@ class Relay(Response):
         self._request = request
         self._reply = reply
         self._client = client
-        self._headers = {"x-request-id": request_id}
+        self._tags = {"x-request-id": request_id}
         self._max_wait_s = max_wait_s
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - an ASGI app
         """Carry out the exchange. A caller who leaves ends it at once, in any phase.
 
         Raises:
             GatewayError: it failed before anything was written; `api.problems` answers.
         """
-        writer = (StreamWriter if self._reply.stream else WholeWriter)(self._reply, send)
-        try:
-            async with until_departure(receive) as interrupt:
-                await self._answer(writer, interrupt)
-        except Departed:
-            log.info("%s: a caller left", self._instance.name)
-
-    async def _answer(self, writer: Writer, interrupt: Interrupt) -> None:
-        with writer:
+        with (StreamWriter if self._reply.stream else WholeWriter)(self._reply, send) as writer:
             try:
-                finished = await self._exchange(writer, interrupt)
+                async with until_departure(receive) as interrupt:
+                    finished = await self._exchange(writer, interrupt)
+            except Departed:
+                log.info("%s: a caller left", self._instance.name)
             except GatewayError as error:
                 await writer.fail(error)
             else:
@@ -128,7 +123,7 @@ class Relay(Response):
     async def _send(self, lease: Lease, pace: _Pace) -> Finished:
         call = self._instance.engine.call(self._instance.spec, self._request, lease.secret)
         try:
-            async with self._client.post(lease.handle.base_url, call, self._headers) as answer:
+            async with self._client.post(lease.handle.base_url, call, self._tags) as answer:
                 if answer.status != 200:
                     raise self._instance.engine.refusal(answer.status, await _start_of(answer))
                 return await self._events(answer, pace)

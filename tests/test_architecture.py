@@ -19,11 +19,13 @@ FLOORS = [
     ["gateway.upstream", "gateway.dialects"],
     ["gateway.api"],
     ["gateway.app"],
-    ["gateway.cli", "gateway.__main__"],
+    ["gateway.serving"],
+    ["gateway.cli"],
+    ["gateway.__main__"],
 ]
 ALONE = {"gateway.client", "gateway.runtimes.leash", "gateway.engines.embedded_server", "gateway.errors"}
 """These import nothing of the package: programs and values that stand by themselves."""
-SIDE_BY_SIDE = {"gateway.fleet", "gateway.api", "gateway.runtimes", "gateway.__main__"}
+SIDE_BY_SIDE = {"gateway.fleet", "gateway.api", "gateway.engines", "gateway.runtimes"}
 """Rooms whose own modules may import one another; all others are files that know nothing of their neighbours."""
 
 

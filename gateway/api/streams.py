@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from gateway.departure import Departed, until_departure
+from gateway.departure import Departed, Interrupt, until_departure
 
 HEARTBEAT_S = 10.0
+LAST_WORDS_S = 2.0
+"""How long a stream may go on once the gateway shuts down."""
 
 
 class Ended(Exception):
@@ -18,7 +21,7 @@ class Ended(Exception):
 
 
 class LineStream(Response):
-    """Sends what `source` yields until it is exhausted, the caller leaves, or `until` is done.
+    """Sends what `source` yields until it is exhausted, the caller leaves, or shortly after `until` is done.
 
     `heartbeat` is sent whenever nothing came for ten seconds, so that nobody on the way gives the connection up.
     """
@@ -42,17 +45,29 @@ class LineStream(Response):
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
             async with until_departure(receive) as interrupt:
-                end = lambda _: interrupt.fire(Ended())  # noqa: E731
-                self._until.add_done_callback(end)
-                try:
+                with self._ending(interrupt):
                     await self._pump(send)
-                finally:
-                    self._until.remove_done_callback(end)
         except Departed:
             return
         except Ended:
             pass
         await send({"type": "http.response.body", "body": b""})
+
+    @contextmanager
+    def _ending(self, interrupt: Interrupt) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        timers: list[asyncio.TimerHandle] = []
+
+        def soon(_: object) -> None:
+            timers.append(loop.call_later(LAST_WORDS_S, interrupt.fire, Ended()))
+
+        self._until.add_done_callback(soon)
+        try:
+            yield
+        finally:
+            self._until.remove_done_callback(soon)
+            for timer in timers:
+                timer.cancel()
 
     async def _pump(self, send: Send) -> None:
         upcoming: asyncio.Task[bytes] | None = None

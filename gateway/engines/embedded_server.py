@@ -15,12 +15,15 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 WRONG_ARGUMENTS = 2
 NOT_INSTALLED = 3
 KEY_VARIABLE = "EMBEDDED_API_KEY"
+LOG_FLUSH_S = 0.5
+"""llama.cpp says why it failed in a thread of its own, and an exit before that thread had its turn loses every line."""
 GPU_LAYERS = {"auto": -1, "cpu": 0, "cuda": 999}
 
 
@@ -32,6 +35,7 @@ def main() -> NoReturn:
     try:
         server = llama.Server(params)
     except RuntimeError as error:
+        time.sleep(LOG_FLUSH_S)
         fail(1, str(error))
     print(f"embedded server: ready on {server.listening_address}", flush=True)  # noqa: T201 - its log
     while True:
@@ -149,6 +153,7 @@ FLAGS: dict[str, tuple[Any, Callable[[Any, Any, Any], None]]] = {
     "ubatch-size": (int, plain("n_ubatch")),
     "flash-attn": (str, set_flash_attention),
     "cache-ram": (int, plain("cache_ram_mib")),
+    "slots": (bool, plain("endpoint_slots")),
     "rope-freq-base": ((int, float), plain("rope_freq_base")),
     "rope-freq-scale": ((int, float), plain("rope_freq_scale")),
     "check-tensors": (bool, plain("check_tensors")),

@@ -204,7 +204,7 @@ SYMPTOMS = (
         _GET_AGAIN,
     ),
     Symptom(
-        r"insufficient memory|failed to allocate|unable to allocate|out of memory|cudaMalloc failed|bad_alloc",
+        r"insufficient memory|(?:failed|unable) to allocate|out of memory|cudaMalloc failed|bad_alloc|MemoryError",
         "there is not enough memory for the model and its context",
         _LESS_MEMORY,
     ),

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Mapping
 
 from gateway.catalog import Catalog, ModelSpec, deferred
 from gateway.engines.base import Engine
-from gateway.errors import ModelNotRunning, StartFailed
+from gateway.errors import GatewayError, ModelNotRunning, StartFailed
 from gateway.fleet.health import Health, Probe, Rest, rest
 from gateway.fleet.instance import Instance
 from gateway.fleet.journal import Journal
 from gateway.fleet.status import Status
 from gateway.lifecycle import State
 from gateway.runtimes.base import Runtime
+
+log = logging.getLogger(__name__)
 
 
 class Fleet:
@@ -76,10 +79,13 @@ class Fleet:
         return instance.status if instance else _never_started(spec)
 
     async def preload(self) -> None:
-        """Begin the start of every model that the catalog wants from the beginning."""
+        """Begin the start of every model that the catalog wants from the beginning; one that cannot is logged."""
         for spec in self.catalog.models.values():
             if spec.preload:
-                await self.get(spec).start(wait=False)
+                try:
+                    await self.get(spec).start(wait=False)
+                except GatewayError as error:
+                    log.error("%s: not preloaded: %s", server_name(spec), error.detail)
 
     def runtime_of(self, spec: ModelSpec) -> Runtime:
         """Return the runtime that has this model's output.
@@ -91,11 +97,11 @@ class Fleet:
 
     def close(self) -> None:
         """Refuse all further requests, and let what runs finish within its drain limit."""
-        if not self.closing.done():
-            self.closing.set_result(None)
-        self.journal.close()
         for instance in self._instances.values():
             instance.close()
+        self.journal.close()
+        if not self.closing.done():
+            self.closing.set_result(None)
 
     async def aclose(self) -> None:
         """Return when no server of any model runs any more."""

@@ -11,6 +11,7 @@ cancelled, wherever, leaves nothing unknown behind.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import shutil
 import signal
@@ -27,6 +28,8 @@ from gateway.errors import RuntimeUnavailable, StartFailed
 from gateway.runtimes.base import Exit, Handle, Launch, Listener
 from gateway.runtimes.files import FileChecks
 from gateway.runtimes.output import LineSplitter, Log
+
+log = logging.getLogger(__name__)
 
 HOST = "127.0.0.1"
 LEASH = Path(__file__).with_name("leash.py")
@@ -101,8 +104,11 @@ class ProcessRuntime:
     async def aclose(self) -> None:
         """Kill every server and wait until all are gone. Nothing can be started afterwards."""
         self._closed = True
+        kills = (server.kill() for server in self._servers.values() if server.lives)
+        for failure in await asyncio.gather(*kills, return_exceptions=True):
+            if isinstance(failure, BaseException):
+                log.error("%s", failure)
         await self._files.aclose()
-        await asyncio.gather(*(server.kill() for server in self._servers.values() if server.lives))
 
     async def _remove(self, name: str, grace_s: float) -> None:
         server = self._servers.get(name)

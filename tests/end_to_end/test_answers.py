@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,7 +16,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.end_to_end.gateway import EMBEDDED, Gateway, serving
+from tests.end_to_end.gateway import EMBEDDED, Gateway, catalog, serving
+from tests.runtimes.processes import wait_until
 
 pytestmark = pytest.mark.embedded
 
@@ -50,7 +54,7 @@ def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
         warm={
             "hf_name": "warm",
             **own,
-            "weights": EMBEDDED["weights"] + "",
+            "weights": EMBEDDED["weights"],
             "context_tokens": 64,
             "parameters": {"max_new_tokens": 3, "temperature": 0},
             "overrides": {"top_tokens": 2},
@@ -316,13 +320,6 @@ def test_prefer_wait_bounds_the_wait_for_a_cold_model(gateway: Gateway) -> None:
 
 
 def test_another_address_than_loopback_is_refused_however_the_server_was_bound(tmp_path: Path) -> None:
-    import os
-    import subprocess
-    import sys
-
-    from tests.end_to_end.gateway import catalog
-    from tests.runtimes.processes import wait_until
-
     with socket.socket() as probe:
         probe.bind(("0.0.0.0", 0))
         port = probe.getsockname()[1]

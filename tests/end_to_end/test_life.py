@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import threading
@@ -141,7 +142,8 @@ def test_sigterm_finishes_what_runs_although_an_event_stream_is_open(tmp_path: P
     try:
         gateway.post("/models/m/start")
         servers = gateway.children()
-        heard, answers = [], []
+        heard: list[str] = []
+        answers: list[httpx.Response] = []
 
         def listen() -> None:
             with httpx.stream("GET", f"{gateway.url}/events", timeout=60) as events:
@@ -203,8 +205,6 @@ def test_kill_9_of_the_gateway_leaves_no_process(tmp_path: Path, when: str) -> N
 
 
 def test_a_server_that_is_killed_is_noticed_and_the_next_request_heals_it(gateway: Gateway) -> None:
-    import os
-
     gateway.post("/models/m/start")
     [server] = gateway.children()
     os.kill(server, signal.SIGKILL)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
+from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +92,12 @@ def test_the_variable_of_the_key_is_the_one_that_the_server_reads() -> None:
     assert KEY_VARIABLE == embedded_server.KEY_VARIABLE
 
 
+@pytest.mark.parametrize(("cores", "threads"), [(1, 1), (2, 1), (3, 2), (4, 3), (8, 4), (64, 32)])
+def test_llama_cpp_leaves_a_core_to_others(monkeypatch: pytest.MonkeyPatch, cores: int, threads: int) -> None:
+    monkeypatch.setattr(embedded_server, "usable_cores", lambda: cores)
+    assert embedded_server.spare_threads() == threads
+
+
 # ---- how it comes up, and why it ended ----
 
 
@@ -135,8 +144,7 @@ SYMPTOMS = [
     ("0.0 E gguf_init_from_reader: failed to read magic", "not a GGUF file", "GGUF files only"),
     ("0.0 E gguf_init_from_reader: failed to read key-value pairs", "truncated or damaged", "Download"),
     (
-        "0.0 E llama_model_load: error loading model: tensor 'blk.2.ffn_up.weight' data is not within the file bounds, "
-        "model is corrupted or incomplete",
+        "0.0 E llama_model_load: error loading model: tensor 'blk.2.ffn_up.weight' data is not within the file bounds",
         "truncated or damaged",
         "Download",
     ),
@@ -309,6 +317,10 @@ def test_probabilities_that_would_not_be_exact_are_refused_by_name(asked: dict[s
 
 Events = list[TokenEvent | Finished]
 
+GREETING = (
+    "I'm glad to make your acquaintance. I'm here to help you with your creative endeavors. What brings you here today?"
+)
+
 
 def decode(chunks: list[bytes], *, stop: tuple[str, ...] = ()) -> Events:
     decoder = ENGINE.decoder(ask(stop=stop))
@@ -331,12 +343,7 @@ def text_of(events: Events) -> str:
         ("capital", " Paris.\n\nThe United", Finished("length", 6, 5)),
         ("warm", " Paris.\nAd", Finished("length", 4, 5)),
         ("emoji", "\U0001f600\U0001f600", Finished("length", 7, 18)),
-        (
-            "greeting",
-            "I'm glad to make your acquaintance. I'm here to help you with your creative endeavors. "
-            "What brings you here today?",
-            Finished("eos", 26, 11),
-        ),
+        ("greeting", GREETING, Finished("eos", 26, 11)),
     ],
 )
 def test_a_recorded_answer_is_read_the_same_however_it_is_cut(name: str, text: str, finished: Finished) -> None:
@@ -354,7 +361,7 @@ def test_a_recorded_answer_is_read_the_same_however_it_is_cut(name: str, text: s
 def test_cuts_never_matter(cuts: list[int], name: str) -> None:
     stream = recorded(name)
     edges = [0, *sorted(min(cut, len(stream)) for cut in cuts), len(stream)]
-    chunks = [stream[start:end] for start, end in zip(edges, edges[1:], strict=False)]
+    chunks = [stream[start:end] for start, end in pairwise(edges)]
     assert decode(chunks) == decode([stream])
 
 
@@ -468,13 +475,15 @@ def test_a_failure_in_mid_answer_is_an_error(line: bytes, words: str) -> None:
 
 @given(st.binary(max_size=200))
 def test_no_bytes_raise_anything_but_our_own_errors(noise: bytes) -> None:
-    try:
+    with suppress(GatewayError):
         decode([noise, b"\ndata: " + noise + b"\n"])
-    except GatewayError:
-        pass
 
 
 # ---- refusals ----
+
+
+def error(message: str, kind: str, **more: Any) -> bytes:
+    return json.dumps({"error": {"message": message, "type": kind, **more}}).encode()
 
 
 @pytest.mark.parametrize(
@@ -482,48 +491,42 @@ def test_no_bytes_raise_anything_but_our_own_errors(noise: bytes) -> None:
     [
         (
             400,
-            '{"error":{"code":400,"message":"request (3001 tokens) exceeds the available context size (2048 tokens), try '
-            'increasing it","type":"exceed_context_size_error","n_prompt_tokens":3001,"n_ctx":2048}}',
+            error("request (3001 tokens) exceeds", "exceed_context_size_error", n_prompt_tokens=3001, n_ctx=2048),
             PromptTooLong,
             "The prompt has 3001 tokens, and this model takes 2048 per request.*Shorten the prompt, or raise",
         ),
         (
             400,
-            '{"error":{"code":400,"message":"Field \'temperature\': [json.exception.type_error.302] type must be number, '
-            'but is string","type":"invalid_request_error"}}',
+            error("Field 'seed': [json.exception.type_error.302] type must be number", "invalid_request_error"),
             InvalidRequest,
-            "refuses the request: Field 'temperature': type must be number, but is string",
+            "refuses the request: Field 'seed': type must be number",
         ),
         (
             400,
-            '{"error":{"code":400,"message":"[json.exception.parse_error.101] parse error at line 1, column 23: invalid '
-            'string; last read: \'\\"my private prompt\'","type":"invalid_request_error"}}',
+            error(
+                "[json.exception.parse_error.101] bad string; last read: 'my private prompt'", "invalid_request_error"
+            ),
             InvalidRequest,
-            r"refuses the request: parse error at line 1, column 23: invalid string\.$",
+            r"refuses the request: bad string\.$",
         ),
-        (503, '{"error":{"message":"Loading model","type":"unavailable_error","code":503}}', ModelNotLoaded, "loading"),
-        (
-            401,
-            '{"error":{"message":"Invalid API Key","type":"authentication_error","code":401}}',
-            UpstreamFailed,
-            "status 401: Invalid API Key",
-        ),
-        (500, '{"error":"plain"}', UpstreamFailed, "status 500: plain"),
-        (404, "<html>", UpstreamFailed, "status 404: no reason given"),
-        (500, "[]", UpstreamFailed, "status 500"),
+        (503, error("Loading model", "unavailable_error"), ModelNotLoaded, "loading"),
+        (401, error("Invalid API Key", "authentication_error"), UpstreamFailed, "status 401: Invalid API Key"),
+        (500, b'{"error":"plain"}', UpstreamFailed, "status 500: plain"),
+        (404, b"<html>", UpstreamFailed, "status 404: no reason given"),
+        (500, b"[]", UpstreamFailed, "status 500"),
+        (500, b"\xff", UpstreamFailed, "status 500"),
     ],
 )
 def test_a_refusal_becomes_the_error_it_stands_for(
-    status: int, body: str, kind: type[GatewayError], words: str
+    status: int, body: bytes, kind: type[GatewayError], words: str
 ) -> None:
-    error = ENGINE.refusal(status, body.encode())
-    assert type(error) is kind
-    with pytest.raises(kind, match=words):
-        raise error
-    assert "private" not in error.detail
+    refusal = ENGINE.refusal(status, body)
+    assert type(refusal) is kind
+    assert re.search(words, refusal.detail)
+    assert "private" not in refusal.detail
 
 
 def test_a_prompt_that_is_too_long_says_both_numbers_to_programs_too() -> None:
-    error = {"type": "exceed_context_size_error", "n_prompt_tokens": 3001, "n_ctx": 2048}
-    refusal = ENGINE.refusal(400, json.dumps({"error": error}).encode())
+    body = error("too long", "exceed_context_size_error", n_prompt_tokens=3001, n_ctx=2048)
+    refusal = ENGINE.refusal(400, body)
     assert refusal.extra == {"prompt_tokens": 3001, "context_tokens": 2048}

@@ -37,9 +37,8 @@ class Scene:
         self.runtime.next_manners = list(manners) or [Manners()] * 9
         self.instance: Instance = self.world.fleet.get(self.spec)
 
-    @property
-    def state(self) -> State:
-        return self.instance.status.state
+    def is_in(self, state: State) -> bool:
+        return self.instance.status.state is state
 
     @property
     def server(self) -> Server:

@@ -68,13 +68,13 @@ async def test_slots_are_never_exceeded_and_the_queue_is_served_in_the_order_of_
 async def test_a_stop_in_the_tick_of_a_start_releases_every_waiter() -> None:
     scene = Scene()
     request = scene.ask()
-    while scene.state is State.STOPPED:
+    while scene.is_in(State.STOPPED):
         await scene.after(0)
 
     await scene.order("stop")
 
     assert await request == "MODEL_NOT_LOADED"
-    assert scene.state is State.STOPPED
+    assert scene.is_in(State.STOPPED)
 
 
 @in_every_order
@@ -100,7 +100,7 @@ async def test_a_caller_who_leaves_while_queued_or_loading_leaves_nothing() -> N
 async def test_a_caller_who_leaves_in_the_tick_of_the_grant_leaves_no_lease() -> None:
     scene = Scene(Manners(make_s=1, load_s=5), max_concurrency=1)
     requests = [scene.ask(0.5) for _ in range(4)]
-    while scene.state is not State.READY:
+    while not scene.is_in(State.READY):
         await scene.after(0.001)
     requests[0].cancel()
     requests[1].cancel()
@@ -143,13 +143,13 @@ async def test_an_idle_server_is_stopped_and_the_next_request_starts_it_again() 
     assert await scene.ask() == "answered"
 
     await scene.after(14 * 60)
-    assert scene.state is State.READY
+    assert scene.is_in(State.READY)
     assert await scene.ask() == "answered"
     await scene.after(14 * 60)
-    assert scene.state is State.READY
+    assert scene.is_in(State.READY)
     await scene.after(2 * 60)
 
-    assert scene.state is State.STOPPED
+    assert scene.is_in(State.STOPPED)
     assert await scene.ask() == "answered"
     assert scene.starts == 2
 
@@ -171,7 +171,7 @@ async def test_a_pinned_server_and_one_without_idle_timeout_stay() -> None:
     await pinned.ready()
     await pinned.after(3600)
 
-    assert pinned.state is State.READY
+    assert pinned.is_in(State.READY)
 
 
 @in_every_order
@@ -182,11 +182,11 @@ async def test_a_busy_server_is_drained_before_it_stops() -> None:
     await scene.after(1)
     stop = asyncio.create_task(scene.order("stop"))
     await scene.after(1)
-    assert scene.state is State.DRAINING
+    assert scene.is_in(State.DRAINING)
 
     assert await request == "answered"
     await stop
-    assert scene.state is State.STOPPED
+    assert scene.is_in(State.STOPPED)
 
 
 @in_every_order
@@ -199,7 +199,7 @@ async def test_a_drain_ends_at_its_limit_and_tells_those_it_cuts() -> None:
     await scene.order("stop")
 
     assert await request == "GENERATION_FAILED"
-    assert scene.state is State.STOPPED
+    assert scene.is_in(State.STOPPED)
 
 
 @in_every_order
@@ -272,7 +272,7 @@ async def test_an_operators_start_does_not_wait_for_the_cool_down() -> None:
 
     await scene.order("start")
 
-    assert scene.state is State.READY
+    assert scene.is_in(State.READY)
 
 
 @in_every_order
@@ -310,7 +310,7 @@ async def test_a_server_that_dies_again_and_again_cools_down() -> None:
 
     await scene.after(1)
 
-    assert scene.state is State.FAILED
+    assert scene.is_in(State.FAILED)
     assert scene.instance.status.retry_after_s == pytest.approx(10, abs=1.5)
 
 
@@ -353,10 +353,10 @@ async def test_a_start_that_nobody_waits_for_any_more_is_called_off() -> None:
     await scene.after(10)
     request.cancel()
     await scene.after(59)
-    assert scene.state is State.LOADING
+    assert scene.is_in(State.LOADING)
     await scene.after(2)
 
-    assert scene.state is State.STOPPED
+    assert scene.is_in(State.STOPPED)
     assert scene.instance.status.failure is None
 
 
@@ -377,7 +377,7 @@ async def test_an_operators_start_goes_on_without_anybody() -> None:
     assert await scene.order("start-and-go") is None
     await scene.after(510)
 
-    assert scene.state is State.READY
+    assert scene.is_in(State.READY)
 
 
 @in_every_order
@@ -411,16 +411,16 @@ async def test_a_silent_server_is_unhealthy_refuses_and_recovers() -> None:
     scene = Scene(Manners(hangs_s=20, hang_lasts_s=70), unhealthy_timeout=60, generation_timeout=500)
     await scene.ready()
     running = scene.ask(120)
-    while scene.state is not State.UNHEALTHY:
+    while not scene.is_in(State.UNHEALTHY):
         await scene.after(1)
     with pytest.raises(ModelUnhealthy) as refused:
         async with scene.instance.lease():
             pass
     assert refused.value.retry_after_s
-    while scene.state is State.UNHEALTHY:
+    while scene.is_in(State.UNHEALTHY):
         await scene.after(1)
 
-    assert scene.state is State.READY
+    assert scene.is_in(State.READY)
     assert await running == "answered"
 
 
@@ -442,7 +442,7 @@ async def test_a_daemon_that_is_silent_ends_no_model() -> None:
     scene.runtime.fall_silent(3600)
     await scene.after(600)
 
-    assert scene.state is State.READY
+    assert scene.is_in(State.READY)
     assert await scene.ask() == "answered"
 
 
@@ -455,12 +455,12 @@ async def test_a_stop_that_the_daemon_does_not_answer_is_told_and_the_next_start
 
     with pytest.raises(GatewayError, match="not known whether"):
         await scene.order("stop")
-    assert scene.state is State.FAILED
+    assert scene.is_in(State.FAILED)
     await scene.after(100)
     await scene.order("start")
 
     assert not left.alive
-    assert scene.state is State.READY
+    assert scene.is_in(State.READY)
 
 
 @in_every_order
@@ -486,7 +486,7 @@ async def test_a_shutdown_refuses_the_queue_drains_the_rest_and_leaves_no_server
 
     assert await running == "answered"
     assert await queued == "SHUTTING_DOWN"
-    assert scene.state is State.STOPPED
+    assert scene.is_in(State.STOPPED)
     assert not scene.runtime.alive(scene.instance.name)
     with pytest.raises(ShuttingDown):
         async with scene.instance.lease():
@@ -500,14 +500,14 @@ async def test_an_operator_who_leaves_ends_neither_a_start_nor_a_stop() -> None:
     await scene.after(1)
     start.cancel()
     await scene.after(20)
-    assert scene.state is State.READY
+    assert scene.is_in(State.READY)
     stop = asyncio.create_task(scene.order("stop"))
     await scene.after(0)
     await asyncio.sleep(0)
     stop.cancel()
     await scene.after(30)
 
-    assert scene.state is State.STOPPED
+    assert scene.is_in(State.STOPPED)
 
 
 @in_every_order

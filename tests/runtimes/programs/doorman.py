@@ -1,4 +1,5 @@
 """Listens on the port given, with SO_REUSEPORT, and greets whoever comes."""
+# ruff: noqa: T201
 
 import socket
 import sys

@@ -1,4 +1,5 @@
 """Stands for a gateway: starts a server with the command given, says its number, and stays until it is killed."""
+# ruff: noqa: T201
 
 import asyncio
 import sys

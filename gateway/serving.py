@@ -1,0 +1,201 @@
+"""Serving the application: the listening socket, the log, uvicorn, and what becomes of signals."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging.config
+import math
+import os
+import signal
+import socket
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import click
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.supervisors import ChangeReload
+
+from gateway.app import compose
+from gateway.catalog import Catalog, did_you_mean, load_catalog
+from gateway.errors import CatalogError, UnknownModel
+from gateway.settings import Settings, check_exposure, load_settings, unknown_variables
+
+log = logging.getLogger(__name__)
+
+UNUSABLE = 2
+CUT_SHORT = 128 + signal.SIGINT
+DRAIN_MARGIN_S = 10.0
+"""What the server waits for open connections beyond the longest drain of the catalog."""
+CHECKPOINT = "_GATEWAY_CHECKPOINT"
+"""How `--checkpoint` reaches a reloaded gateway: not one of the documented variables."""
+
+
+class CannotListen(Exception):
+    """The address cannot be listened at; the words say why, and what to do."""
+
+
+def prepared(environ: Mapping[str, str], checkpoint: str | None) -> tuple[Settings, Catalog]:
+    """Return what to serve, and set up the log.
+
+    Raises:
+        CatalogError: it cannot be served like this.
+    """
+    settings = load_settings(environ)
+    check_exposure(settings, environ)
+    _check_workers(environ)
+    catalog = load_catalog(settings.catalog, environ)
+    if checkpoint:
+        catalog = catalog.model_copy(update={"default_model": _chosen(catalog, checkpoint)})
+    logging.config.dictConfig(_log_config(settings.log_format))
+    for complaint in unknown_variables(environ):
+        log.warning("%s", complaint)
+    return settings, catalog
+
+
+def _check_workers(environ: Mapping[str, str]) -> None:
+    rule = "a gateway is one process, because each model has one owner: unset it, or set it to 1"
+    asked = [name for name in ("WEB_CONCURRENCY", "UVICORN_WORKERS") if environ.get(name, "") not in ("", "1")]
+    if asked:
+        raise CatalogError([f"{name}: {rule}" for name in asked])
+
+
+def _chosen(catalog: Catalog, name: str) -> str:
+    try:
+        return catalog.resolve(name).id
+    except UnknownModel:
+        hint = did_you_mean(name, catalog.models)
+        words = f"--checkpoint: there is no model {name!r} in {catalog.path}{hint}; it has {', '.join(catalog.models)}"
+        raise CatalogError([words]) from None
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens at this address; a connection waits until it is accepted.
+
+    Raises:
+        CannotListen: the words say why, and what to do.
+    """
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        # `localhost` has two addresses: the one that the documents use
+        family, _, _, _, address = min(found, key=lambda info: info[0] != socket.AF_INET)
+        return socket.create_server(address, family=family, backlog=2048)
+    except (OSError, UnicodeError) as error:
+        raise _cannot_listen(host, port, error) from None
+
+
+def _cannot_listen(host: str, port: int, error: OSError | UnicodeError) -> CannotListen:
+    match getattr(error, "errno", None):
+        case errno.EADDRINUSE:
+            finder = f"ss -ltnp 'sport = :{port}'" if sys.platform == "linux" else f"lsof -nP -i TCP:{port}"
+            rule = f"another program listens there (`{finder}` shows which); name another one with --port, or 0 for any"
+        case errno.EACCES:
+            rule = "only root may listen there; name a port above 1023 with --port"
+        case _:
+            rule = f"{getattr(error, 'strerror', None) or error}; name an address of this machine with --host"
+    return CannotListen(f"Cannot listen on port {port} of {host}: {rule}.")
+
+
+def serve(settings: Settings, catalog: Catalog, listener: socket.socket) -> int:
+    """Serve until a signal; return the exit status."""
+    server = Server(_config(compose(settings, catalog), settings, catalog), _url_of(listener))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, server.end)
+    try:
+        server.run(sockets=[listener])
+    except SystemExit:  # it could not be started; the log says why
+        return 1
+    return CUT_SHORT if server.force_exit else 0
+
+
+def serve_reloading(settings: Settings, catalog: Catalog, listener: socket.socket) -> int:
+    package = str(Path(__file__).parent)
+    config = _config(
+        "gateway.serving:reloaded_app", settings, catalog, factory=True, reload=True, reload_dirs=[package]
+    )
+    ChangeReload(config, target=Server(config, _url_of(listener)).run, sockets=[listener]).run()
+    return 0
+
+
+def reloaded_app() -> FastAPI:
+    """Return the application in each new process of `serve --reload`; the flags come through the environment."""
+    try:
+        return compose(*prepared(os.environ, os.environ.get(CHECKPOINT)))
+    except CatalogError as error:
+        for complaint in error.complaints:
+            log.error("%s", complaint)
+        sys.exit(UNUSABLE)
+
+
+class Server(uvicorn.Server):
+    """Says where it is once it serves. A signal is how it is meant to end, so that is no failure."""
+
+    def __init__(self, config: uvicorn.Config, url: str) -> None:
+        super().__init__(config)
+        self._url = url
+
+    def end(self, *_: object) -> None:
+        """Handle a signal that comes before uvicorn handles them, or that it raises once more after the end."""
+        self.should_exit = True
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        _say(f"TGI Gateway serves at {self._url} (documentation: {self._url}/docs)")
+
+
+def _say(line: str) -> None:
+    """Tell whoever started the gateway; one who has stopped reading does not stop it."""
+    try:
+        click.echo(line)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _url_of(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    reached = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - only compared
+    return f"http://[{reached}]:{port}" if ":" in reached else f"http://{reached}:{port}"
+
+
+def _config(app: FastAPI | str, settings: Settings, catalog: Catalog, **more: Any) -> uvicorn.Config:
+    drain_s = max(spec.drain_timeout_s for spec in catalog.models.values()) + DRAIN_MARGIN_S
+    return uvicorn.Config(
+        app,
+        loop="uvloop",
+        http="httptools",
+        ws="none",
+        lifespan="on",
+        workers=1,
+        access_log=False,  # the gateway has its own
+        log_config=_log_config(settings.log_format),
+        timeout_graceful_shutdown=math.ceil(drain_s),
+        **more,
+    )
+
+
+def _log_config(log_format: str) -> dict[str, Any]:
+    """Return the log's configuration: a line on stderr for each event, uvicorn's own among them."""
+    text = {"format": "%(asctime)s %(levelname)s %(name)s: %(message)s", "datefmt": "%Y-%m-%dT%H:%M:%S%z"}
+    return {
+        "version": 1,
+        "disable_existing_loggers": False,
+        "formatters": {"lines": {"()": "gateway.serving.JsonLines"} if log_format == "json" else text},
+        "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "lines"}},
+        "root": {"level": "INFO", "handlers": ["stderr"]},
+        "loggers": {"httpx": {"level": "WARNING"}},  # it would tell of every health check
+    }
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        event = {"time": at, "level": record.levelname, "logger": record.name, "message": record.getMessage()}
+        if record.exc_info:
+            event["exception"] = self.formatException(record.exc_info)
+        return json.dumps(event, ensure_ascii=False)
