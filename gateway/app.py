@@ -6,8 +6,9 @@ import asyncio
 import logging
 import os
 import signal
+import sys
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from types import FrameType
@@ -44,9 +45,26 @@ def create_app(settings: Settings | None = None, environ: Mapping[str, str] = os
     """
     settings = settings or load_settings(environ)
     check_exposure(settings, environ)
+    check_one_worker(environ, sys.argv)
     for complaint in unknown_variables(environ):
         log.warning("%s", complaint)
     return compose(settings, load_catalog(settings.catalog, environ))
+
+
+def check_one_worker(environ: Mapping[str, str], arguments: Sequence[str]) -> None:
+    """Return if the server was not asked for several worker processes: each of them would own every model.
+
+    Raises:
+        CatalogError: it was, by uvicorn's environment or by its `--workers`.
+    """
+    asked = {name: environ.get(name, "") for name in ("WEB_CONCURRENCY", "UVICORN_WORKERS")}
+    for number, argument in enumerate(arguments):
+        flag, _, value = argument.partition("=")
+        if flag == "--workers":
+            asked[flag] = value or next(iter(arguments[number + 1 :]), "")
+    rule = "a gateway is one process, because each model has one owner: unset it, or set it to 1"
+    if complaints := [f"{name}: {rule}" for name, value in asked.items() if value not in ("", "1")]:
+        raise CatalogError(complaints)
 
 
 def compose(settings: Settings, catalog: Catalog) -> FastAPI:

@@ -20,7 +20,7 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.supervisors import ChangeReload
 
-from gateway.app import compose
+from gateway.app import check_one_worker, compose
 from gateway.catalog import Catalog, did_you_mean, load_catalog
 from gateway.errors import CatalogError, UnknownModel
 from gateway.settings import Settings, check_exposure, load_settings, unknown_variables
@@ -47,7 +47,7 @@ def prepared(environ: Mapping[str, str], checkpoint: str | None) -> tuple[Settin
     """
     settings = load_settings(environ)
     check_exposure(settings, environ)
-    _check_workers(environ)
+    check_one_worker(environ, sys.argv)
     catalog = load_catalog(settings.catalog, environ)
     if checkpoint:
         catalog = catalog.model_copy(update={"default_model": _chosen(catalog, checkpoint)})
@@ -55,13 +55,6 @@ def prepared(environ: Mapping[str, str], checkpoint: str | None) -> tuple[Settin
     for complaint in unknown_variables(environ):
         log.warning("%s", complaint)
     return settings, catalog
-
-
-def _check_workers(environ: Mapping[str, str]) -> None:
-    rule = "a gateway is one process, because each model has one owner: unset it, or set it to 1"
-    asked = [name for name in ("WEB_CONCURRENCY", "UVICORN_WORKERS") if environ.get(name, "") not in ("", "1")]
-    if asked:
-        raise CatalogError([f"{name}: {rule}" for name in asked])
 
 
 def _chosen(catalog: Catalog, name: str) -> str:

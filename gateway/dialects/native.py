@@ -43,7 +43,7 @@ class GenerateBody(BaseModel):
     max_new_tokens: int | None = Field(None, ge=1, description="Most tokens to generate, 1 to the context; default 200")
     max_tokens: int | None = Field(None, ge=1, description="The same as max_new_tokens")
     temperature: float = Field(0.7, ge=0, le=2, description="Sampling temperature; 0 is greedy")
-    top_p: float = Field(0.95, gt=0, le=1, description="Nucleus sampling; 1 is off")
+    top_p: float = Field(0.95, gt=0, le=1, description="Nucleus sampling; 1 is off, and the default with top_tokens")
     top_k: int | None = Field(None, ge=1, description="Sample from the k likeliest tokens; null is off")
     stop: list[StopText] = Field(default=[], max_length=64, description="Texts that end the generation, left out of it")
     stop_on_newline: bool = Field(False, description="End at the first new line")
@@ -134,7 +134,7 @@ def to_request(spec: ModelSpec, body: GenerateBody) -> GenerationRequest:
         prompt=body.prompt,
         max_new_tokens=limit,
         temperature=body.temperature,
-        top_p=body.top_p,
+        top_p=_top_p(body),
         top_k=body.top_k,
         stop=(*body.stop, "\n") if body.stop_on_newline else tuple(body.stop),
         seed=body.seed,
@@ -143,6 +143,11 @@ def to_request(spec: ModelSpec, body: GenerateBody) -> GenerationRequest:
         presence_penalty=body.presence_penalty,
         top_tokens=body.top_tokens,
     )
+
+
+def _top_p(body: GenerateBody) -> float:
+    """Return the nucleus. Who asks for probabilities and names none has none: they are of the whole vocabulary."""
+    return 1.0 if body.top_tokens and "top_p" not in body.model_fields_set else body.top_p
 
 
 class NativeReply:

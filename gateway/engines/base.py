@@ -84,5 +84,3 @@ class Engine(Protocol):
 
     def refusal(self, status: int, body: bytes) -> GatewayError:
         """Return the error that an answer other than 200 stands for."""
-
-

@@ -114,6 +114,14 @@ def test_the_likeliest_tokens_come_with_their_probabilities(gateway: Gateway) ->
     assert [candidate["rank"] for candidate in tokens[0]] == [1, 2, 3]
 
 
+def test_the_likeliest_tokens_can_be_asked_for_with_the_default_sampling(gateway: Gateway) -> None:
+    answer = gateway.post("/generate", {"prompt": "The capital of France is", "max_new_tokens": 1, "top_tokens": 2})
+    both = gateway.post("/generate", {**ASK, "temperature": 0.5, "top_p": 0.5, "top_tokens": 2})
+
+    assert sum(candidate["probability"] for candidate in answer.json()["tokens"][0]) > 0.8
+    assert "top_p" in refusal(both, 422, "UNSUPPORTED")
+
+
 def test_a_seed_makes_sampling_repeatable(gateway: Gateway) -> None:
     body = {**ASK, "temperature": 1.0, "seed": 7, "max_new_tokens": 12}
 
@@ -228,7 +236,7 @@ def test_a_body_of_3_mb_is_refused(gateway: Gateway, chunked: bool) -> None:
         ("gone", "gone.gguf"),
         ("damaged", "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"),
         ("garbage", "GGUF"),
-        ("truncated", "truncated.gguf"),
+        ("truncated", "truncated or damaged"),
         ("unpacked", "no_such_package"),
         ("later", "engine tgi comes with a later version"),
     ],
