@@ -22,7 +22,7 @@ from gateway.api.models import models_router
 from gateway.api.overview import overview_router
 from gateway.catalog import Catalog, load_catalog
 from gateway.engines.llamacpp import LlamaCpp
-from gateway.errors import Forbidden
+from gateway.errors import CatalogError, Forbidden
 from gateway.fleet.fleet import Fleet
 from gateway.fleet.health import HttpProbe
 from gateway.fleet.journal import Journal
