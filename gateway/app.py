@@ -20,7 +20,8 @@ from gateway.api.generate import generate_router
 from gateway.api.middleware import BodyLimit, LoopbackOnly, PlainPaths, RequestLog
 from gateway.api.models import models_router
 from gateway.api.overview import overview_router
-from gateway.catalog import Catalog, load_catalog
+from gateway.catalog import Catalog
+from gateway.catalog_file import load_catalog
 from gateway.engines.llamacpp import LlamaCpp
 from gateway.errors import CatalogError, Forbidden
 from gateway.fleet.fleet import Fleet

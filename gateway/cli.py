@@ -264,7 +264,8 @@ def check(file: Path | None, schema: bool, as_json: bool) -> None:
       gateway check /etc/gateway/models.yaml --json
       gateway check --schema > models.schema.json
     """
-    from gateway.catalog import catalog_schema, load_catalog
+    from gateway.catalog_file import load_catalog
+    from gateway.catalog_schema import catalog_schema
 
     if schema:
         click.echo(json.dumps(catalog_schema(), indent=2))

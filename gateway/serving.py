@@ -21,7 +21,9 @@ from fastapi import FastAPI
 from uvicorn.supervisors import ChangeReload
 
 from gateway.app import check_one_worker, compose
-from gateway.catalog import Catalog, did_you_mean, load_catalog
+from gateway.catalog import Catalog
+from gateway.catalog_file import load_catalog
+from gateway.catalog_values import did_you_mean
 from gateway.errors import CatalogError, UnknownModel
 from gateway.settings import Settings, check_exposure, load_settings, unknown_variables
 

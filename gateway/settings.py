@@ -15,7 +15,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from gateway.catalog import Bytes, did_you_mean, faults, parse_bytes
+from gateway.catalog_values import Bytes, did_you_mean, faults, parse_bytes
 from gateway.errors import CatalogError
 
 _PREFIX = "GATEWAY_"

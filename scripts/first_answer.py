@@ -7,8 +7,10 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from typing import IO
 
 from gateway.client import GatewayRefused, GatewayUnreachable, InferenceClient
 
@@ -28,7 +30,24 @@ The gateway serves at {url} until you press Ctrl-C. Try next, in another termina
 
 
 def main(check: bool) -> int:
-    gateway = subprocess.Popen(command(check), cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True)
+    with tempfile.TemporaryFile("w+") as log:
+        status = quickstart(check, log)
+        if check and status:
+            log.seek(0)
+            sys.stderr.write(log.read())
+    return status
+
+
+def quickstart(check: bool, log: IO[str]) -> int:
+    """Return the status. A check keeps the gateway's log, to be shown if it fails; else it goes to the terminal."""
+    gateway = subprocess.Popen(
+        command(check),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=log if check else None,
+        text=True,
+    )
     try:
         url = address(gateway)
         if url is None or not answers(url):

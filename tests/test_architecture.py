@@ -8,8 +8,15 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "gateway"
 
 FLOORS = [
-    ["gateway.errors", "gateway.lifecycle", "gateway.runtimes.leash", "gateway.engines.embedded_server"],
+    [
+        "gateway.errors",
+        "gateway.lifecycle",
+        "gateway.catalog_values",
+        "gateway.runtimes.leash",
+        "gateway.engines.embedded_server",
+    ],
     ["gateway.catalog", "gateway.generation", "gateway.departure"],
+    ["gateway.catalog_file", "gateway.catalog_schema"],
     ["gateway.settings", "gateway.runtimes.base"],
     ["gateway.engines.base"],
     ["gateway.engines", "gateway.runtimes"],

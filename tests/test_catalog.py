@@ -14,7 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from gateway.catalog import Catalog, ModelSpec, catalog_schema, deferred, load_catalog, parse_bytes, parse_seconds
+from gateway.catalog import Catalog, ModelSpec, deferred
+from gateway.catalog_file import load_catalog
+from gateway.catalog_schema import catalog_schema
+from gateway.catalog_values import parse_bytes, parse_seconds
 from gateway.errors import CatalogError, UnknownModel
 
 ROOT = Path(__file__).parent.parent

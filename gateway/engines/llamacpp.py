@@ -250,11 +250,19 @@ def _evidence(lines: tuple[str, ...], pattern: str) -> tuple[str, ...]:
 # ---- asking ----
 
 
+def _samplers(request: GenerationRequest) -> list[str]:
+    """Return the samplers that change anything: each of the last two sorts the whole vocabulary, 1 ms a token.
+
+    In TGI's order: what is likely enough for top_p is judged after the temperature.
+    """
+    filters = {"top_k": request.top_k is not None, "top_p": request.top_p < 1}
+    return ["penalties", "temperature", *(name for name, is_on in filters.items() if is_on and request.temperature > 0)]
+
+
 def _sampling(request: GenerationRequest, context_tokens: int) -> dict[str, Any]:
     """Return every parameter that decides which tokens come, those that are off included."""
     return {
-        # TGI's order: what is likely enough for top_p is judged after the temperature.
-        "samplers": ["penalties", "temperature", "top_k", "top_p"],
+        "samplers": _samplers(request),
         "temperature": request.temperature,
         "top_k": request.top_k or 0,
         "top_p": request.top_p,

@@ -233,7 +233,7 @@ def test_a_call_is_a_stream_with_the_key_and_leaves_no_sampler_to_the_server() -
         "stream": True,
         "n_predict": 5,
         "cache_prompt": True,
-        "samplers": ["penalties", "temperature", "top_k", "top_p"],
+        "samplers": ["penalties", "temperature"],
         "temperature": 0.7,
         "top_k": 0,
         "top_p": 1.0,
@@ -278,7 +278,21 @@ def test_what_a_caller_asks_for_is_sent(asked: dict[str, Any], sent: dict[str, A
     assert {key: body[key] for key in sent} == sent
 
 
-PLAIN = {"n_probs": 5, "post_sampling_probs": False, "samplers": ["penalties", "temperature", "top_k", "top_p"]}
+@pytest.mark.parametrize(
+    ("asked", "filters"),
+    [
+        ({}, []),
+        ({"top_p": 0.9}, ["top_p"]),
+        ({"top_k": 7}, ["top_k"]),
+        ({"top_k": 7, "top_p": 0.9}, ["top_k", "top_p"]),
+        ({"temperature": 0, "top_k": 7, "top_p": 0.9}, []),  # the likeliest token passes every filter
+    ],
+)
+def test_only_samplers_that_change_anything_run(asked: dict[str, Any], filters: list[str]) -> None:
+    assert body_of(ask(**{"temperature": 0.7, **asked}))["samplers"] == ["penalties", "temperature", *filters]
+
+
+PLAIN = {"n_probs": 5, "post_sampling_probs": False}
 AFTER_TEMPERATURE = {"n_probs": 5, "post_sampling_probs": True, "samplers": ["temperature"]}
 
 
