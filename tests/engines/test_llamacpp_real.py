@@ -69,7 +69,7 @@ class Server:
         self.handle = await self.runtime.start(ENGINE.launch(spec(), "smollm2", SECRET), self.ear)
         async with httpx.AsyncClient(base_url=self.handle.base_url, trust_env=False) as client:
             async with asyncio.timeout(READY_S):
-                while not await self._is_ready(client):  # noqa: ASYNC110 - nobody tells; health is asked for
+                while not await self._is_ready(client):
                     await asyncio.sleep(0.02)
         await until(lambda: "ready" in self.said_phases())
 

@@ -31,7 +31,7 @@ class Ear:
 async def until(condition: Callable[[], object], bound_s: float = BOUND_S) -> None:
     """Return when `condition` holds; fail after the bound."""
     async with asyncio.timeout(bound_s):
-        while not condition():  # noqa: ASYNC110 - the condition may be another process's
+        while not condition():
             await asyncio.sleep(0.005)
 
 

@@ -13,7 +13,7 @@ from gateway.runtimes.base import Handle
 class StopsBusyServers(Instance):
     """Breaks P1: does not drain."""
 
-    def _lead_down(self, reason: str, *, force: bool = False) -> None:  # noqa: ARG002
+    def _lead_down(self, reason: str, *, force: bool = False) -> None:
         super()._lead_down(reason, force=True)
 
 

@@ -188,7 +188,7 @@ class BadMannersRuntime:
             await asyncio.sleep(min(server.manners.leaves_s, grace_s))
             server.die("stopped")
 
-    async def logs(self, name: str, *, lines: int, follow: bool) -> AsyncIterator[str]:  # noqa: ARG002
+    async def logs(self, name: str, *, lines: int, follow: bool) -> AsyncIterator[str]:
         yield f"the last {lines} lines of {name}"
 
     async def aclose(self) -> None:
@@ -246,13 +246,13 @@ class SimulatedEngine:
     health_path: ClassVar[str] = "/health"
     default_slots: ClassVar[int] = 4
 
-    def launch(self, spec: ModelSpec, name: str, secret: str) -> Launch:  # noqa: ARG002
+    def launch(self, spec: ModelSpec, name: str, secret: str) -> Launch:
         return Launch(name)
 
-    def is_ready(self, status: int, body: bytes) -> bool:  # noqa: ARG002
+    def is_ready(self, status: int, body: bytes) -> bool:
         return status == 200
 
-    def is_alive(self, status: int, body: bytes) -> bool:  # noqa: ARG002
+    def is_alive(self, status: int, body: bytes) -> bool:
         return status == 200
 
     def progress(self, line: str) -> Progress | None:
@@ -261,11 +261,11 @@ class SimulatedEngine:
     def diagnose(self, end: Exit) -> Diagnosis:
         return Diagnosis(f"it ended with {end.code}", "Try again.")
 
-    def call(self, spec: ModelSpec, request: GenerationRequest, secret: str) -> Call:  # noqa: ARG002
+    def call(self, spec: ModelSpec, request: GenerationRequest, secret: str) -> Call:
         raise Unsupported("the simulation has no wire")
 
-    def decoder(self, request: GenerationRequest) -> Decoder:  # noqa: ARG002
+    def decoder(self, request: GenerationRequest) -> Decoder:
         raise Unsupported("the simulation has no wire")
 
-    def refusal(self, status: int, body: bytes) -> GatewayError:  # noqa: ARG002
+    def refusal(self, status: int, body: bytes) -> GatewayError:
         raise Unsupported("the simulation has no wire")
