@@ -14,14 +14,15 @@ class Departed(Exception):
 
 
 class Interrupt:
-    """Ends the task that runs inside `interruptible` with a reason. Only the first reason counts."""
+    """Ends the task that runs inside `interruptible` with a reason. Only the first one counts, and none afterwards."""
 
     def __init__(self, task: asyncio.Task[object]) -> None:
         self._task = task
         self.reason: Exception | None = None
+        self.over = False
 
     def fire(self, reason: Exception) -> None:
-        if self.reason is None:
+        if self.reason is None and not self.over:
             self.reason = reason
             self._task.cancel()
 
@@ -42,6 +43,8 @@ async def interruptible() -> AsyncIterator[Interrupt]:
         if interrupt.reason is None or task.uncancel() > cancelling:
             raise
         raise interrupt.reason from None
+    finally:
+        interrupt.over = True
 
 
 @asynccontextmanager

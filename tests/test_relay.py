@@ -127,7 +127,8 @@ def test_a_whole_answer() -> None:
 
 def test_the_status_of_an_early_failure_is_not_lost_to_a_stream() -> None:
     async def refuse(conversation: Conversation) -> None:
-        body = b'{"error":{"code":400,"message":"too long","type":"exceed_context_size_error","n_prompt_tokens":9,"n_ctx":4}}'
+        error = {"code": 400, "message": "too long", "type": "exceed_context_size_error"}
+        body = json.dumps({"error": {**error, "n_prompt_tokens": 9, "n_ctx": 4}}).encode()
         await conversation.say(b"HTTP/1.1 400 Bad Request\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
 
     async def scene() -> None:
