@@ -134,5 +134,5 @@ class _closing_on_signal:  # noqa: N801 - reads as what it does
     def _on_signal(self, loop: asyncio.AbstractEventLoop, number: int, frame: FrameType | None) -> None:
         loop.call_soon_threadsafe(self._fleet.close)
         theirs = self._before[number]
-        assert callable(theirs)  # noqa: S101 - only such were replaced
+        assert callable(theirs)  # only such were replaced
         theirs(number, frame)

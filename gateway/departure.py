@@ -34,7 +34,7 @@ async def interruptible() -> AsyncIterator[Interrupt]:
     A cancellation from elsewhere stays a cancellation. `fire` must be called from another task or a callback.
     """
     task = asyncio.current_task()
-    assert task is not None  # noqa: S101 - coroutines run in tasks
+    assert task is not None  # coroutines run in tasks
     cancelling = task.cancelling()
     interrupt = Interrupt(task)
     try:

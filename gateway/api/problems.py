@@ -39,12 +39,12 @@ def install(app: FastAPI) -> None:
 
 
 async def _gateway_error(_: Request, error: Exception) -> Response:
-    assert isinstance(error, GatewayError)  # noqa: S101 - registered for it
+    assert isinstance(error, GatewayError)  # registered for it
     return render(error)
 
 
 async def _invalid(_: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)  # noqa: S101 - registered for it
+    assert isinstance(error, RequestValidationError)  # registered for it
     complaints = [_complaint(each) for each in error.errors()]
     if blank := [each for each in complaints if each["type"] == "empty_prompt"]:
         return render(EmptyPrompt(f"Prompt cannot be empty: {blank[0]['msg']}."))
@@ -67,7 +67,7 @@ def _code(complaints: Sequence[Mapping[str, Any]]) -> str:
 
 async def _http(request: Request, error: Exception) -> Response:
     """Answer what FastAPI itself refuses. What it could not read of a body may be an error of ours underneath."""
-    assert isinstance(error, HTTPException)  # noqa: S101 - registered for it
+    assert isinstance(error, HTTPException)  # registered for it
     if isinstance(error.__cause__, GatewayError):
         return render(error.__cause__)
     match error.status_code:

@@ -112,7 +112,7 @@ class Instance:
             ModelUnhealthy, NoCapacity, QueueFull, ShuttingDown: come back later.
         """
         lease = self._grant_at_once() or await self._wait(lease=True, max_wait_s=max_wait_s)
-        assert isinstance(lease, Lease)  # noqa: S101 - a ticket for a lease is never granted anything else
+        assert isinstance(lease, Lease)  # a ticket for a lease is never granted anything else
         try:
             if lease.error:  # cut in the very tick in which it was granted
                 raise lease.error
@@ -140,7 +140,7 @@ class Instance:
         if not wait:
             return None
         handle = await self._wait(lease=False)
-        assert isinstance(handle, Handle)  # noqa: S101 - a ticket without a lease is granted the handle
+        assert isinstance(handle, Handle)  # a ticket without a lease is granted the handle
         return handle
 
     async def stop(self, *, force: bool = False) -> None:
@@ -168,6 +168,8 @@ class Instance:
         self._wanted = True
         with suppress(StopFailed):
             await self._take_down(life, "restart", force=force)
+        if self._state in DOWN and not self._wanted:  # an operator's stop came later, and has the last word
+            raise self._promised(refusals.called_off(self.spec))
         return await self.start()
 
     def close(self) -> None:
@@ -238,8 +240,8 @@ class Instance:
 
     def _new_lease(self) -> Lease:
         life = self._life
-        assert life is not None  # noqa: S101 - a READY model has a life with a handle
-        assert life.handle is not None  # noqa: S101
+        assert life is not None  # a READY model has a life with a handle
+        assert life.handle is not None
         lease = Lease(life.handle, life.secret, life)
         life.leases.add(lease)
         self._rearm()
@@ -315,7 +317,6 @@ class Instance:
     # A life
 
     def _start(self, reason: str) -> None:
-        self._move(Event.START, reason)
         life = self._life = Life(
             self.engine,
             start_timeout_s=self.spec.start_timeout_s,
@@ -323,6 +324,7 @@ class Instance:
             kept=self._wanted or self.spec.preload or self.spec.pinned,
             on_progress=self._progressed,
         )
+        self._move(Event.START, reason)
         life.serve = self._loop.create_task(self._serve(life), name=f"serve {self.name}")
         life.task = self._loop.create_task(self._live(life), name=f"live {self.name}")
 

@@ -23,7 +23,7 @@ OOM_SCORE = "500"
 def main(arguments: list[str]) -> int:
     """Become the command. Returns, with an exit status, only if that is impossible."""
     parent_pid, dashes, *command = arguments
-    assert dashes == "--", "usage: leash.py PARENT_PID -- COMMAND..."  # noqa: S101 - one caller, ours
+    assert dashes == "--", "usage: leash.py PARENT_PID -- COMMAND..."  # one caller, ours
     if sys.platform == "linux":
         die_with_parent()
         if os.getppid() != int(parent_pid):

@@ -191,7 +191,7 @@ class _Server:
 
     @property
     def _output(self) -> int:
-        assert self._process.stdout is not None  # noqa: S101 - for the type checker: `_spawn` made a pipe
+        assert self._process.stdout is not None  # for the type checker: `_spawn` made a pipe
         return self._process.stdout.fileno()
 
     def _read(self) -> None:

@@ -8,7 +8,15 @@ from typing import Any
 
 import pytest
 
-from gateway.errors import GatewayError, ModelNotRunning, ModelUnhealthy, ShuttingDown, StartFailed, StartTimeout
+from gateway.errors import (
+    GatewayError,
+    ModelNotLoaded,
+    ModelNotRunning,
+    ModelUnhealthy,
+    ShuttingDown,
+    StartFailed,
+    StartTimeout,
+)
 from gateway.lifecycle import State
 from gateway.runtimes.base import Progress
 from tests.fleet.scenes import Scene, play
@@ -246,6 +254,24 @@ async def test_a_restart_keeps_the_queue() -> None:
     assert handle is not None
     assert await running == await queued == "answered"
     assert scene.starts == 2
+
+
+@in_every_order
+async def test_a_stop_that_comes_after_a_restart_has_the_last_word() -> None:
+    scene = Scene()
+    await scene.ready()
+    running = scene.ask(5)
+    await scene.after(1)
+    restart = asyncio.create_task(scene.order("restart"))
+    await scene.after(1)
+
+    await scene.order("stop")
+
+    assert await running == "answered"
+    with pytest.raises(ModelNotLoaded):
+        await restart
+    assert scene.is_in(State.STOPPED)
+    assert scene.starts == 1
 
 
 @in_every_order
