@@ -236,14 +236,14 @@ class Instance:
 
     def _hand_over(self, ticket: Ticket, lease: Lease) -> None:
         if not self._queue.grant(ticket, lease):
-            lease.life.leases.discard(lease)
+            lease.life.leases.pop(lease, None)
 
     def _new_lease(self) -> Lease:
         life = self._life
         assert life is not None  # a READY model has a life with a handle
         assert life.handle is not None
         lease = Lease(life.handle, life.secret, life)
-        life.leases.add(lease)
+        life.leases[lease] = None
         self._rearm()
         return lease
 
@@ -258,7 +258,7 @@ class Instance:
     def _give_back(self, lease: Lease) -> None:
         """Let go of a lease; never waits."""
         lease.on_cut = None
-        lease.life.leases.discard(lease)
+        lease.life.leases.pop(lease, None)
         self._last_use = self._loop.time()
         if lease.life is not self._life:
             return

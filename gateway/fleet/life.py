@@ -58,7 +58,7 @@ class Life:
     ) -> None:
         self.secret = secrets.token_urlsafe(32)
         self.handle: Handle | None = None
-        self.leases: set[Lease] = set()
+        self.leases: dict[Lease, None] = {}  # in the order in which they were granted
         self.kept = kept
         """Whether an operator, `preload` or `pinned` wants this start, so that it is not called off."""
         self.ready_at: float | None = None
