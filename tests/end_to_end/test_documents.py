@@ -78,6 +78,24 @@ def test_the_python_of_the_readme_works(gateway: Gateway) -> None:
     assert "Paris" in done.stdout
 
 
+def test_the_quickstart_answers_and_ends() -> None:
+    done = subprocess.run(
+        ["scripts/quickstart", "--check"], cwd=ROOT, capture_output=True, text=True, timeout=110, check=False
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert "The capital of France is Paris" in done.stdout
+
+
+def test_the_quickstart_refuses_what_it_does_not_know() -> None:
+    done = subprocess.run(
+        ["scripts/quickstart", "--chek"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+
+    assert done.returncode == 2
+    assert "usage" in done.stderr
+
+
 def test_the_readme_names_every_environment_variable() -> None:
     names = {f"GATEWAY_{name.upper()}" for name in Settings.model_fields} - {
         "GATEWAY_MAX_BODY_BYTES",
