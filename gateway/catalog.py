@@ -233,6 +233,17 @@ def contradictions(said: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "url", "is missing: runtime external needs the address of the server that already runs"
     if runtime in ("docker", "process") and said.get("url") is not None:
         yield "url", f"is for runtime external only, and this model's runtime is {runtime}"
+    yield from _beyond_the_context(said)
+
+
+def _beyond_the_context(said: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    context = said.get("context_tokens")
+    for section in ("parameters", "overrides"):
+        asked = said.get(section)
+        for key in ("max_new_tokens", "max_tokens"):
+            most = asked.get(key) if isinstance(asked, Mapping) else None
+            if isinstance(most, int) and isinstance(context, int) and most > context:
+                yield section, f"{key} must be at most context_tokens, which is {context}"
 
 
 def deferred(spec: ModelSpec) -> list[str]:

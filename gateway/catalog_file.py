@@ -234,9 +234,12 @@ class _Nodes:
     def _find_repeated(self, keys: list[yaml.Node]) -> None:
         first: dict[str, int] = {}
         for key in keys:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
             line = key.start_mark.line + 1
-            if isinstance(key, yaml.ScalarNode) and first.setdefault(key.value, line) != line:
+            if key.value in first:
                 self.repeated.append(f"line {line}: the key {shown(key.value)} is already on line {first[key.value]}")
+            first.setdefault(key.value, line)
 
 
 def _read_text(path: Path) -> str:

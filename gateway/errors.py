@@ -2,9 +2,9 @@
 
 GatewayError                 code, HTTP status, words for the reader, and when a retry helps
   CatalogError               stops `serve` or `check`; never reaches a caller
-  BadRequest                 400, 404, 405, 413, 422: the caller can mend it
+  BadRequest                 400 to 422: the caller can mend it
     EmptyPrompt PromptTooLong UnknownModel ModelNotRunning NotFound MethodNotAllowed
-    BodyTooLarge InvalidRequest Unsupported Forbidden
+    BodyTooLarge BodyTimeout InvalidRequest Unsupported Forbidden
   NotAvailable               503: waiting or an operator can mend it
     StartFailed ModelNotLoaded ModelUnhealthy NoCapacity QueueFull RuntimeUnavailable ShuttingDown
   UpstreamFailed             502: the model's server broke before its first byte
@@ -88,6 +88,11 @@ class MethodNotAllowed(BadRequest):
 class BodyTooLarge(BadRequest):
     code = "BODY_TOO_LARGE"
     status = 413
+
+
+class BodyTimeout(BadRequest):
+    code = "BODY_TIMEOUT"
+    status = 408
 
 
 class InvalidRequest(BadRequest):

@@ -8,17 +8,18 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Header, Request
 from fastapi.exceptions import RequestValidationError
 
+from gateway.api.json_body import JsonRoute
 from gateway.api.middleware import request_id_of
 from gateway.catalog import Catalog, ModelSpec
 from gateway.dialects.native import GenerateAnswer, GenerateBody, NativeReply, to_request, with_catalog
 from gateway.fleet.fleet import Fleet
 from gateway.relay import Client, Relay
 
-_WAIT = re.compile(r"(?:^|[,;\s])wait\s*=\s*\"?(\d{1,6})\"?(?=$|[,;\s])", re.ASCII)
+_WAIT = re.compile(r"(?:^|,)\s*wait\s*=\s*\"?(\d{1,6})\"?\s*(?=$|[,;])", re.ASCII | re.IGNORECASE)
 
 
 def generate_router(fleet: Fleet, client: Client) -> APIRouter:
-    router = APIRouter(tags=["generation"])
+    router = APIRouter(tags=["generation"], route_class=JsonRoute)
     documented: dict[str, Any] = {
         "response_model": GenerateAnswer,
         "response_model_exclude_none": True,
@@ -31,8 +32,8 @@ def generate_router(fleet: Fleet, client: Client) -> APIRouter:
     async def generate(request: Request, body: GenerateBody, prefer: Annotated[str | None, Header()] = None) -> Any:
         """Generate text from a prompt. Starts the model if it is not running, which may take minutes."""
         spec = _model(fleet.catalog, body)
-        body = with_catalog(spec, body)
         _within_context(spec, body)
+        body = with_catalog(spec, body)
         wanted = to_request(spec, body)
         reply = NativeReply(spec, body, wanted)
         return Relay(

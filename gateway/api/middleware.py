@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import logging
 import re
@@ -14,10 +15,13 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.api import problems
-from gateway.errors import BodyTooLarge, GatewayError
+from gateway.errors import BodyTimeout, BodyTooLarge, GatewayError
 
 log = logging.getLogger("gateway.access")
 
+BODY_S = 60.0
+BODY_PIECE_S = 10.0
+"""How long a body may take to come, as a whole and between two pieces of it."""
 UNANSWERED = "unanswered"
 _ID = re.compile(r"[\x21-\x7e]{1,128}")
 
@@ -69,7 +73,7 @@ class _Exchange:
 
 
 class BodyLimit:
-    """Refuses a body above `most_bytes`: before it is read if it says its length, else while it is read."""
+    """Refuses a body above `most_bytes`, before it is read if it says its length; and one that does not come."""
 
     def __init__(self, app: ASGIApp, most_bytes: int) -> None:
         self._app = app
@@ -90,17 +94,30 @@ class BodyLimit:
         await self._app(scope, self._counting(receive), send)
 
     def _counting(self, receive: Receive) -> Receive:
-        read_bytes = 0
+        read_bytes, whole = 0, False
+        deadline = asyncio.get_running_loop().time() + BODY_S
 
         async def counted() -> Message:
-            nonlocal read_bytes
-            message = await receive()
+            nonlocal read_bytes, whole
+            if whole:  # what is waited for now is the caller's departure, and that may take long
+                return await receive()
+            message = await self._soon(receive, deadline)
+            whole = not message.get("more_body", False)
             read_bytes += len(message.get("body", b""))
             if read_bytes > self._most_bytes:
                 raise self._too_large()
             return message
 
         return counted
+
+    async def _soon(self, receive: Receive, deadline: float) -> Message:
+        now = asyncio.get_running_loop().time()
+        try:
+            async with asyncio.timeout_at(min(deadline, now + BODY_PIECE_S)):
+                return await receive()
+        except TimeoutError:
+            words = f"The body did not come: a piece may take {BODY_PIECE_S:g} s, and all of it {BODY_S:g} s."
+            raise BodyTimeout(words) from None
 
     def _too_large(self) -> GatewayError:
         words = f"The body is larger than {self._most_bytes:,} bytes; send less, or raise GATEWAY_MAX_BODY."

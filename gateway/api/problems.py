@@ -56,6 +56,8 @@ def _complaint(error: Mapping[str, Any]) -> dict[str, Any]:
     message = error["msg"]
     if error["type"] == "model_attributes_type":
         message = "the body must be a JSON object, sent with Content-Type: application/json"
+    if error["loc"] == ("body",) and error["type"] == "missing":
+        message = 'the body is empty; send a JSON object such as {"prompt": "Once upon a time"}'
     return {"loc": list(error["loc"]), "msg": message, "type": error["type"]}
 
 
@@ -69,10 +71,10 @@ async def _http(request: Request, error: Exception) -> Response:
     """Answer what FastAPI itself refuses. What it could not read of a body may be an error of ours underneath."""
     assert isinstance(error, HTTPException)  # registered for it
     if isinstance(error.__cause__, GatewayError):
-        return render(error.__cause__)
+        return render(error.__cause__, {"connection": "close"} if error.__cause__.status in (408, 413) else None)
     match error.status_code:
         case 400:
-            return render(InvalidRequest("The body is not JSON in UTF-8, or nested too deeply."))
+            return render(InvalidRequest("The body could not be read."))
         case 404:
             return render(NotFound(f"There is nothing at {request.url.path}; GET /docs shows what there is."))
         case 405:

@@ -23,9 +23,13 @@ FINISH_REASONS: Mapping[FinishReason, str] = {"length": "length", "stop": "stop_
 
 
 def not_blank(prompt: str) -> str:
-    """Return the prompt, which must hold more than white space."""
+    """Return the prompt, which must be text and hold more than white space."""
     if not prompt.strip():
-        raise PydanticCustomError("empty_prompt", "the prompt is empty; write what the model shall continue")
+        raise PydanticCustomError("empty_prompt", "write what the model shall continue")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise PydanticCustomError("string_unicode", "the prompt is not valid Unicode (a lone surrogate)") from None
     return prompt
 
 
@@ -35,7 +39,7 @@ StopText = Annotated[str, Field(min_length=1, max_length=1000)]
 class GenerateBody(BaseModel):
     """What `POST /generate` takes. Unknown fields are ignored."""
 
-    model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
 
     model_id: str | None = Field(None, description="Model to use: an id, alias or hub name; default: the default model")
     model: str | None = Field(None, description="The same as model_id")
@@ -45,22 +49,34 @@ class GenerateBody(BaseModel):
     temperature: float = Field(0.7, ge=0, le=2, description="Sampling temperature; 0 is greedy")
     top_p: float = Field(0.95, gt=0, le=1, description="Nucleus sampling; 1 is off, and the default with top_tokens")
     top_k: int | None = Field(None, ge=1, description="Sample from the k likeliest tokens; null is off")
-    stop: list[StopText] = Field(default=[], max_length=64, description="Texts that end the generation, left out of it")
+    stop: list[StopText] = Field(
+        default=[],
+        max_length=64,
+        description="Texts that end the generation, left out of it; one may stand without a list",
+        json_schema_extra={"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]},
+    )
     stop_on_newline: bool = Field(False, description="End at the first new line")
-    seed: int | None = Field(None, ge=0, le=2**32 - 2, description="Makes sampling repeatable")
+    seed: int | None = Field(None, ge=0, le=2**64 - 1, description="Makes sampling repeatable")
     repetition_penalty: float = Field(1.0, gt=0, le=100, description="1 is off")
     frequency_penalty: float = Field(0.0, ge=-2, le=2, description="0 is off")
     presence_penalty: float = Field(0.0, ge=-2, le=2, description="0 is off")
-    top_tokens: int = Field(0, ge=0, le=50, description="Report this many likeliest tokens at each position")
+    top_tokens: int = Field(
+        0,
+        ge=0,
+        le=50,
+        description="Report this many likeliest tokens at each position; none where a position is only part of a character",
+    )
     return_full_text: bool = Field(True, description="Begin generated_text with the prompt (not in streams)")
     stream: bool = Field(False, description="Answer token by token, as server-sent events")
 
     @model_validator(mode="before")
     @classmethod
-    def _one_stop_is_a_list(cls, body: Any) -> Any:
-        if isinstance(body, dict) and isinstance(body.get("stop"), str):
-            return {**body, "stop": [body["stop"]]}
-        return body
+    def _as_written(cls, body: Any) -> Any:
+        """Read null as not given, and one stop text as a list of one."""
+        if not isinstance(body, dict):
+            return body
+        given = {name: value for name, value in body.items() if value is not None}
+        return {**given, "stop": [given["stop"]]} if isinstance(given.get("stop"), str) else given
 
     @model_validator(mode="after")
     def _one_name_each(self) -> GenerateBody:

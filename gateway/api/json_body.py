@@ -1,0 +1,47 @@
+"""Reading a body as JSON, with words for whoever sent something else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from fastapi import Request, Response
+from fastapi.routing import APIRoute
+
+from gateway.errors import InvalidRequest
+
+
+class JsonRequest(Request):
+    """A request whose body is JSON in UTF-8 and nothing else."""
+
+    async def json(self) -> Any:
+        """Return the body's value.
+
+        Raises:
+            InvalidRequest: it is not JSON in UTF-8; says what it is instead.
+        """
+        if encoding := self.headers.get("content-encoding"):
+            raise InvalidRequest(f"Content-Encoding {encoding[:20]!r} is not supported; send the body as it is.")
+        try:
+            return json.loads((await self.body()).decode())
+        except UnicodeDecodeError as error:
+            raise InvalidRequest(f"The body is not UTF-8 (byte {error.start}); JSON is sent in UTF-8.") from None
+        except json.JSONDecodeError as error:
+            raise InvalidRequest(f"The body is not valid JSON: {error.msg} at character {error.pos}.") from None
+        except RecursionError:
+            raise InvalidRequest("The body is nested too deeply.") from None
+        except ValueError:
+            raise InvalidRequest("The body holds a number that is too long.") from None
+
+
+class JsonRoute(APIRoute):
+    """A route whose body is read by `JsonRequest`."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def handle_json(request: Request) -> Response:
+            return await handle(JsonRequest(request.scope, request.receive))
+
+        return handle_json
