@@ -255,7 +255,22 @@ def deferred(spec: ModelSpec) -> list[str]:
         missing.append(f"runtime {spec.runtime} comes with a later version: this one runs models as processes")
     if spec.replicas > 1:
         missing.append(f"replicas: {spec.replicas} comes with a later version: this one runs one server per model")
+    if spec.engine == "llamacpp":
+        said = [key for key, idle in _NOT_FOR_PROCESSES.items() if getattr(spec, key) != idle]
+        missing += [f"{key.removesuffix('_bytes')} has no effect on a model that runs as a process" for key in said]
+        missing += ["chat_template comes with a later version, with chat"] if spec.chat_template else []
     return missing
+
+
+_NOT_FOR_PROCESSES: Mapping[str, object] = {
+    "image": None,
+    "pull_policy": "missing",
+    "volumes": (),
+    "shm_size_bytes": None,
+    "gpus": 0,
+    "gpu_memory_bytes": None,
+    "memory_bytes": None,
+}
 
 
 # ---- all models -----------------------------------------------------------------------------------------------------

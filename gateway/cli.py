@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import math
 import os
 import shutil
 import signal
@@ -456,12 +457,20 @@ def logs(model_id: str, follow: bool, lines: int, url: str) -> None:
             echo_text(line)
 
 
+def _finite(_: click.Context, __: click.Parameter, value: float | None) -> float | None:
+    if value is not None and not math.isfinite(value):
+        raise click.BadParameter("must be a number from 0 to 2")
+    return value
+
+
 @main.command()
 @click.argument("model_id", metavar="ID")
 @click.argument("prompt")
 @click.option("--stream", is_flag=True, help="Print each token as it comes.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), help="Longest answer in tokens.")
-@click.option("--temperature", type=click.FloatRange(0, 2), help="0 always takes the likeliest token.")
+@click.option(
+    "--temperature", type=click.FloatRange(0, 2), callback=_finite, help="0 always takes the likeliest token."
+)
 @url_option
 @json_option
 def generate(

@@ -34,6 +34,8 @@ class GenerationRequest:
     presence_penalty: float = 0.0
     top_tokens: int = 0
     """How many of the likeliest tokens to report at each position, with probabilities; 0 to 50."""
+    logprobs: bool = False
+    """Whether to report how likely each generated token was."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import AbstractAsyncContextManager, aclosing
+from itertools import zip_longest
 from typing import Protocol
 
 from starlette.responses import Response
@@ -87,6 +88,7 @@ class Relay(Response):
         Raises:
             GatewayError: it failed before anything was written; `api.problems` answers.
         """
+        self._instance.engine.check(self._request)
         with (StreamWriter if self._reply.stream else WholeWriter)(self._reply, send) as writer:
             try:
                 async with until_departure(receive) as interrupt:
@@ -135,10 +137,11 @@ class Relay(Response):
         decoder = self._instance.engine.decoder(self._request)
         async with aclosing(answer.chunks()) as chunks:
             async for chunk in chunks:
-                for event in decoder.feed(chunk):
+                events = decoder.feed(chunk)
+                for event, following in zip_longest(events, events[1:]):
                     if isinstance(event, Finished):
                         return event
-                    await pace.take(event)
+                    await pace.take(event, last=isinstance(following, Finished))
         raise Broken("the answer has no end")
 
     def _broken(self, error: Broken, pace: _Pace) -> GatewayError:
@@ -164,9 +167,9 @@ class _Pace:
         self._bound = bound
         self._timeout_s = timeout_s
 
-    async def take(self, event: TokenEvent) -> None:
+    async def take(self, event: TokenEvent, *, last: bool) -> None:
         self.taken += 1
-        await self._writer.take(event)
+        await self._writer.take(event, last=last)
         if self._writer.streams and not self._bound.expired():
             self._bound.reschedule(asyncio.get_running_loop().time() + self._timeout_s)
 

@@ -97,7 +97,7 @@ def _cannot_listen(host: str, port: int, error: OSError | UnicodeError) -> Canno
 
 def serve(settings: Settings, catalog: Catalog, listener: socket.socket) -> int:
     """Serve until a signal; return the exit status."""
-    server = Server(_config(compose(settings, catalog), settings, catalog), _url_of(listener))
+    server = Server(_config(compose(settings, catalog), settings, catalog), _url_of(listener) + settings.root_path)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, server.end)
     try:
@@ -112,7 +112,7 @@ def serve_reloading(settings: Settings, catalog: Catalog, listener: socket.socke
     config = _config(
         "gateway.serving:reloaded_app", settings, catalog, factory=True, reload=True, reload_dirs=[package]
     )
-    ChangeReload(config, target=Server(config, _url_of(listener)).run, sockets=[listener]).run()
+    ChangeReload(config, target=Server(config, _url_of(listener) + settings.root_path).run, sockets=[listener]).run()
     return 0
 
 

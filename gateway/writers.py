@@ -35,8 +35,8 @@ class Reply(Protocol):
     def whole(self, result: GenerationResult) -> bytes:
         """Return the body of an answer that is not streamed (JSON)."""
 
-    def event(self, event: TokenEvent) -> bytes:
-        """Return what a stream says of one token; may be empty."""
+    def event(self, event: TokenEvent, *, last: bool) -> bytes:
+        """Return what a stream says of one token; may be empty. `last`: it is known to be the last one."""
 
     def end(self, finished: Finished) -> bytes:
         """Return how a stream ends."""
@@ -50,7 +50,7 @@ class Writer(Protocol):
 
     streams: bool
 
-    async def take(self, event: TokenEvent) -> None:
+    async def take(self, event: TokenEvent, *, last: bool = False) -> None:
         """Take the next token; when it is written, waits until the caller has room for it."""
 
     async def finish(self, finished: Finished) -> None:
@@ -80,7 +80,7 @@ class WholeWriter:
     def __exit__(self, *_: object) -> None:
         pass
 
-    async def take(self, event: TokenEvent) -> None:
+    async def take(self, event: TokenEvent, *, last: bool = False) -> None:  # noqa: ARG002 - the end comes anyway
         self._tokens.append(event)
 
     async def finish(self, finished: Finished) -> None:
@@ -119,8 +119,8 @@ class StreamWriter:
         if self._comment:
             self._comment.cancel()
 
-    async def take(self, event: TokenEvent) -> None:
-        if data := self._reply.event(event):
+    async def take(self, event: TokenEvent, *, last: bool = False) -> None:
+        if data := self._reply.event(event, last=last):
             await self._write(data)
 
     async def finish(self, finished: Finished) -> None:

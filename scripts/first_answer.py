@@ -79,6 +79,7 @@ def address(gateway: subprocess.Popen[str]) -> str | None:
     for line in gateway.stdout:
         if found := re.search(r"https?://[^\s/]+", line):
             return found[0]
+    print("GATEWAY_PORT=8001 scripts/quickstart would serve at another port.", file=sys.stderr)
     return None
 
 

@@ -76,6 +76,7 @@ def models_router(fleet: Fleet) -> APIRouter:
     router = APIRouter(tags=["models"])
 
     @router.get("/models", response_model=Models, summary="List available models")
+    @router.head("/models", include_in_schema=False)
     async def models() -> Any:
         return {"models": [model_json(status) for status in fleet.statuses()]}
 

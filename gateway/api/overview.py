@@ -28,6 +28,7 @@ def overview_router(fleet: Fleet, version: str) -> APIRouter:
     router = APIRouter(tags=["gateway"])
 
     @router.get("/", summary="Get API info")
+    @router.head("/", include_in_schema=False)
     async def root() -> dict[str, Any]:
         statuses = fleet.statuses()
         return {
@@ -42,6 +43,8 @@ def overview_router(fleet: Fleet, version: str) -> APIRouter:
         }
 
     @router.get("/health", summary="Is the gateway up?")
+    @router.head("/health", include_in_schema=False)
+    @router.head("/health/live", include_in_schema=False)
     @router.get("/health/live", include_in_schema=False)
     async def health() -> dict[str, Any]:
         """200 once the gateway serves, whatever its models do. Wakes none of them."""

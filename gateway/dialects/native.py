@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -18,6 +19,8 @@ from gateway.errors import GatewayError, InvalidRequest
 from gateway.generation import Finished, FinishReason, GenerationRequest, GenerationResult, TokenChance, TokenEvent
 
 DEFAULT_NEW_TOKENS = 200
+UNKNOWN_ID = -1
+"""Stands for the id of a token of which the engine tells nothing: part of a character, say."""
 FINISH_REASONS: Mapping[FinishReason, str] = {"length": "length", "stop": "stop_sequence", "eos": "eos_token"}
 """TGI's words, which its clients compare."""
 
@@ -64,7 +67,7 @@ class GenerateBody(BaseModel):
         0,
         ge=0,
         le=50,
-        description="Report this many likeliest tokens at each position; none where a position is only part of a character",
+        description="Report this many likeliest tokens at each position; none where it is part of a character",
     )
     return_full_text: bool = Field(True, description="Begin generated_text with the prompt (not in streams)")
     stream: bool = Field(False, description="Answer token by token, as server-sent events")
@@ -158,6 +161,7 @@ def to_request(spec: ModelSpec, body: GenerateBody) -> GenerationRequest:
         frequency_penalty=body.frequency_penalty,
         presence_penalty=body.presence_penalty,
         top_tokens=body.top_tokens,
+        logprobs=body.stream,
     )
 
 
@@ -192,39 +196,47 @@ class NativeReply:
             answer["tokens"] = [candidates(token.top) for token in result.tokens]
         return json.dumps(answer, ensure_ascii=False, separators=(",", ":")).encode()
 
-    def event(self, event: TokenEvent) -> bytes:
-        """Return the event of one token; the last possible one is kept for `end`, which TGI sends as one event."""
+    def event(self, event: TokenEvent, *, last: bool = False) -> bytes:
+        """Return the events that can be sent now.
+
+        TGI's last event is the last token and the whole text in one. So a token waits for the next if it may be the
+        last: one that reaches the limit, or one without text, such as the model's own end.
+        """
+        sent = self._release()
         self._index += 1
         self._text.append(event.text)
-        if self._index >= self._limit:
+        if last or not event.text or self._index >= self._limit:
             self._held = event
-            return b""
-        return self._frame(event, special=False)
+            return sent
+        return sent + self._frame(event, special=False)
 
     def end(self, finished: Finished) -> bytes:
-        """Return the last event: the last token, or an empty special one where the model ended before its limit."""
+        """Return the last event; where no token was kept for it, one that stands for the model's own end."""
         if self._held is None:
             self._index += 1
         last = self._held or TokenEvent(None, "")
-        text = "".join(self._text) + finished.text
         details = {
             "finish_reason": FINISH_REASONS[finished.reason],
             "generated_tokens": finished.tokens_generated,
             "seed": self._body.seed,
             "input_length": finished.prompt_tokens,
         }
-        shown = TokenEvent(last.id, last.text + finished.text, last.logprob, last.top)
-        return self._frame(
-            shown, special=self._held is None and not finished.text, generated_text=text, details=details
-        )
+        shown = replace(last, text=last.text + finished.text)
+        special = finished.reason == "eos" and not shown.text
+        return self._frame(shown, special=special, generated_text="".join(self._text) + finished.text, details=details)
+
+    def _release(self) -> bytes:
+        held, self._held = self._held, None
+        return self._frame(held, special=False) if held else b""
 
     def failure(self, error: GatewayError) -> bytes:
         return _event({"error": error.detail, "error_type": error.code, "error_code": error.code})
 
     def _frame(self, event: TokenEvent, *, special: bool, **last: Any) -> bytes:
-        token = {"id": event.id or 0, "text": event.text, "logprob": event.logprob or 0.0, "special": special}
+        known_id = UNKNOWN_ID if event.id is None else event.id
+        token = {"id": known_id, "text": event.text, "logprob": event.logprob or 0.0, "special": special}
         frame = {"index": self._index, "token": token}
-        if event.top:
+        if event.top and self._body.top_tokens:
             frame["top_tokens"] = [
                 {"id": chance.id, "text": chance.text, "logprob": chance.logprob, "special": False}
                 for chance in event.top

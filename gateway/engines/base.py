@@ -72,12 +72,15 @@ class Engine(Protocol):
     def diagnose(self, end: Exit) -> Diagnosis:
         """Return why the server ended, from its exit and its last lines."""
 
-    def call(self, spec: ModelSpec, request: GenerationRequest, secret: str) -> Call:
-        """Return the HTTP call for `request`; its answer is always a stream.
+    def check(self, request: GenerationRequest) -> None:
+        """Return if this engine can do what is asked. Asked first, so that no model is started in vain.
 
         Raises:
-            Unsupported: this engine cannot do what is asked.
+            Unsupported: it cannot; names the parameters.
         """
+
+    def call(self, spec: ModelSpec, request: GenerationRequest, secret: str) -> Call:
+        """Return the HTTP call for a `request` that `check` let pass; its answer is always a stream."""
 
     def decoder(self, request: GenerationRequest) -> Decoder:
         """Return a fresh decoder for the answer to `call(..., request, ...)`."""

@@ -139,6 +139,12 @@ def set_flash_attention(llama: Any, params: Any, word: str) -> None:
     params.flash_attn_type = words[word]
 
 
+def set_verbosity(_: Any, params: Any, level: int) -> None:
+    if level > MOST_VERBOSE:
+        raise ValueError(f"it is at most {MOST_VERBOSE}: above, llama.cpp prints prompts and keys")
+    params.verbosity = level
+
+
 def plain(attribute: str) -> Callable[[Any, Any, Any], None]:
     """Return what sets an attribute of llama.cpp's parameters to the value as it is."""
     return lambda _, params, value: setattr(params, attribute, value)
@@ -158,8 +164,11 @@ FLAGS: dict[str, tuple[Any, Callable[[Any, Any, Any], None]]] = {
     "rope-freq-scale": ((int, float), plain("rope_freq_scale")),
     "check-tensors": (bool, plain("check_tensors")),
     "warmup": (bool, plain("warmup")),
-    "verbosity": (int, plain("verbosity")),
+    "verbosity": (int, set_verbosity),
 }
+
+
+MOST_VERBOSE = 3
 
 
 def fail(status: int, words: str) -> NoReturn:

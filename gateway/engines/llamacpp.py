@@ -93,6 +93,9 @@ class LlamaCpp:
         cause, fix = _silent_end(end)
         return Diagnosis(cause, fix, _evidence(end.last_lines, "embedded server: "))
 
+    def check(self, request: GenerationRequest) -> None:
+        _reporting(request)
+
     def call(self, spec: ModelSpec, request: GenerationRequest, secret: str) -> Call:
         body = {"prompt": request.prompt, "stream": True, "n_predict": request.max_new_tokens, "cache_prompt": True}
         return Call(
@@ -305,7 +308,8 @@ def _reporting(request: GenerationRequest) -> dict[str, Any]:
     It reports either the model's own probabilities (T = 1), whatever the sampling, or those that are left after the
     sampling. The latter are the whole vocabulary's only if nothing but the temperature takes part.
     """
-    plain = {"n_probs": request.top_tokens, "post_sampling_probs": False}
+    wanted = request.top_tokens or int(request.logprobs)  # what is reported for one is reported for the token taken
+    plain = {"n_probs": wanted, "post_sampling_probs": False}
     if request.top_tokens == 0 or request.temperature == 0:
         return plain
     if not _is_reshaped(request):

@@ -91,9 +91,12 @@ class Fleet:
         """Return the runtime that has this model's output.
 
         Raises:
-            StartFailed: this version has no such runtime.
+            ModelNotRunning: this version has no such runtime, so there is no output.
         """
-        return self._parts(spec)[1]
+        try:
+            return self._runtimes[spec.runtime]
+        except KeyError:
+            raise ModelNotRunning(f"{spec.id} never ran; there is no log.") from None
 
     def close(self) -> None:
         """Refuse all further requests, and let what runs finish within its drain limit."""
@@ -110,6 +113,8 @@ class Fleet:
 
     def _make(self, spec: ModelSpec) -> Instance:
         engine, runtime = self._parts(spec)
+        for words in deferred(spec):
+            log.warning("%s: %s", server_name(spec), words)
         health = Health(
             engine, self._probe, interval_s=spec.health_interval_s, failures=spec.health_failures, rest=self._rest
         )
@@ -121,7 +126,8 @@ class Fleet:
     def _parts(self, spec: ModelSpec) -> tuple[Engine, Runtime]:
         engine, runtime = self._engines.get(spec.engine), self._runtimes.get(spec.runtime)
         if engine is None or runtime is None:
-            raise StartFailed(f"{spec.id} cannot be run: " + "; ".join(deferred(spec)))
+            cause, fix = "; ".join(deferred(spec)), "Ask for a model that this version runs; GET /models lists them."
+            raise StartFailed(f"{spec.id} cannot be run: {cause}. {fix}", cause=cause, fix=fix)
         return engine, runtime
 
 

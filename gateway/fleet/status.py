@@ -41,4 +41,9 @@ def describe(progress: Progress | None) -> dict[str, object] | None:
     """Return progress as the API shows it."""
     if progress is None:
         return None
-    return {"phase": progress.phase, "done": progress.done, "total": progress.total, "unit": progress.unit}
+    done, total = _plain(progress.done), _plain(progress.total)
+    return {"phase": progress.phase, "done": done, "total": total, "unit": progress.unit}
+
+
+def _plain(amount: float | None) -> float | None:
+    return int(amount) if amount is not None and amount.is_integer() else amount

@@ -29,8 +29,11 @@ def reply(**fields: Any) -> NativeReply:
 
 
 def frames(*data: bytes) -> list[dict[str, Any]]:
-    assert all(piece == b"" or (piece.startswith(b"data: ") and piece.endswith(b"\n\n")) for piece in data)
-    return [json.loads(piece[6:]) for piece in data if piece]
+    sent = b"".join(data)
+    assert sent.endswith(b"\n\n")
+    events = sent.removesuffix(b"\n\n").split(b"\n\n")
+    assert all(event.startswith(b"data: ") for event in events)
+    return [json.loads(event[6:]) for event in events]
 
 
 def test_the_defaults_are_the_documents() -> None:
@@ -122,7 +125,7 @@ def test_a_whole_answer(reason: FinishReason, word: str) -> None:
 
 
 def test_a_stream_that_ends_at_its_limit_has_the_last_token_in_the_final_frame() -> None:
-    answer = reply(stream=True, max_new_tokens=2)
+    answer = reply(stream=True, max_new_tokens=2, top_tokens=2)
 
     first, last = frames(answer.event(PARIS), answer.event(DOT), answer.end(Finished("length", 2, 5)))
 
@@ -135,15 +138,48 @@ def test_a_stream_that_ends_at_its_limit_has_the_last_token_in_the_final_frame()
     assert last["details"] == {"finish_reason": "length", "generated_tokens": 2, "seed": None, "input_length": 5}
 
 
-def test_a_stream_that_ends_early_ends_with_an_empty_special_token() -> None:
+@pytest.mark.parametrize(("end", "token_id"), [([TokenEvent(2, "", -0.1)], 2), ([], -1)])
+def test_a_stream_that_the_model_ends_ends_with_its_special_token(end: list[TokenEvent], token_id: int) -> None:
     answer = reply(stream=True, max_new_tokens=9)
 
-    first, last = frames(answer.event(PARIS), answer.end(Finished("eos", 2, 5)))
+    told = [answer.event(event) for event in [PARIS, *end]]
+    first, last = frames(*told, answer.end(Finished("eos", 2, 5)))
 
     assert first["token"]["text"] == " Paris"
     assert (last["index"], last["token"]["text"], last["token"]["special"]) == (2, "", True)
+    assert last["token"]["id"] == token_id
     assert last["generated_text"] == " Paris"
     assert last["details"]["finish_reason"] == "eos_token"
+
+
+def test_a_token_without_text_waits_for_the_next_and_is_not_lost() -> None:
+    answer = reply(stream=True, max_new_tokens=9)
+    part = TokenEvent(None, "")
+
+    told = [answer.event(event) for event in (part, part, PARIS)]
+    sent = frames(*told, answer.end(Finished("eos", 4, 5)))
+
+    assert told[0] == b""
+    assert [frame["index"] for frame in sent] == [1, 2, 3, 4]
+    assert [frame["token"]["id"] for frame in sent] == [-1, -1, 7042, -1]
+    assert [frame["token"]["special"] for frame in sent] == [False, False, False, True]
+
+
+def test_a_token_that_is_known_to_be_the_last_is_in_the_final_frame() -> None:
+    answer = reply(stream=True, max_new_tokens=9, stop=["."])
+
+    [last] = frames(answer.event(PARIS, last=True), answer.end(Finished("stop", 1, 5)))
+
+    assert last["token"]["text"] == " Paris"
+    assert last["generated_text"] == " Paris"
+    assert (last["token"]["special"], last["details"]["finish_reason"]) == (False, "stop_sequence")
+
+
+def test_likeliest_tokens_are_in_a_stream_only_if_asked_for() -> None:
+    [frame] = frames(reply(stream=True).event(PARIS))
+
+    assert "top_tokens" not in frame
+    assert frame["token"]["logprob"] == -0.25
 
 
 def test_what_was_held_back_comes_with_the_end_and_clients_can_add_it_up() -> None:

@@ -261,6 +261,9 @@ class SimulatedEngine:
     def diagnose(self, end: Exit) -> Diagnosis:
         return Diagnosis(f"it ended with {end.code}", "Try again.")
 
+    def check(self, request: GenerationRequest) -> None:
+        pass
+
     def call(self, spec: ModelSpec, request: GenerationRequest, secret: str) -> Call:
         raise Unsupported("the simulation has no wire")
 
