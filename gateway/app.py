@@ -94,7 +94,7 @@ def compose(settings: Settings, catalog: Catalog) -> FastAPI:
     for router in (generate_router(fleet, client), models_router(fleet), overview_router(fleet, VERSION)):
         app.include_router(router)
     app.add_middleware(PlainPaths)
-    app.add_middleware(BodyLimit, most_bytes=settings.max_body_bytes)
+    app.add_middleware(BodyLimit, most_bytes=settings.max_body_bytes, closing=lambda: fleet.closing)
     if not settings.allow_insecure:
         app.add_middleware(LoopbackOnly, refusal=_not_for_you)
     app.add_middleware(RequestLog)
@@ -118,6 +118,7 @@ class _closing_on_signal:  # noqa: N801 - reads as what it does
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
         self._before: dict[int, signal._HANDLER] = {}
+        self._asked = 0
 
     def __enter__(self) -> None:
         loop = asyncio.get_running_loop()
@@ -132,7 +133,9 @@ class _closing_on_signal:  # noqa: N801 - reads as what it does
             signal.signal(number, theirs)
 
     def _on_signal(self, loop: asyncio.AbstractEventLoop, number: int, frame: FrameType | None) -> None:
-        loop.call_soon_threadsafe(self._fleet.close)
+        self._asked += 1
+        # who asks twice does not want to wait: what runs is cut, with words
+        loop.call_soon_threadsafe(lambda: self._fleet.close(force=self._asked > 1))
         theirs = self._before[number]
         assert callable(theirs)  # only such were replaced
         theirs(number, frame)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import json
 import logging.config
@@ -31,6 +32,8 @@ log = logging.getLogger(__name__)
 
 UNUSABLE = 2
 CUT_SHORT = 128 + signal.SIGINT
+LAST_WORDS_S = 2.0
+"""How long callers may take, at the end, to read what was written for them."""
 DRAIN_MARGIN_S = 10.0
 """What the server waits for open connections beyond the longest drain of the catalog."""
 CHECKPOINT = "_GATEWAY_CHECKPOINT"
@@ -136,6 +139,21 @@ class Server(uvicorn.Server):
     def end(self, *_: object) -> None:
         """Handle a signal that comes before uvicorn handles them, or that it raises once more after the end."""
         self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        sweeping = asyncio.create_task(self._cut_those_who_do_not_read(), name="sweep")
+        try:
+            await super().shutdown(sockets)
+        finally:
+            sweeping.cancel()
+
+    async def _cut_those_who_do_not_read(self) -> None:
+        """Once no request runs any more, give what is on its way a moment to be read, and no more."""
+        while True:
+            await asyncio.sleep(LAST_WORDS_S)
+            if not self.server_state.tasks:
+                for connection in list(self.server_state.connections):
+                    connection.transport.abort()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)

@@ -8,14 +8,16 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.api import problems
+from gateway.departure import interruptible
 from gateway.errors import BodyTimeout, BodyTooLarge, GatewayError
+from gateway.fleet.refusals import shutting_down
 
 log = logging.getLogger("gateway.access")
 
@@ -75,9 +77,10 @@ class _Exchange:
 class BodyLimit:
     """Refuses a body above `most_bytes`, before it is read if it says its length; and one that does not come."""
 
-    def __init__(self, app: ASGIApp, most_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, most_bytes: int, closing: Callable[[], asyncio.Future[None]]) -> None:
         self._app = app
         self._most_bytes = most_bytes
+        self._closing = closing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -113,11 +116,26 @@ class BodyLimit:
     async def _soon(self, receive: Receive, deadline: float) -> Message:
         now = asyncio.get_running_loop().time()
         try:
-            async with asyncio.timeout_at(min(deadline, now + BODY_PIECE_S)):
+            async with self._until_closing(), asyncio.timeout_at(min(deadline, now + BODY_PIECE_S)):
                 return await receive()
         except TimeoutError:
             words = f"The body did not come: a piece may take {BODY_PIECE_S:g} s, and all of it {BODY_S:g} s."
             raise BodyTimeout(words) from None
+
+    @asynccontextmanager
+    async def _until_closing(self) -> AsyncIterator[None]:
+        """Refuse what has not even come yet when the gateway shuts down: nobody waits for it."""
+        async with interruptible() as interrupt:
+            closing = self._closing()
+
+            def refuse(_: object) -> None:
+                interrupt.fire(shutting_down())
+
+            closing.add_done_callback(refuse)
+            try:
+                yield
+            finally:
+                closing.remove_done_callback(refuse)
 
     def _too_large(self) -> GatewayError:
         words = f"The body is larger than {self._most_bytes:,} bytes; send less, or raise GATEWAY_MAX_BODY."

@@ -98,10 +98,10 @@ class Fleet:
         except KeyError:
             raise ModelNotRunning(f"{spec.id} never ran; there is no log.") from None
 
-    def close(self) -> None:
-        """Refuse all further requests, and let what runs finish within its drain limit."""
+    def close(self, *, force: bool = False) -> None:
+        """Refuse all further requests, and let what runs finish within its drain limit, or (`force`) cut it off."""
         for instance in self._instances.values():
-            instance.close()
+            instance.close(force=force)
         self.journal.close()
         if not self.closing.done():
             self.closing.set_result(None)

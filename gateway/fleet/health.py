@@ -18,6 +18,7 @@ from gateway.runtimes.base import Handle
 CHECK_TIMEOUT_S = 5.0
 SHORTEST_REST_S, LONGEST_REST_S, REST_SHARE = 0.02, 1.0, 0.02
 """While a server loads it is asked again after 2 % of the time it took so far: soon if it is quick, seldom if slow."""
+RECOVERY_REST_S = 1.0
 
 Answer = tuple[int, bytes]
 Rest = Callable[[Handle, float], Awaitable[None]]
@@ -78,9 +79,9 @@ class Health:
             missed = 0 if await self._is_alive(handle) else missed + 1
 
     async def until_back(self, handle: Handle) -> None:
-        """Return when a check passes again. Bounded by the caller."""
+        """Return when a check passes again. Bounded by the caller, who then gives the server up: it is asked often."""
         while not await self._is_alive(handle):
-            await self._rest(handle, self._interval_s)
+            await self._rest(handle, min(self._interval_s, RECOVERY_REST_S))
 
     async def _is_ready(self, handle: Handle) -> bool:
         answer = await self._ask(handle)

@@ -172,13 +172,13 @@ class Instance:
             raise self._promised(refusals.called_off(self.spec))
         return await self.start()
 
-    def close(self) -> None:
-        """Refuse all further requests and those that queue, and drain; `aclose` waits for the end of it."""
+    def close(self, *, force: bool = False) -> None:
+        """Refuse all further requests and those that queue, and drain or (`force`) cut; `aclose` waits for the end."""
         self._closing = True
         self._wanted = False
         self._refuse_queue(refusals.shutting_down)
         if self._life:
-            self._lead_down("shutdown")
+            self._lead_down("shutdown", force=force)
 
     async def aclose(self) -> None:
         """Return when nothing runs any more: within the drain limit, the grace and the runtime's margin."""
@@ -365,7 +365,6 @@ class Instance:
         self._wanted = False
         self._cool_until = 0.0
         self._move(Event.PASS, "health check passed")
-        self._grant()
 
     async def _live(self, life: Life) -> None:
         """Wait for the end of `_serve`, clear up after it, and go on with whoever still waits."""
@@ -420,7 +419,7 @@ class Instance:
         return None
 
     def _went_down(self, life: Life) -> None:
-        if life.left:
+        if life.left and not life.failed:  # else what it failed of says more than that it could not be cleared
             self._remember(life.left, life)
         elif self._served_long(life):
             self._failures = 0
@@ -489,6 +488,7 @@ class Instance:
         if (before in SERVING) is not (self._state in SERVING):
             for ticket in self._queue:
                 self._bound(ticket)
+        self._grant()
         self._rearm()
 
     def _progressed(self, progress: Progress) -> None:

@@ -85,8 +85,7 @@ def ended(spec: ModelSpec, end: Exit, diagnosis: Diagnosis, *, served: bool) -> 
 
 def unhealthy_too_long(spec: ModelSpec) -> GenerationFailed:
     return GenerationFailed(
-        f"The server of {spec.id} missed its health checks for {spec.unhealthy_timeout_s:g} s and was removed; "
-        "the next request starts it afresh."
+        f"The server of {spec.id} missed its health checks for {spec.unhealthy_timeout_s:g} s and was removed."
     )
 
 

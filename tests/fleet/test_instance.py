@@ -451,6 +451,22 @@ async def test_a_silent_server_is_unhealthy_refuses_and_recovers() -> None:
 
 
 @in_every_order
+async def test_those_who_queue_are_served_when_a_silent_server_recovers() -> None:
+    """The queue slept on beside free slots: leases given back while the server was unhealthy woke nobody."""
+    scene = Scene(Manners(hangs_s=20, hang_lasts_s=70), max_concurrency=1, unhealthy_timeout=60, generation_timeout=60)
+    await scene.ready()
+    running = scene.ask(500)
+    await scene.after(15)
+    queued = scene.ask()
+    while not scene.is_in(State.UNHEALTHY):
+        await scene.after(1)
+
+    assert await running == "generation timeout"
+    assert await queued == "answered"
+    assert scene.starts == 1
+
+
+@in_every_order
 async def test_a_server_silent_for_too_long_is_replaced_and_its_callers_are_told() -> None:
     scene = Scene(Manners(hangs_s=20, hang_lasts_s=NEVER), Manners(), unhealthy_timeout=60, generation_timeout=500)
     await scene.ready()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 
+from gateway.errors import GatewayError
 from gateway.fleet.instance import Instance
 from gateway.fleet.life import Lease, Life
 from gateway.fleet.queue import Ticket
+from gateway.lifecycle import Event, State
 from gateway.runtimes.base import Handle
 
 
@@ -77,12 +79,78 @@ class BelievesTheFirstMiss(Instance):
         raise RuntimeError("it did not answer")
 
 
+class LeavesServers(Instance):
+    """Breaks P2: does not remove the server of a life that failed."""
+
+    async def _clear(self) -> GatewayError | None:
+        return None if self._life and self._life.failed else await super()._clear()
+
+
+class SleepsOn(Instance):
+    """Breaks P4: does not wake the queue when a server has recovered."""
+
+    def _move(self, event: Event, reason: str) -> None:
+        recovered = self._state is State.UNHEALTHY and event is Event.PASS
+        grant = self._grant
+        if recovered:
+            self._grant = lambda: None  # type: ignore[method-assign]
+        super()._move(event, reason)
+        self._grant = grant  # type: ignore[method-assign]
+
+
+class NeverWakes(Instance):
+    """Breaks P4: does not wake the queue when a lease is given back."""
+
+    def _grant(self) -> None:
+        if not any(ticket.asked_at < self._loop.time() for ticket in self._queue):
+            super()._grant()
+
+
+class IgnoresStalls(Instance):
+    """Breaks P5: lets a start go on without any progress."""
+
+    def _start(self, reason: str) -> None:
+        super()._start(reason)
+        if self._life:
+            self._life._stall_timeout_s = 1e9
+
+
+class BoundsTheWholeOnly(Instance):
+    """Breaks P7: bounds the wait for a model that runs as if it were still to be started."""
+
+    def _bound(self, ticket: Ticket) -> None:
+        ticket.wait_until(ticket.asked_at + self._bounds.longest_wait_s)
+
+
+class ComesBack(Instance):
+    """Starts a model again that an operator has stopped."""
+
+    def _lead_down(self, reason: str, *, force: bool = False) -> None:
+        self._wanted = self._wanted or reason == "operator"
+        super()._lead_down(reason, force=force)
+
+
+class NeverIdle(Instance):
+    """Does not stop what nobody uses."""
+
+    def _due(self) -> tuple[float, str] | None:
+        due = super()._due()
+        return None if due and due[1] == "idle" else due
+
+
 INSTANCES: dict[str, type[Instance]] = {
     "P1": StopsBusyServers,
     "P2": StartsTwice,
+    "P2-left": LeavesServers,
     "P4": LosesLeases,
+    "P4-recovery": SleepsOn,
+    "P4-wake": NeverWakes,
     "P5": WaitsForEver,
+    "P5-stall": IgnoresStalls,
     "P7": QueuesForEver,
+    "P7-whole": BoundsTheWholeOnly,
+    "stop": ComesBack,
+    "idle": NeverIdle,
     "P8": ForgetsPromises,
     "P10": HoldsOn,
     "P11": BelievesTheFirstMiss,

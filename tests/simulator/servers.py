@@ -56,7 +56,7 @@ def draw_manners(random: Random) -> Manners:
         case "dies serving":
             return Manners(make_s, load_s, dies_serving_s=random.choice([0.0, 1.0, 30.0, 600.0]))
         case "hangs":
-            lasts_s = random.choice([5.0, 35.0, 80.0, NEVER])
+            lasts_s = random.choice([5.0, 35.0, 50.0, 65.0, 80.0, NEVER])
             return Manners(
                 make_s, load_s, hangs_s=random.choice([0.0, 1.0, 10.0, random.uniform(0, 900)]), hang_lasts_s=lasts_s
             )
@@ -77,6 +77,7 @@ class Server:
         self.made_at = self.loop.time()
         self.alive = True
         self.hung_since: float | None = None
+        self.recovered_at = -NEVER
         self.ended: asyncio.Future[Exit] = self.loop.create_future()
         self.disturbed: asyncio.Future[None] = self.loop.create_future()
         self.requests: dict[object, None] = {}
@@ -108,6 +109,7 @@ class Server:
 
     def recover(self) -> None:
         self.hung_since = None
+        self.recovered_at = self.loop.time()
 
     def _dies_at(self) -> float:
         return min(self.made_at + self.manners.dies_loading_s, self.ready_at + self.manners.dies_serving_s)
@@ -140,6 +142,8 @@ class BadMannersRuntime:
         self.starting: dict[str, int] = {}
         self.starts: dict[str, int] = {}
         self.silent_until = 0.0
+        self.perhaps_left: dict[str, bool] = {}  # names whose last stop did not succeed
+        self.last_sign: dict[str, float] = {}  # when a server of the name last said anything
         self.next_manners: list[Manners] = []
 
     def alive(self, name: str) -> list[Server]:
@@ -163,13 +167,15 @@ class BadMannersRuntime:
         manners = self.next_manners.pop(0) if self.next_manners else draw_manners(self.random)
         await self._answer()
         for older in self.alive(name):
+            if not self.perhaps_left.get(name):
+                raise Broke(f"P2: {name} is started, and the server before it was never removed")
             older.die("replaced")
         await asyncio.sleep(manners.make_s)
         if manners.fails_to_start:
             raise StartFailed("no such image")
         if self.alive(name):
             raise Broke(f"P2: a second server of {name}")
-        server = Server(name, manners, listener)
+        server = Server(name, manners, _Noting(self, name, listener))
         self.servers.setdefault(name, []).append(server)
         del self.servers[name][:-3]
         await self._answer()  # it exists, but the daemon has not said so yet
@@ -181,12 +187,14 @@ class BadMannersRuntime:
         return end
 
     async def stop(self, name: str, *, grace_s: float) -> None:
+        self.perhaps_left[name] = True
         await self._answer()
         for server in self.alive(name):
             if server.requests:
                 raise Broke(f"P1: {name} is stopped while it serves {len(server.requests)} requests")
             await asyncio.sleep(min(server.manners.leaves_s, grace_s))
             server.die("stopped")
+        self.perhaps_left[name] = False
 
     async def logs(self, name: str, *, lines: int, follow: bool) -> AsyncIterator[str]:
         yield f"the last {lines} lines of {name}"
@@ -206,6 +214,22 @@ class BadMannersRuntime:
             await asyncio.sleep(min(left_s, 30.0))
         if left_s > 30.0:
             raise RuntimeUnavailable("the daemon does not answer")
+
+
+class _Noting:
+    """Passes on what a server says, and notes when it did."""
+
+    def __init__(self, runtime: BadMannersRuntime, name: str, listener: Listener) -> None:
+        self._runtime = runtime
+        self._name = name
+        self._listener = listener
+
+    def line(self, text: str) -> None:
+        self._runtime.last_sign[self._name] = asyncio.get_running_loop().time()
+        self._listener.line(text)
+
+    def progress(self, progress: Progress) -> None:
+        self._listener.progress(progress)
 
 
 class SimulatedProbe:

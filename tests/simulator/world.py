@@ -14,6 +14,7 @@ from gateway.catalog import Catalog, ModelSpec
 from gateway.errors import GatewayError, ModelNotRunning
 from gateway.fleet.admission import STOP_MARGIN_S
 from gateway.fleet.fleet import Fleet
+from gateway.fleet.health import CHECK_TIMEOUT_S, RECOVERY_REST_S
 from gateway.fleet.instance import Instance
 from gateway.fleet.journal import Journal
 from gateway.fleet.life import Lease
@@ -21,13 +22,22 @@ from gateway.lifecycle import DOWN, SERVING, STARTING_UP, State
 from gateway.relay import SECOND_ATTEMPT_S
 from gateway.runtimes.base import Handle
 from tests.simulator.loop import SimulatedLoop
-from tests.simulator.servers import BadMannersRuntime, Broke, SimulatedEngine, SimulatedProbe
+from tests.simulator.servers import BadMannersRuntime, Broke, Server, SimulatedEngine, SimulatedProbe
 
 COME_BACK = {"MODEL_NOT_LOADED", "QUEUE_FULL", "NO_CAPACITY", "MODEL_UNHEALTHY", "SHUTTING_DOWN"}
 STOPS = ("stop", "force-stop", "restart")
 REFUSED = "connection refused"
 CLOSED_AT_ONCE_S = 0.1
 ROUNDING_S = 1e-6
+
+
+@dataclass(eq=False, frozen=True)
+class Waiter:
+    """One who waits: a request for a lease, or an operator for the model."""
+
+    asked_at: float
+    max_wait_s: float | None = None
+    wants_lease: bool = True
 
 
 @dataclass
@@ -40,7 +50,10 @@ class Watched:
     before: State = State.STOPPED
     before_since: float = 0.0
     start_began: float = 0.0
-    waiting: dict[object, None] = field(default_factory=dict)
+    waiting: dict[Waiter, None] = field(default_factory=dict)
+    serving_since: float = 0.0
+    last_use: float = 0.0
+    asked_for: bool = True
     holding: dict[Lease, None] = field(default_factory=dict)
     last_waiter_left: float = 0.0
     promised_until: float = 0.0
@@ -92,13 +105,13 @@ class World:
             for pause_s in (0.0, SECOND_ATTEMPT_S):
                 if outcome == REFUSED:
                     await asyncio.sleep(pause_s)
-                    with self._waits(spec) as left_queue:
+                    with self._waits(spec, Waiter(self.loop.time(), max_wait_s)) as left_queue:
                         async with self.fleet.get(spec).lease(max_wait_s=max_wait_s) as held:
                             left_queue()
                             outcome = await self._converse(spec, held, work_s)
         except GatewayError as error:
             outcome = error.code
-            self._refused(spec, error, began, waited_for_lease=held is None)
+            self._refused(spec, error, began)
         except asyncio.CancelledError:
             outcome = "left"
         finally:
@@ -120,6 +133,7 @@ class World:
         self.tell(f"operator: {verb} {spec.id}")
         watched, instance = self.watched[spec.id], self.fleet.get(spec)
         was_kept, is_down = watched.kept, watched.state in DOWN
+        watched.asked_for = verb not in ("stop", "force-stop") or (watched.asked_for and is_down)
         watched.stop_asked = watched.stop_asked or (verb in STOPS and not is_down)
         watched.forced = watched.forced or (verb == "force-stop" and not is_down)
         watched.kept = verb not in ("stop", "force-stop") and (was_kept or watched.state not in SERVING)
@@ -138,7 +152,7 @@ class World:
         return None
 
     async def _waiting(self, spec: ModelSpec, order: Awaitable[Handle | None]) -> Handle | None:
-        with self._waits(spec):
+        with self._waits(spec, Waiter(self.loop.time(), wants_lease=False)):
             return await order
 
     async def close(self) -> None:
@@ -172,6 +186,7 @@ class World:
             return await self._work(spec, lease, work_s)
         finally:
             del holding[lease]
+            self.watched[spec.id].last_use = self.loop.time()
 
     async def _work(self, spec: ModelSpec, lease: Lease, work_s: float) -> str:
         """Play the relay: let the server work, end when it breaks off, when the lease is cut, or with the caller."""
@@ -208,13 +223,15 @@ class World:
             cut.set_result(error.code)
 
     @contextmanager
-    def _waits(self, spec: ModelSpec) -> Any:
-        watched, ticket = self.watched[spec.id], object()
-        watched.waiting[ticket] = None
+    def _waits(self, spec: ModelSpec, waiter: Waiter) -> Any:
+        watched = self.watched[spec.id]
+        watched.waiting[waiter] = None
+        watched.asked_for = True
 
         def left() -> None:
-            if watched.waiting.pop(ticket, ticket) is None:
-                watched.last_waiter_left = self.loop.time()
+            if waiter in watched.waiting:
+                del watched.waiting[waiter]
+                watched.last_waiter_left = watched.last_use = self.loop.time()
 
         try:
             yield left
@@ -234,7 +251,13 @@ class World:
         self.tell(f"{data['model']}: {data['from']} -> {data['to']} ({data['reason']})")
         watched.before, watched.before_since = State(data["from"]), watched.since
         watched.state, watched.since = State(data["to"]), now
+        if watched.state in SERVING and watched.before not in SERVING:
+            watched.serving_since = watched.last_use = now
+        if watched.state in DOWN:
+            self._witness_removal(watched)
         if watched.state is State.STARTING:
+            if not (watched.asked_for or watched.spec.preload):
+                self.breaks(f"{watched.spec.id} was stopped, and is started though nobody asked for it")
             watched.start_began = now
             watched.forced = watched.stop_asked = False
         if watched.state is State.READY:
@@ -258,14 +281,41 @@ class World:
                 self.breaks(f"P5: {watched.spec.id} is {watched.state} beyond its deadline ({deadline:.3f})")
             if (held := self.fleet.status(watched.spec).in_flight) > len(watched.holding):
                 self.breaks(f"P4: {held} leases of {watched.spec.id} are out, and {len(watched.holding)} are held")
+            self._check_waiting(watched, now)
             if watched.state in STARTING_UP and now > self._unwanted_from(watched) + ROUNDING_S:
                 self.breaks(f"P8: nobody wants {watched.spec.id} any more, and it is {watched.state}")
+
+    def _check_waiting(self, watched: Watched, now: float) -> None:
+        """Nobody waits beside a free slot (P4) or beyond a bound (P7), and nothing idles beyond its time-out."""
+        spec, status = watched.spec, self.fleet.status(watched.spec)
+        if watched.state is State.READY and status.queued and status.in_flight < spec.max_concurrency:
+            self.breaks(f"P4: {status.queued} requests for {spec.id} wait beside a free slot")
+        for waiter in watched.waiting:
+            if waiter.wants_lease and now > self._waits_until(watched, waiter) + ROUNDING_S:
+                self.breaks(f"P7: a request for {spec.id} waits since {waiter.asked_at:.3f}")
+        idle = watched.state is State.READY and not watched.holding and not watched.waiting and not spec.pinned
+        if idle and spec.idle_timeout_s is not None and now > watched.last_use + spec.idle_timeout_s + ROUNDING_S:
+            self.breaks(f"{spec.id} is idle since {watched.last_use:.3f}, and still runs")
+
+    def _waits_until(self, watched: Watched, waiter: Waiter) -> float:
+        spec = watched.spec
+        leaving_s = spec.drain_timeout_s + spec.stop_grace_s + STOP_MARGIN_S
+        latest = waiter.asked_at + leaving_s + spec.start_timeout_s + spec.queue_timeout_s
+        if watched.state in SERVING:
+            return min(latest, max(waiter.asked_at, watched.serving_since) + spec.queue_timeout_s)
+        return latest if waiter.max_wait_s is None else waiter.asked_at + waiter.max_wait_s
+
+    def _witness_removal(self, watched: Watched) -> None:
+        name = f"tgi-{watched.spec.id}"
+        if self.runtime.alive(name) and not self.runtime.perhaps_left.get(name):
+            self.breaks(f"P2: {name} is {watched.state}, and its server runs")
 
     def _deadline(self, watched: Watched) -> float | None:
         spec = watched.spec
         match watched.state:
             case State.STARTING | State.LOADING:
-                return watched.start_began + spec.start_timeout_s
+                last_sign = max(watched.since, self.runtime.last_sign.get(f"tgi-{spec.id}", 0.0))
+                return min(watched.start_began + spec.start_timeout_s, last_sign + spec.stall_timeout_s)
             case State.UNHEALTHY:
                 return watched.since + spec.unhealthy_timeout_s
             case State.DRAINING:
@@ -281,22 +331,28 @@ class World:
         return max(watched.last_waiter_left, watched.promised_until) + watched.spec.abandon_after_s
 
     def _witness_calling_off(self, watched: Watched, reason: str) -> None:
-        if reason == "nobody waits for it any more" and self.loop.time() < self._unwanted_from(watched) - ROUNDING_S:
+        failed = reason.partition(":")[0].isupper()  # an error's code
+        if not failed and not watched.stop_asked and self.loop.time() < self._unwanted_from(watched) - ROUNDING_S:
             self.breaks(f"P8: the start of {watched.spec.id} is called off, and somebody wants it")
 
     def _witness_cause(self, watched: Watched, reason: str) -> None:
         """A ready server goes for a cause: somebody's order, idleness, its own end, or lasting silence (P11)."""
         server = self.runtime.newest(f"tgi-{watched.spec.id}")
         idle = reason == "idle" and not server.requests
-        silent = watched.before is State.UNHEALTHY and server.hung_since is not None
+        silent = watched.before is State.UNHEALTHY and self._was_silent(server)
         if not (watched.stop_asked or idle or not server.alive or silent):
             self.breaks(f"P11: {watched.spec.id} is stopped ({reason}), and its server is well")
+
+    def _was_silent(self, server: Server) -> bool:
+        """Say whether it was silent when it was last asked, at the latest."""
+        asked_at = self.loop.time() - CHECK_TIMEOUT_S - RECOVERY_REST_S - ROUNDING_S
+        return server.hung_since is not None or server.recovered_at >= asked_at
 
     def _witness_cut(self, watched: Watched, lease: Lease) -> None:
         """A server that serves is only stopped for the reasons that promise P1 names."""
         drained = watched.before is State.DRAINING and self._stayed(watched) >= watched.spec.drain_timeout_s
         silent = watched.before is State.UNHEALTHY and self._stayed(watched) >= watched.spec.unhealthy_timeout_s
-        late_silent = watched.before is State.DRAINING and self.runtime.newest(lease.handle.name).hung_since is not None
+        late_silent = watched.before is State.DRAINING and self._was_silent(self.runtime.newest(lease.handle.name))
         ended = not self.runtime.newest(lease.handle.name).alive
         if not (drained or silent or late_silent or ended or watched.forced):
             self.breaks(f"P1: a request of {watched.spec.id} is cut for no good reason")
@@ -304,12 +360,9 @@ class World:
     def _stayed(self, watched: Watched) -> float:
         return watched.since - watched.before_since + ROUNDING_S
 
-    def _refused(self, spec: ModelSpec, error: GatewayError, began: float, *, waited_for_lease: bool) -> None:
+    def _refused(self, spec: ModelSpec, error: GatewayError, began: float) -> None:
         """A refusal is typed, in time, and says when to come back where that helps (P7)."""
         watched, now = self.watched[spec.id], self.loop.time()
-        longest_s = self.fleet.get(spec)._bounds.longest_wait_s
-        if waited_for_lease and now - began > longest_s + ROUNDING_S:
-            self.breaks(f"P7: a request for {spec.id} waited {now - began:.1f} s")
         self._promised(watched, error)
         if error.code in COME_BACK and not error.retry_after_s:
             self.breaks(f"P7: {error.code} without Retry-After")
