@@ -1,5 +1,7 @@
 """The composition root: what it refuses before anything runs."""
 
+from pathlib import Path
+
 import pytest
 
 from gateway.app import check_one_worker, create_app
@@ -30,3 +32,31 @@ def test_the_application_is_made_of_the_environment_alone() -> None:
         create_app(environ={"GATEWAY_CATALOG": "no-such.yaml"})
     with pytest.raises(CatalogError, match="GATEWAY_HOST"):
         create_app(environ={"GATEWAY_HOST": "0.0.0.0"})
+
+
+def test_the_openapi_document_tells_of_every_error_in_its_shape(tmp_path: Path) -> None:
+    catalog = tmp_path / "models.yaml"
+    catalog.write_text("models: {m: {engine: llamacpp, weights: m.gguf}}")
+    document = create_app(environ={"GATEWAY_CATALOG": str(catalog)}).openapi()
+    paths, problem = document["paths"], {"$ref": "#/components/schemas/Problem"}
+
+    for path, operations in paths.items():
+        for operation in operations.values():
+            for status, answer in operation["responses"].items():
+                if int(status) >= 400:
+                    assert answer["content"] == {"application/json": {"schema": problem}}, (path, status)
+    assert set(paths["/generate"]["post"]["responses"]) >= {
+        "200",
+        "400",
+        "404",
+        "413",
+        "422",
+        "500",
+        "502",
+        "503",
+        "504",
+    }
+    assert set(paths["/models/{model_id}/start"]["post"]["responses"]) >= {"200", "202", "404", "503", "504"}
+    assert list(paths["/generate_stream"]["post"]["responses"]["200"]["content"]) == ["text/event-stream"]
+    assert list(paths["/models/{model_id}/logs"]["get"]["responses"]["200"]["content"]) == ["text/plain"]
+    assert {"detail", "error_code"} == set(document["components"]["schemas"]["Problem"]["properties"])

@@ -10,6 +10,8 @@ from fastapi.exceptions import RequestValidationError
 
 from gateway.api.json_body import JsonRoute
 from gateway.api.middleware import request_id_of
+from gateway.api.problems import documented
+from gateway.api.streams import EventStream
 from gateway.catalog import Catalog, ModelSpec
 from gateway.dialects.native import GenerateAnswer, GenerateBody, NativeReply, to_request, with_catalog
 from gateway.fleet.fleet import Fleet
@@ -20,15 +22,13 @@ _WAIT = re.compile(r"(?:^|,)\s*wait\s*=\s*\"?(\d{1,6})\"?\s*(?=$|[,;])", re.ASCI
 
 def generate_router(fleet: Fleet, client: Client) -> APIRouter:
     router = APIRouter(tags=["generation"], route_class=JsonRoute)
-    documented: dict[str, Any] = {
-        "response_model": GenerateAnswer,
-        "response_model_exclude_none": True,
-        "responses": {
-            200: {"content": {"text/event-stream": {}}, "description": "The text, or its tokens as they come"}
-        },
+    errors = documented(400, 404, 408, 413, 422, 500, 502, 503, 504)
+    stream = {
+        "content": {"text/event-stream": {}},
+        "description": "The text; streamed, its tokens as they come",
     }
 
-    @router.post("/generate", summary="Generate text", **documented)
+    @router.post("/generate", summary="Generate text", response_model=GenerateAnswer, responses={**errors, 200: stream})
     async def generate(request: Request, body: GenerateBody, prefer: Annotated[str | None, Header()] = None) -> Any:
         """Generate text from a prompt. Starts the model if it is not running, which may take minutes."""
         spec = _model(fleet.catalog, body)
@@ -45,7 +45,12 @@ def generate_router(fleet: Fleet, client: Client) -> APIRouter:
             max_wait_s=_max_wait_s(prefer),
         )
 
-    @router.post("/generate_stream", summary="Generate text, streamed", **documented)
+    @router.post(
+        "/generate_stream",
+        summary="Generate text, streamed",
+        response_class=EventStream,
+        responses={**errors, 200: stream},
+    )
     async def generate_stream(
         request: Request, body: GenerateBody, prefer: Annotated[str | None, Header()] = None
     ) -> Any:

@@ -9,8 +9,9 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
 from pydantic import BaseModel
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 
+from gateway.api.problems import documented
 from gateway.api.streams import LineStream
 from gateway.fleet.fleet import Fleet, server_name
 from gateway.fleet.status import Failure, Status, describe
@@ -80,11 +81,16 @@ def models_router(fleet: Fleet) -> APIRouter:
     async def models() -> Any:
         return {"models": [model_json(status) for status in fleet.statuses()]}
 
-    @router.get("/models/{model_id}", response_model=Model, summary="Show one model")
+    @router.get("/models/{model_id}", response_model=Model, summary="Show one model", responses=documented(404, 422))
     async def model(model_id: str) -> Any:
         return model_json(fleet.status(fleet.catalog.by_id(model_id)))
 
-    @router.post("/models/{model_id}/start", response_model=Started, summary="Start a model")
+    @router.post(
+        "/models/{model_id}/start",
+        response_model=Started,
+        summary="Start a model",
+        responses={202: {"model": Started, "description": "It is starting"}, **documented(404, 422, 503, 504)},
+    )
     async def start(model_id: str, wait: bool = True) -> Any:
         """Start the model's server and answer when it is ready; with `wait=false` answer 202 at once.
 
@@ -98,21 +104,33 @@ def models_router(fleet: Fleet) -> APIRouter:
         words = "is already running" if was_running else "started"
         return _started(f"Container for {spec.id} {words}", handle.name, handle)
 
-    @router.post("/models/{model_id}/stop", response_model=Message, summary="Stop a model")
+    @router.post(
+        "/models/{model_id}/stop", response_model=Message, summary="Stop a model", responses=documented(404, 422, 500)
+    )
     async def stop(model_id: str, force: bool = False) -> Any:
         """Let running requests finish, stop the server, and answer when it is gone; `force=true` cuts them off."""
         spec = fleet.catalog.by_id(model_id)
         await fleet.running(spec).stop(force=force)
         return {"message": f"Container for {spec.id} stopped"}
 
-    @router.post("/models/{model_id}/restart", response_model=Started, summary="Restart a model")
+    @router.post(
+        "/models/{model_id}/restart",
+        response_model=Started,
+        summary="Restart a model",
+        responses=documented(404, 422, 503, 504),
+    )
     async def restart(model_id: str, force: bool = False) -> Any:
         """Stop the server as `stop` does, start it again, and answer when it is ready."""
         spec = fleet.catalog.by_id(model_id)
         handle = await fleet.running(spec).restart(force=force)
         return _started(f"Container for {spec.id} restarted", server_name(spec), handle)
 
-    @router.get("/models/{model_id}/logs", summary="Read the log of a model's server")
+    @router.get(
+        "/models/{model_id}/logs",
+        summary="Read the log of a model's server",
+        response_class=PlainTextResponse,
+        responses=documented(404, 422),
+    )
     async def logs(
         model_id: str,
         lines: Annotated[int, Query(ge=1, le=MOST_LINES)] = 200,

@@ -10,7 +10,8 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Header
 from starlette.responses import Response
 
-from gateway.api.streams import LineStream
+from gateway.api.problems import documented
+from gateway.api.streams import EventStream, LineStream
 from gateway.fleet.fleet import Fleet
 from gateway.fleet.journal import Entry, Journal
 from gateway.lifecycle import RUNNING, State
@@ -53,7 +54,7 @@ def overview_router(fleet: Fleet, version: str) -> APIRouter:
         now = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
         return {"status": "ok", "model_loaded": loaded, "checkpoint": default, "timestamp": now}
 
-    @router.get("/events", summary="Follow what happens")
+    @router.get("/events", summary="Follow what happens", response_class=EventStream, responses=documented(422))
     async def events(last_event_id: Annotated[str | None, Header()] = None) -> Response:
         """Server-sent events `state` and `progress`; with `Last-Event-ID` those since then first, 1,000 at most."""
         journal = fleet.journal

@@ -3,15 +3,65 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from gateway.errors import EmptyPrompt, GatewayError, InvalidRequest, MethodNotAllowed, NotFound
+
+
+class Complaint(BaseModel):
+    """What is wrong with one field."""
+
+    loc: list[str | int]
+    msg: str
+    type: str
+
+
+class Problem(BaseModel):
+    """Every error. `detail` is a list where fields of the request are wrong; `error_code` is stable."""
+
+    detail: str | list[Complaint]
+    error_code: str
+
+
+_WHEN = {
+    400: "The prompt is empty or too long",
+    404: "There is no such model, or it is not running",
+    408: "The body did not come",
+    413: "The body is too large",
+    422: "The request is not valid, or this model's engine cannot do it",
+    500: "It failed while it was under way",
+    502: "The model's server broke off before its first token",
+    503: "Not now; Retry-After says when to ask again",
+    504: "The start or the generation took too long",
+}
+
+
+def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Return how these errors stand in the OpenAPI document: as JSON, whatever the route answers else."""
+    content = {"application/json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    return {status: {"description": _WHEN[status], "content": content} for status in statuses}
+
+
+def openapi_of(app: FastAPI) -> Callable[[], dict[str, Any]]:
+    """Return what makes the application's OpenAPI document, with the shape of errors in it."""
+    schemas = models_json_schema([(Problem, "serialization")], ref_template="#/components/schemas/{model}")[1]["$defs"]
+    without = app.openapi
+
+    def document() -> dict[str, Any]:
+        made = without()
+        made["components"]["schemas"].update(schemas)
+        return made
+
+    return document
+
 
 _FIELD_CODES = {
     "temperature": "INVALID_TEMPERATURE",
@@ -36,6 +86,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(GatewayError, _gateway_error)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
+    app.openapi = openapi_of(app)  # type: ignore[method-assign]
 
 
 async def _gateway_error(_: Request, error: Exception) -> Response:

@@ -16,6 +16,12 @@ LAST_WORDS_S = 2.0
 """How long a stream may go on once the gateway shuts down."""
 
 
+class EventStream(Response):
+    """What server-sent events are called in the OpenAPI document."""
+
+    media_type = "text/event-stream"
+
+
 class Ended(Exception):
     """The gateway ends its streams: it shuts down."""
 

@@ -20,7 +20,7 @@ from tests.simulator.promises import Day, simulate
 from tests.simulator.servers import NEVER, Manners
 from tests.simulator.world import World
 
-ENOUGH_DAYS = 200
+ENOUGH_DAYS = 600
 
 
 def first_broken_day(promise: str) -> Day:
