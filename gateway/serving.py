@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 UNUSABLE = 2
 CUT_SHORT = 128 + signal.SIGINT
 LAST_WORDS_S = 2.0
-"""How long callers may take, at the end, to read what was written for them."""
+"""How long a caller may read nothing of what was written for it, once the gateway ends."""
 DRAIN_MARGIN_S = 10.0
 """What the server waits for open connections beyond the longest drain of the catalog."""
 CHECKPOINT = "_GATEWAY_CHECKPOINT"
@@ -148,16 +148,24 @@ class Server(uvicorn.Server):
             sweeping.cancel()
 
     async def _cut_those_who_do_not_read(self) -> None:
-        """Once no request runs any more, give what is on its way a moment to be read, and no more."""
+        """Give what is on its way to callers a moment to be read, and cut off who has read nothing in that time."""
+        unread: dict[Any, int] = {}
         while True:
             await asyncio.sleep(LAST_WORDS_S)
-            if not self.server_state.tasks:
-                for connection in list(self.server_state.connections):
+            before, unread = unread, {each: _unread(each) for each in list(self.server_state.connections)}
+            for connection, size in unread.items():
+                if size and size == before.get(connection):
                     connection.transport.abort()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         _say(f"TGI Gateway serves at {self._url} (documentation: {self._url}/docs)")
+
+
+def _unread(connection: Any) -> int:
+    """Return how many bytes wait for this caller to read them."""
+    transport = connection.transport
+    return int(transport.get_write_buffer_size()) if transport else 0
 
 
 def _say(line: str) -> None:

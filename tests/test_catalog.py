@@ -313,6 +313,11 @@ def test_complaint_of_a_key(tmp_path: Path, key: str, complaint: str) -> None:
         ),
         ("models:\n  m: {hf_name: a}\n  m: {hf_name: b}\n", "line 3: the key m is already on line 2"),
         ("models:\n  m:\n    hf_name: a\n    hf_name: b\n", "line 4: the key hf_name is already on line 3"),
+        ("models: {m: {hf_name: a, hf_name: b}}", "line 1: the key hf_name is already on line 1"),
+        (
+            "models: {m: {hf_name: a, context_tokens: 512, parameters: {max_new_tokens: 5000}}}",
+            "m: parameters: max_new_tokens must be at most context_tokens, which is 512",
+        ),
         ("models:\n  m: [\n", "line 3: expected the node content, but found '<stream end>'"),
         ("models:\n\tm: 1\n", "line 2: found character '\\t' that cannot start any token"),
         ("models: {a: b: c}", "line 1: expected ',' or '}', but got ':'"),
@@ -757,3 +762,21 @@ def check(folders: pytest.TempPathFactory, content: bytes) -> None:
     assert all(line.startswith(f"{file}: ") and line.isprintable() for line in complaints)
     # A name that two models contend for is shown: names are public, and only a test makes one of a secret.
     assert SECRET not in "\n".join(line for line in complaints if "the name " not in line)
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ("memory: 1GiB", "memory has no effect on a model that runs as a process"),
+        ("image: x", "image has no effect on a model that runs as a process"),
+        ("gpus: 2", "gpus has no effect on a model that runs as a process"),
+        ("chat_template: x", "chat_template comes with a later version, with chat"),
+        ("replicas: 2", "replicas: 2 comes with a later version: this one runs one server per model"),
+    ],
+)
+def test_what_has_no_effect_yet_says_so(tmp_path: Path, keys: str, words: str) -> None:
+    plain = one(tmp_path, "engine: llamacpp, weights: m.gguf")
+    spec = one(tmp_path, f"engine: llamacpp, weights: m.gguf, {keys}")
+
+    assert deferred(plain) == []
+    assert deferred(spec) == [words]

@@ -217,6 +217,56 @@ def test_a_body_that_is_no_json_object_of_ours_is_refused(gateway: Gateway, body
     assert answer.headers["x-request-id"]
 
 
+@pytest.mark.parametrize(
+    ("body", "headers", "words"),
+    [
+        (b"{", {}, "not valid JSON"),
+        ('{"prompt": "x"}'.encode("utf-16"), {}, "not UTF-8"),
+        (b"\x1f\x8b", {"content-encoding": "gzip"}, "Content-Encoding 'gzip' is not supported"),
+        (b"[" * 100_000, {}, "nested too deeply"),
+        (b'{"prompt": "x", "seed": ' + b"9" * 5000 + b"}", {}, "a number that is too long"),
+        (b"", {}, "the body is empty"),
+        (b'{"prompt": "\\ud800"}', {}, "lone surrogate"),
+    ],
+)
+def test_a_body_that_cannot_be_read_is_told_why(
+    gateway: Gateway, body: bytes, headers: dict[str, str], words: str
+) -> None:
+    answer = httpx.post(
+        f"{gateway.url}/generate", content=body, headers={"content-type": "application/json", **headers}, timeout=60
+    )
+
+    assert words in str(refusal(answer, 422, "VALIDATION_ERROR"))
+
+
+@pytest.mark.parametrize("wrong", [{"max_new_tokens": True}, {"temperature": "1"}, {"stream": 1}, {"seed": 2**64}])
+def test_nothing_is_taken_for_what_it_is_not(gateway: Gateway, wrong: dict[str, Any]) -> None:
+    assert gateway.post("/generate", {**ASK, **wrong}).status_code == 422
+
+
+def test_null_is_read_as_not_given(gateway: Gateway) -> None:
+    answer = gateway.post(
+        "/generate", {**ASK, "top_p": None, "stop": None, "stream": None, "top_k": None, "seed": None}
+    )
+
+    assert answer.json()["generated_text"] == "The capital of France is Paris.\n\nThe"
+
+
+def test_what_the_engine_cannot_do_starts_no_model(gateway: Gateway) -> None:
+    gateway.post("/models/warm/stop")
+    body = {"model_id": "warm", "prompt": "x", "top_tokens": 2, "temperature": 0.5, "top_k": 3}
+
+    refusal(gateway.post("/generate", body), 422, "UNSUPPORTED")
+    assert gateway.model("warm")["state"] == "stopped"
+
+
+@pytest.mark.parametrize("path", ["/", "/health", "/models"])
+def test_monitors_may_ask_for_the_head_alone(gateway: Gateway, path: str) -> None:
+    answer = httpx.head(gateway.url + path)
+
+    assert (answer.status_code, answer.content) == (200, b"")
+
+
 @pytest.mark.parametrize("chunked", [False, True])
 def test_a_body_of_3_mb_is_refused(gateway: Gateway, chunked: bool) -> None:
     body = json.dumps({"prompt": "x" * 3_000_000}).encode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -241,3 +242,65 @@ def test_events_are_numbered_and_replayed(gateway: Gateway) -> None:
     assert first[0].keys() >= {"model", "from", "to", "at", "reason"}
     assert [event["id"] for event in first] == [1, 2, 3]
     assert again == first[1:]
+
+
+def test_half_a_body_does_not_hold_up_the_end(tmp_path: Path) -> None:
+    gateway = Gateway(catalog(tmp_path, m=EMBEDDED))
+    half = socket.create_connection(("127.0.0.1", gateway.port))
+    try:
+        head = b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n"
+        half.sendall(head + b"{")
+        gateway.get("/health")
+    finally:
+        status = gateway.end(signal.SIGTERM)
+    answer = half.recv(65536)
+    half.close()
+
+    assert status == 0
+    assert b"SHUTTING_DOWN" in answer
+    assert "timeout graceful shutdown exceeded" not in "".join(gateway.log)
+    assert "Traceback" not in "".join(gateway.log)
+
+
+def test_a_caller_who_does_not_read_does_not_hold_up_the_end(tmp_path: Path) -> None:
+    gateway = Gateway(catalog(tmp_path, m={**EMBEDDED, "drain_timeout": "500ms"}))
+    deaf = socket.socket()
+    deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    deaf.connect(("127.0.0.1", gateway.port))
+    try:
+        requests = b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 400
+        deaf.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while sent := deaf.send(requests):
+                requests = requests[sent:] or b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 1000
+        gateway.get("/health")
+    finally:
+        status = gateway.end(signal.SIGTERM)
+    deaf.close()
+
+    assert status == 0
+    assert "timeout graceful shutdown exceeded" not in "".join(gateway.log)
+
+
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGTERM, 0), (signal.SIGINT, 128 + signal.SIGINT)])
+def test_who_asks_twice_for_the_end_gets_it_with_words_for_those_who_are_cut(
+    tmp_path: Path, number: int, expected: int
+) -> None:
+    gateway = Gateway(catalog(tmp_path, m=EMBEDDED))
+    try:
+        gateway.post("/models/m/start")
+        servers = gateway.children()
+        endless = send(gateway, stream=True)
+        wait_until(lambda: gateway.model()["in_flight"] == 1)
+        gateway.process.send_signal(number)
+        wait_until(lambda: "draining" in gateway.moves())
+    finally:
+        status = gateway.end(number)
+    received = b""
+    while chunk := endless.recv(65536):
+        received += chunk
+    endless.close()
+
+    assert status == expected
+    assert b"GENERATION_FAILED" in received
+    wait_until(lambda: not any(runs(pid) for pid in servers))

@@ -19,7 +19,7 @@ import pytest
 
 from gateway.catalog import ModelSpec
 from gateway.engines.base import Call, Diagnosis
-from gateway.engines.llamacpp import KEY_VARIABLE, LlamaCpp
+from gateway.engines.llamacpp import KEY_VARIABLE, SERVER, LlamaCpp
 from gateway.errors import PromptTooLong, UpstreamFailed
 from gateway.generation import Finished, GenerationRequest, GenerationResult, TokenEvent, collect
 from gateway.runtimes.base import Handle
@@ -370,3 +370,29 @@ def test_a_killed_gateway_takes_a_loading_server_with_it(moment: str) -> None:
         finally:
             gateway.kill()
     wait_until(lambda: not runs(server), 5)
+
+
+def test_a_log_that_would_show_prompts_is_refused() -> None:
+    flags = '{"verbosity": 4}'
+    command = [
+        sys.executable,
+        "-P",
+        str(SERVER),
+        "--model",
+        "m",
+        "--port",
+        "1",
+        "--slots",
+        "1",
+        "--context-tokens",
+        "9",
+        "--device",
+        "cpu",
+    ]
+
+    refused = subprocess.run(
+        [*command, "--args", flags], env={**os.environ, KEY_VARIABLE: "k"}, capture_output=True, text=True, check=False
+    )
+
+    assert refused.returncode == 2
+    assert "above, llama.cpp prints prompts and keys" in refused.stderr
