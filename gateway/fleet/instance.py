@@ -67,6 +67,7 @@ class Instance:
         self._failures = 0  # lives in a row that failed before they had served for long
         self._cool_until = 0.0
         self._wanted = False  # an operator wants it up, and it is not up yet
+        self._stops = 0  # how many stops were ordered so far
         self._closing = False
         self._promised_until = 0.0
         self._last_use = self._loop.time()
@@ -154,6 +155,7 @@ class Instance:
         """
         life = self._running_life()
         self._wanted = False
+        self._stops += 1
         self._refuse_queue(lambda: refusals.called_off(self.spec))
         await self._take_down(life, "operator", force=force)
 
@@ -164,11 +166,11 @@ class Instance:
 
         Raises: as `start`, and ModelNotRunning.
         """
-        life = self._running_life()
+        life, stops = self._running_life(), self._stops
         self._wanted = True
         with suppress(StopFailed):
             await self._take_down(life, "restart", force=force)
-        if self._state in DOWN and not self._wanted:  # an operator's stop came later, and has the last word
+        if self._stops != stops:  # an operator's stop came later, and has the last word
             raise self._promised(refusals.called_off(self.spec))
         return await self.start()
 

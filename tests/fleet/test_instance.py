@@ -275,6 +275,23 @@ async def test_a_stop_that_comes_after_a_restart_has_the_last_word() -> None:
 
 
 @in_every_order
+async def test_a_stop_in_the_tick_in_which_a_restart_starts_again_has_the_last_word() -> None:
+    """Found by Hypothesis: the restart saw the next life being stopped, and started a third."""
+    scene = Scene(*[Manners(make_s=0, load_s=5, leaves_s=0)] * 4)
+    await scene.ready()
+    restart = asyncio.create_task(scene.order("restart"))
+    while scene.starts < 2:
+        await scene.after(0)
+
+    await scene.order("force-stop")
+    await asyncio.wait([restart])
+    await scene.after(20)
+
+    assert isinstance(restart.exception(), ModelNotLoaded)
+    assert scene.is_in(State.STOPPED)
+
+
+@in_every_order
 async def test_a_failed_start_is_told_to_all_and_remembered_until_it_has_cooled_down() -> None:
     scene = Scene(Manners(fails_to_start=True), Manners())
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
-from itertools import count
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from tests.fleet.scenes import spec
 from tests.simulator.loop import Deadlock, SimulatedLoop
@@ -95,11 +94,9 @@ MANNERS = st.builds(
 class Gateway(RuleBasedStateMachine):
     """Two models, tried in every way that Hypothesis can think of; the witness watches after every step."""
 
-    numbers = count()
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.runner = asyncio.Runner(loop_factory=lambda: SimulatedLoop(next(self.numbers)))
+    @initialize(seed=st.integers(0, 2**16))
+    def the_gateway_is_there(self, seed: int) -> None:
+        self.runner = asyncio.Runner(loop_factory=lambda: SimulatedLoop(seed))
         self.tasks: list[asyncio.Task[object]] = []
         self.run(self._open())
 
