@@ -35,6 +35,8 @@ from gateway.runtimes.base import Handle, Progress, Runtime
 
 log = logging.getLogger(__name__)
 
+CLOCK_S = 0.001
+"""A timer may fire this much before its time."""
 SERVED_LONG_S = 60.0
 """A server that was ready for this long forgives the failures before it."""
 
@@ -302,7 +304,7 @@ class Instance:
 
     def _waited_too_long(self, ticket: Ticket) -> GatewayError:
         waited_s = self._loop.time() - ticket.asked_at
-        if self._state in SERVING:
+        if self._state in SERVING and waited_s >= self.spec.queue_timeout_s - CLOCK_S:
             return self._promised(refusals.no_slot(self.spec, waited_s))
         if ticket.max_wait_s is None:
             return refusals.never_ready(self.spec, self._state, waited_s)

@@ -437,6 +437,16 @@ async def test_a_queued_request_waits_no_longer_than_its_bound() -> None:
 
 
 @in_every_order
+async def test_who_would_not_wait_is_not_told_of_busy_slots_when_the_model_gets_ready_that_instant() -> None:
+    """Found by Hypothesis: the wait ended in the tick in which the model became ready."""
+    scene = Scene(Manners(make_s=0, load_s=0))
+
+    outcomes = await asyncio.gather(*(scene.ask(0, max_wait_s=0) for _ in range(2)))
+
+    assert set(outcomes) <= {"MODEL_NOT_LOADED", "answered"}
+
+
+@in_every_order
 async def test_a_full_queue_refuses_at_once() -> None:
     scene = Scene(max_concurrency=1, max_queue=1)
     await scene.ready()
