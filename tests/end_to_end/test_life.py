@@ -147,7 +147,8 @@ def test_sigterm_finishes_what_runs_although_an_event_stream_is_open(tmp_path: P
         answers: list[httpx.Response] = []
 
         def listen() -> None:
-            with httpx.stream("GET", f"{gateway.url}/events", timeout=60) as events:
+            from_the_first = {"last-event-id": "0"}
+            with httpx.stream("GET", f"{gateway.url}/events", headers=from_the_first, timeout=60) as events:
                 heard.extend(events.iter_lines())
 
         def ask() -> None:
@@ -156,6 +157,7 @@ def test_sigterm_finishes_what_runs_although_an_event_stream_is_open(tmp_path: P
         threads = [threading.Thread(target=listen), threading.Thread(target=ask)]
         for thread in threads:
             thread.start()
+        wait_until(lambda: heard)
         wait_until(lambda: gateway.model()["in_flight"] == 1)
     finally:
         status = gateway.end(signal.SIGTERM)
