@@ -11,22 +11,29 @@ import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from importlib.metadata import version
+from pathlib import Path
 from types import FrameType
 
 from fastapi import FastAPI
 
 from gateway.api import problems
 from gateway.api.generate import generate_router
-from gateway.api.middleware import BodyLimit, LoopbackOnly, PlainPaths, RequestLog
+from gateway.api.middleware import BodyLimit, LoopbackOnly, PlainPaths, PlainRefusal, RequestLog
 from gateway.api.models import models_router
 from gateway.api.overview import overview_router
-from gateway.catalog import Catalog
+from gateway.catalog import Catalog, ModelSpec
 from gateway.catalog_file import load_catalog
+from gateway.engines.base import Engine
 from gateway.engines.llamacpp import LlamaCpp
+from gateway.engines.tgi import Tgi
 from gateway.errors import CatalogError, Forbidden
 from gateway.fleet.fleet import Fleet
+from gateway.fleet.gpus import Gpus
 from gateway.fleet.health import HttpProbe
+from gateway.fleet.identity import server_name
 from gateway.fleet.journal import Journal
+from gateway.runtimes.base import Launch
+from gateway.runtimes.docker import DockerRuntime
 from gateway.runtimes.process import ProcessRuntime
 from gateway.settings import Settings, check_exposure, load_settings, unknown_variables
 from gateway.upstream import AiohttpClient
@@ -68,25 +75,43 @@ def check_one_worker(environ: Mapping[str, str], arguments: Sequence[str]) -> No
         raise CatalogError(complaints)
 
 
+def planned(spec: ModelSpec, settings: Settings | None = None) -> Launch | None:
+    """Return what would be run for a model, or None if this version cannot run it.
+
+    Raises:
+        StartFailed: something that the catalog names cannot be used.
+    """
+    engine = _engines(settings or Settings()).get(spec.engine)
+    return engine.launch(spec, server_name(spec), secret="") if engine else None
+
+
+def _engines(settings: Settings) -> dict[str, Engine]:
+    return {"tgi": Tgi(settings.hf_token), "llamacpp": LlamaCpp(settings.device)}
+
+
 def compose(settings: Settings, catalog: Catalog) -> FastAPI:
     """Join the parts. Nothing runs until the application's lifespan begins."""
-    runtime, probe, client = ProcessRuntime(), HttpProbe(), AiohttpClient()
+    processes, containers, probe, client = ProcessRuntime(), DockerRuntime(settings.name), HttpProbe(), AiohttpClient()
     fleet = Fleet(
         catalog,
-        engines={"llamacpp": LlamaCpp(settings.device)},
-        runtimes={"process": runtime},
+        engines=_engines(settings),
+        runtimes={"docker": containers, "process": processes},
         probe=probe,
         journal=Journal(time.time),
+        gpus=Gpus(settings.gpus or _gpus_of_this_machine()),
+        keep_servers=settings.on_exit != "stop",
     )
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        with _closing_on_signal(fleet):
-            await fleet.preload()
-            yield
-        await fleet.aclose()
-        for part in (client, probe, runtime):
-            await part.aclose()
+        try:
+            with _closing_on_signal(fleet):
+                await fleet.begin()
+                yield
+        finally:
+            await fleet.aclose()
+            for part in (client, probe, processes, containers):
+                await part.aclose()
 
     app = FastAPI(title="TGI Gateway", version=VERSION, lifespan=lifespan, root_path=settings.root_path)
     app.router.redirect_slashes = False
@@ -98,7 +123,14 @@ def compose(settings: Settings, catalog: Catalog) -> FastAPI:
     if not settings.allow_insecure:
         app.add_middleware(LoopbackOnly, refusal=_not_for_you)
     app.add_middleware(RequestLog)
+    app.add_middleware(PlainRefusal)
     return app
+
+
+def _gpus_of_this_machine() -> list[str] | None:
+    """Return the GPUs that have a device file here, or None: a gateway in a container sees none of them."""
+    numbers = sorted(int(path.name.removeprefix("nvidia")) for path in Path("/dev").glob("nvidia[0-9]*"))
+    return [str(number) for number in numbers] or None
 
 
 def _not_for_you() -> Forbidden:

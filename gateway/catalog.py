@@ -227,6 +227,8 @@ def contradictions(said: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "hf_name", "is missing: engine tgi loads the model by it"
     if engine == "llamacpp" and said.get("weights_source") is None:
         yield "weights", "is missing: engine llamacpp loads a GGUF file"
+    if engine == "tgi" and runtime == "process":
+        yield "runtime", "must be docker (or external): engine tgi runs in a container"
     if engine == "llamacpp" and runtime in ("docker", "external"):
         yield "runtime", "must be process: engine llamacpp runs as a child of the gateway"
     if runtime == "external" and said.get("url") is None:
@@ -249,16 +251,18 @@ def _beyond_the_context(said: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 def deferred(spec: ModelSpec) -> list[str]:
     """Return, in words, what `spec` asks for that this version reads but cannot do yet."""
     missing = []
-    if spec.engine != "llamacpp":
-        missing.append(f"engine {spec.engine} comes with a later version: this one runs llamacpp")
-    if spec.runtime != "process":
-        missing.append(f"runtime {spec.runtime} comes with a later version: this one runs models as processes")
+    if spec.engine == "openai":
+        missing.append("engine openai comes with a later version: this one runs tgi and llamacpp")
+    if spec.runtime == "external":
+        missing.append("runtime external comes with a later version: this one runs containers and processes")
     if spec.replicas > 1:
         missing.append(f"replicas: {spec.replicas} comes with a later version: this one runs one server per model")
     if spec.engine == "llamacpp":
         said = [key for key, idle in _NOT_FOR_PROCESSES.items() if getattr(spec, key) != idle]
         missing += [f"{key.removesuffix('_bytes')} has no effect on a model that runs as a process" for key in said]
-        missing += ["chat_template comes with a later version, with chat"] if spec.chat_template else []
+    missing += ["chat_template comes with a later version, with chat"] if spec.chat_template else []
+    if spec.runtime == "docker" and spec.gpu_memory_bytes:
+        missing.append("gpu_memory comes with a later version: this one gives a model its GPUs whole")
     return missing
 
 

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -34,11 +35,12 @@ from gateway.client import (
     Progress,
     Started,
 )
-from gateway.errors import CatalogError
+from gateway.errors import CatalogError, StartFailed
 
 if TYPE_CHECKING:
     from gateway.catalog import ModelSpec
 
+PULLED = "done: "
 COMING_UP = ("starting", "loading")
 DOWN = ("stopped", "failed")
 LOOK_EVERY_S = 1.0
@@ -286,16 +288,25 @@ def check(file: Path | None, schema: bool, as_json: bool) -> None:
 def _plan(spec: ModelSpec) -> dict[str, Any]:
     from gateway.catalog import deferred
 
-    notes = [*deferred(spec), *_missing_weights(spec)]
-    return {"id": spec.id, "engine": spec.engine, "runtime": spec.runtime, "runs": _what_runs(spec), "notes": notes}
+    runs, wrong = _what_runs(spec)
+    notes = [*deferred(spec), *wrong, *_missing_weights(spec)]
+    return {"id": spec.id, "engine": spec.engine, "runtime": spec.runtime, "runs": runs, "notes": notes}
 
 
-def _what_runs(spec: ModelSpec) -> str:
-    if spec.url:
-        return spec.url
-    if spec.weights_source:
-        return str(spec.weights or spec.weights_source)
-    return f"{spec.hf_name} in {spec.image}" if spec.image else str(spec.hf_name)
+def _what_runs(spec: ModelSpec) -> tuple[str, list[str]]:
+    """Return what would be run, and why it cannot be, if so."""
+    from gateway.app import planned
+
+    if spec.url or spec.weights_source:
+        return str(spec.url or spec.weights or spec.weights_source), []
+    try:
+        launch = planned(spec)
+    except StartFailed as error:
+        return str(spec.hf_name), [error.detail]
+    if not launch or not launch.container:
+        return str(spec.hf_name), []
+    gpus = spec.gpus if isinstance(spec.gpus, int) else ", ".join(spec.gpus)
+    return f"{spec.hf_name} in {launch.container.image}, GPUs: {gpus}", []
 
 
 def _missing_weights(spec: ModelSpec) -> Iterator[str]:
@@ -303,6 +314,39 @@ def _missing_weights(spec: ModelSpec) -> Iterator[str]:
         yield "the package of its weights is not installed"
     elif spec.weights and not spec.weights.is_file():
         yield "there is no such weights file"
+
+
+# ---- doctor ---------------------------------------------------------------------------------------------------------
+
+
+@main.command()
+@click.option("--catalog", metavar="FILE", help="The file of models. [GATEWAY_CATALOG, or models.yaml]")
+@json_option
+def doctor(catalog: str | None, as_json: bool) -> None:
+    """Say what would keep models from running here, and what to do about it.
+
+    Looks at the environment, keys, catalog, weights, Docker Engine, GPUs and their toolkit, disk, images and ports, as
+    `gateway serve` would find them in this shell. Changes nothing, and starts nothing. The exit status is 1 if there
+    is a problem; warnings are none.
+
+    \b
+    Examples:
+      gateway doctor
+      gateway doctor --json | jq -r '.findings[] | select(.level == "problem") | .words'
+      docker compose exec gateway gateway doctor
+    """
+    from gateway.doctor import diagnose
+
+    findings = diagnose({**os.environ, **({"GATEWAY_CATALOG": catalog} if catalog else {})})
+    if as_json:
+        echo_json({"findings": [asdict(finding) for finding in findings]})
+    else:
+        for finding in findings:
+            echo_text(f"{finding.level:<9}{finding.about:<13}{finding.words}")
+            if finding.fix:
+                echo_text(f"{'':<22}-> {finding.fix}")
+    if any(finding.level == "problem" for finding in findings):
+        raise click.exceptions.Exit(1)
 
 
 # ---- talking to a gateway -------------------------------------------------------------------------------------------
@@ -455,6 +499,39 @@ def logs(model_id: str, follow: bool, lines: int, url: str) -> None:
     with InferenceClient(url, api_key=_api_key()) as client:
         for line in client.logs(model_id, lines=lines, follow=follow):
             echo_text(line)
+
+
+@main.command()
+@click.argument("model_id", metavar="ID")
+@url_option
+@json_option
+def pull(model_id: str, url: str, as_json: bool) -> None:
+    """Fetch a model's image and weights before there is any traffic, and return when they are there.
+
+    Nothing is started. Tells on stderr how far it has come; Ctrl-C ends the telling, not the download.
+
+    \b
+    Examples:
+      gateway pull mistral-7b
+      gateway pull mistral-7b --json
+    """
+    with InferenceClient(url, api_key=_api_key()) as client:
+        message = _tell_of_pull(model_id, client.pull(model_id), shown=not as_json)
+    echo_json({"message": message}) if as_json else echo_text(f"{model_id}: {message}")
+
+
+def _tell_of_pull(model_id: str, lines: Iterator[str], shown: bool) -> str:
+    """Show each line as it comes, and return what has come of it."""
+    display = Display()
+    line = ""
+    try:
+        for line in lines:
+            if shown and not line.startswith(PULLED):
+                phase = line.replace(",", " ").partition(" ")[0]
+                display.show(f"{model_id}: {phase}", f"{model_id}: {line}")
+    finally:
+        display.clear()
+    return line.removeprefix(PULLED)
 
 
 def _finite(_: click.Context, __: click.Parameter, value: float | None) -> float | None:

@@ -296,6 +296,10 @@ def _log(model_id: str, lines: int, follow: bool) -> _Call:
     return _Call("GET", f"{_address(model_id)}/logs", query=query, patient=follow)
 
 
+def _pull(model_id: str) -> _Call:
+    return _Call("POST", f"{_address(model_id)}/pull", patient=True)
+
+
 def _event_stream(last_event_id: int | None) -> _Call:
     headers = {} if last_event_id is None else {"Last-Event-ID": str(last_event_id)}
     return _Call("GET", "/events", headers=headers, patient=True)
@@ -462,6 +466,29 @@ class _Tokens:
         return iter(())
 
 
+class _PullLines:
+    """How far a pull has come. Its last line says that it is done, or why it failed."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._lines = _Lines()
+        self._last = ""
+
+    def feed(self, chunk: bytes) -> Iterator[str]:
+        yield from map(self._seen, self._lines.feed(chunk))
+
+    def end(self) -> Iterator[str]:
+        yield from map(self._seen, self._lines.end())
+        if not self._last.startswith("done: "):
+            raise GatewayUnreachable(self._url, f"The gateway at {self._url} ended a pull before it was done.")
+
+    def _seen(self, line: str) -> str:
+        self._last = line
+        if line.startswith("failed: "):
+            raise GatewayRefused(200, "START_FAILED", line.removeprefix("failed: "))  # the line has no code of its own
+        return line
+
+
 # ---- the clients ----------------------------------------------------------------------------------------------------
 
 
@@ -507,6 +534,14 @@ class InferenceClient:
     def logs(self, id: str, lines: int = 200, follow: bool = False) -> Generator[str]:  # noqa: A002
         """Yield the last lines of a model's server; with `follow` go on until it ends."""
         return self._read(_log(id, lines, follow), _Lines())
+
+    def pull(self, id: str) -> Generator[str]:  # noqa: A002
+        """Fetch a model's image and weights without starting it; yield lines that say how far that has come.
+
+        The last one begins with `done: `. What fails raises `GatewayRefused`. Closing the iterator does not end the
+        download.
+        """
+        return self._read(_pull(id), _PullLines(self._gateway.url))
 
     def events(self, last_event_id: int | None = None) -> Generator[Event]:
         """Yield what happens from now on, or after an event seen before, until the gateway ends."""
@@ -574,6 +609,9 @@ class AsyncInferenceClient:
 
     def logs(self, id: str, lines: int = 200, follow: bool = False) -> AsyncGenerator[str]:  # noqa: A002
         return self._read(_log(id, lines, follow), _Lines())
+
+    def pull(self, id: str) -> AsyncGenerator[str]:  # noqa: A002
+        return self._read(_pull(id), _PullLines(self._gateway.url))
 
     def events(self, last_event_id: int | None = None) -> AsyncGenerator[Event]:
         return self._read(_event_stream(last_event_id), _Events())

@@ -6,7 +6,7 @@ GatewayError                 code, HTTP status, words for the reader, and when a
     EmptyPrompt PromptTooLong UnknownModel ModelNotRunning NotFound MethodNotAllowed
     BodyTooLarge BodyTimeout InvalidRequest Unsupported Forbidden
   NotAvailable               503: waiting or an operator can mend it
-    StartFailed ModelNotLoaded ModelUnhealthy NoCapacity QueueFull RuntimeUnavailable ShuttingDown
+    StartFailed ModelNotLoaded ModelUnhealthy NoCapacity QueueFull RuntimeUnavailable (NameTaken) ShuttingDown
   UpstreamFailed             502: the model's server broke before its first byte
   GenerationFailed           500: it broke afterwards, or was stopped by an operator
   StopFailed                 500
@@ -144,6 +144,10 @@ class RuntimeUnavailable(NotAvailable):
     """What runs the model (a container engine, say) does not answer: nothing is known about the server."""
 
     code = "RUNTIME_UNAVAILABLE"
+
+
+class NameTaken(RuntimeUnavailable):
+    """Another gateway of the same name (GATEWAY_NAME) lives and owns what this one would own."""
 
 
 class ShuttingDown(NotAvailable):

@@ -1,9 +1,10 @@
 """The states of a model instance, and the only moves between them.
 
 Whatever decides "may this happen now?" lives here; nothing here waits, logs or does I/O.
-Every way down leads through STOPPING, where leftovers are removed. A STOPPED model has nothing
-running. A FAILED one has nothing that is *known* to run: if the runtime could not be asked, the
-next start clears what may be left before it makes anything new.
+Every way down leads through STOPPING, where leftovers are removed, but for the one that leaves a server
+running when the gateway goes. A STOPPED model has nothing that this gateway runs. A FAILED one has nothing
+that is *known* to run: if the runtime could not be asked, the next start clears what may be left before it
+makes anything new.
 """
 
 from __future__ import annotations
@@ -24,26 +25,29 @@ class State(StrEnum):
 
 class Event(StrEnum):
     START = auto()  # somebody wants the model
+    ADOPT = auto()  # a server of an earlier life of the gateway was found
     LAUNCHED = auto()  # the runtime has made its server
     PASS = auto()  # a health check passed
     LOSE = auto()  # too many health checks in a row were missed
     DRAIN = auto()  # it shall go when its last request has ended
     STOP = auto()  # it shall go now
     FAIL = auto()  # its life ended in an error
+    KEEP = auto()  # the gateway goes, and leaves the server running for the next one to adopt
     CLEARED = auto()  # nothing is left of a life that was stopped
     GAVE_UP = auto()  # what could be cleared of a life that failed is cleared
 
 
 _DOWN = {Event.STOP: State.STOPPING, Event.FAIL: State.STOPPING}
+_MADE = {**_DOWN, Event.KEEP: State.STOPPED}
 
 TRANSITIONS: dict[State, dict[Event, State]] = {
-    State.STOPPED: {Event.START: State.STARTING},
+    State.STOPPED: {Event.START: State.STARTING, Event.ADOPT: State.LOADING},
     State.STARTING: {Event.LAUNCHED: State.LOADING, **_DOWN},
-    State.LOADING: {Event.PASS: State.READY, **_DOWN},
-    State.READY: {Event.LOSE: State.UNHEALTHY, Event.DRAIN: State.DRAINING, **_DOWN},
-    State.UNHEALTHY: {Event.PASS: State.READY, Event.DRAIN: State.DRAINING, **_DOWN},
+    State.LOADING: {Event.PASS: State.READY, **_MADE},
+    State.READY: {Event.LOSE: State.UNHEALTHY, Event.DRAIN: State.DRAINING, **_MADE},
+    State.UNHEALTHY: {Event.PASS: State.READY, Event.DRAIN: State.DRAINING, **_MADE},
     # A draining server is on its way out whatever its checks say: they no longer move it.
-    State.DRAINING: {Event.PASS: State.DRAINING, Event.LOSE: State.DRAINING, **_DOWN},
+    State.DRAINING: {Event.PASS: State.DRAINING, Event.LOSE: State.DRAINING, **_MADE},
     State.STOPPING: {Event.CLEARED: State.STOPPED, Event.GAVE_UP: State.FAILED},
     State.FAILED: {Event.START: State.STARTING},
 }
@@ -51,6 +55,7 @@ TRANSITIONS: dict[State, dict[Event, State]] = {
 DOWN = frozenset({State.STOPPED, State.FAILED})
 STARTING_UP = frozenset({State.STARTING, State.LOADING})
 SERVING = frozenset({State.READY, State.UNHEALTHY})
+MADE = frozenset({State.LOADING, *SERVING})
 RUNNING = frozenset({State.READY, State.UNHEALTHY, State.DRAINING})
 
 

@@ -107,6 +107,8 @@ def serve(settings: Settings, catalog: Catalog, listener: socket.socket) -> int:
         server.run(sockets=[listener])
     except SystemExit:  # it could not be started; the log says why
         return 1
+    if server.lifespan.startup_failed:
+        return 1
     return CUT_SHORT if server.force_exit else 0
 
 

@@ -1,13 +1,15 @@
-"""What holds for the whole run: it leaves no process and no socket behind."""
+"""What holds for the whole run: it leaves no process, no socket, and on the Docker Engine nothing at all."""
 
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests import docker_engine
 from tests.runtimes.processes import children
 
 
@@ -20,6 +22,25 @@ def sockets() -> int:
         except OSError:  # the descriptor of this very listing
             continue
     return sum(link.startswith("socket:") for link in links)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a Docker Engine where none answers, and say so; with NEED_DOCKER=1 (in CI) let it fail."""
+    marked = [item for item in items if item.get_closest_marker("docker")]
+    why_not = docker_engine.why_not() if marked else None
+    if why_not and os.environ.get("NEED_DOCKER"):
+        raise pytest.UsageError(f"NEED_DOCKER is set, and {why_not}")
+    for item in marked if why_not else ():
+        item.add_marker(pytest.mark.skip(reason=why_not or ""))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def nothing_is_left_on_the_engine(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail the run if a container, a network or a volume outlives it."""
+    uses_engine = any(item.get_closest_marker("docker") for item in request.session.items)
+    before = docker_engine.everything() if uses_engine else set()
+    yield
+    assert not uses_engine or docker_engine.everything() <= before, "a test left something on the Docker Engine"
 
 
 @pytest.fixture(autouse=True, scope="session")

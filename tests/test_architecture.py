@@ -26,7 +26,7 @@ FLOORS = [
     ["gateway.upstream", "gateway.dialects"],
     ["gateway.api"],
     ["gateway.app"],
-    ["gateway.serving"],
+    ["gateway.serving", "gateway.doctor"],
     ["gateway.cli"],
     ["gateway.__main__"],
 ]
@@ -95,7 +95,13 @@ def test_the_rooms_of_the_fleet_and_the_api_have_no_import_cycle() -> None:
 
 
 def test_only_the_composition_root_names_concrete_engines_and_runtimes() -> None:
-    concrete = {"gateway.engines.llamacpp", "gateway.runtimes.process", "gateway.upstream"}
+    concrete = {
+        "gateway.engines.llamacpp",
+        "gateway.engines.tgi",
+        "gateway.runtimes.docker",
+        "gateway.runtimes.process",
+        "gateway.upstream",
+    }
 
     users = {module for module, path in modules().items() if imports_of(path) & concrete}
 

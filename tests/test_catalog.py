@@ -637,11 +637,16 @@ def test_catalogs_made_in_python() -> None:
     ("keys", "words"),
     [
         ("engine: llamacpp, weights: m", []),
+        ("hf_name: m", []),
         (
-            "hf_name: m",
+            "hf_name: m, gpu_memory: 3GiB",
+            ["gpu_memory comes with a later version: this one gives a model its GPUs whole"],
+        ),
+        (
+            "engine: openai, url: 'http://h:1'",
             [
-                "engine tgi comes with a later version: this one runs llamacpp",
-                "runtime docker comes with a later version: this one runs models as processes",
+                "engine openai comes with a later version: this one runs tgi and llamacpp",
+                "runtime external comes with a later version: this one runs containers and processes",
             ],
         ),
         (

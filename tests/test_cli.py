@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -90,7 +91,10 @@ def test_help_shows_how_to_begin() -> None:
         assert words in result.stdout
 
 
-@pytest.mark.parametrize("command", ["serve", "check", "models", "start", "stop", "restart", "logs", "generate"])
+COMMANDS = ["serve", "check", "doctor", "models", "start", "stop", "restart", "logs", "pull", "generate"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command: str) -> None:
     result = run(command, "-h")
 
@@ -108,7 +112,8 @@ def test_the_package_runs_as_a_program() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["pull"], "No such command 'pull'"),
+        (["chat"], "No such command 'chat'"),
+        (["pull"], "Missing argument 'ID'"),
         (["start"], "Missing argument 'ID'"),
         (["stop"], "Name one model, or say --all."),
         (["stop", "tiny", "--all"], "Name one model, or say --all."),
@@ -140,8 +145,8 @@ def test_check_shows_what_would_run_where(catalog: Path) -> None:
     cells = [re.split(r"  +", row) for row in rows]
     assert cells[0] == ["MODEL", "ENGINE", "RUNTIME", "RUNS", "NOTES"]
     assert cells[1] == ["tiny", "llamacpp", "process", str(catalog.parent / "tiny.gguf")]
-    assert cells[2][:4] == ["gpt-2", "tgi", "docker", "gpt2"]
-    assert "engine tgi comes with a later version" in cells[2][4]
+    image = "ghcr.io/huggingface/text-generation-inference:3.3.5"
+    assert cells[2] == ["gpt-2", "tgi", "docker", f"gpt2 in {image}, GPUs: 1"]
     assert cells[3][3:] == ["package:no_such_package/x.gguf", "the package of its weights is not installed"]
     assert cells[4][:4] == ["far", "openai", "external", "http://10.0.0.5:8080"]
 
@@ -200,6 +205,52 @@ def test_the_schema_is_the_one_that_is_shipped() -> None:
     result = run("check", "--schema")
 
     assert result.stdout == (Path(cli.__file__).parent / "models.schema.json").read_text()
+
+
+# ---- doctor ---------------------------------------------------------------------------------------------------------
+
+HEALTHY = "models:\n  tiny: {engine: llamacpp, weights: tiny.gguf}\n"
+
+
+@pytest.mark.filterwarnings("ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning")
+def test_doctor_says_what_is_well_and_what_is_not(catalog: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DOCKER_HOST", "unix:///nowhere/docker.sock")
+    monkeypatch.setenv("GATEWAY_PORT", "0")
+
+    result = run("doctor", "--catalog", catalog)
+
+    assert (result.exit_code, result.stderr) == (1, "")
+    assert re.search(r"^ok +catalog +\S+models.yaml has 4 models", result.stdout, re.MULTILINE)
+    assert re.search(
+        r"^problem +engine +There is no Docker Engine at .*\n +-> Install and start it", result.stdout, re.MULTILINE
+    )
+    said = json.loads(run("doctor", "--catalog", catalog, "--json").stdout)["findings"]
+    assert {"about", "level", "words", "fix"} == said[0].keys()
+    assert {"engine", "weights"} <= {finding["about"] for finding in said if finding["level"] == "problem"}
+    gc.collect()  # the SDK leaves a socket open when no engine answers
+
+
+def test_doctor_without_problems_is_status_0(catalog: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    catalog.write_text(HEALTHY)
+    monkeypatch.setenv("GATEWAY_CATALOG", str(catalog))
+    monkeypatch.setenv("GATEWAY_PORT", "0")
+
+    result = run("doctor")
+
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert "no Docker Engine is needed" in result.stdout
+
+
+def test_doctor_makes_all_complaints_of_a_catalog(tmp_path: Path) -> None:
+    path = tmp_path / "models.yaml"
+    path.write_text(FAULTY)
+
+    result = run("doctor", "--catalog", path)
+
+    assert result.exit_code == 1
+    assert len(re.findall(r"^problem +catalog", result.stdout, re.MULTILINE)) == len(
+        run("check", path).stderr.splitlines()
+    )
 
 
 # ---- serve: what it refuses -----------------------------------------------------------------------------------------
@@ -403,7 +454,14 @@ def test_reload_passes_the_flags_on(catalog: Path) -> None:
 
 def test_no_gateway_is_status_1(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GATEWAY_URL", "http://127.0.0.1:1")
-    for arguments in (["models"], ["start", "m"], ["stop", "--all"], ["logs", "m"], ["generate", "m", "Hi"]):
+    for arguments in (
+        ["models"],
+        ["start", "m"],
+        ["stop", "--all"],
+        ["logs", "m"],
+        ["pull", "m"],
+        ["generate", "m", "Hi"],
+    ):
         result = run(*arguments)
 
         assert (result.exit_code, result.stdout) == (1, "")
@@ -500,6 +558,32 @@ def test_generate_asks_for_what_was_said_and_prints_the_continuation(gateway: re
     assert json.loads(route.calls.last.request.content) == {
         "prompt": "The sky is", "model_id": "m", "temperature": 0.0, "max_new_tokens": 4, "return_full_text": False
     }  # fmt: skip
+
+
+def test_pull_tells_how_far_it_has_come_and_what_came_of_it(gateway: respx.MockRouter) -> None:
+    lines = ["pulling, 1.0 MB of 9.0 MB", "pulling, 9.0 MB of 9.0 MB", "extracting", "done: image and weights are here"]
+    gateway.post("/models/m/pull").respond(text="".join(f"{line}\n" for line in lines))
+
+    result = run("pull", "m")
+
+    assert (result.exit_code, result.stdout) == (0, "m: image and weights are here\n")
+    assert result.stderr == "m: pulling\nm: extracting\n"
+    quiet = run("pull", "m", "--json")
+    assert (json.loads(quiet.stdout), quiet.stderr) == ({"message": "image and weights are here"}, "")
+
+
+def test_pull_that_fails_is_status_1_early_or_late(gateway: respx.MockRouter) -> None:
+    said = {"detail": "No such image.", "error_code": "START_FAILED", "evidence": ["manifest unknown"]}
+    gateway.post("/models/early/pull").respond(503, json=said)
+    gateway.post("/models/late/pull").respond(text="pulling\nfailed: The disk is full.\n")
+
+    early, late = run("pull", "early"), run("pull", "late")
+
+    assert (early.exit_code, early.stdout) == (1, "")
+    assert early.stderr == "START_FAILED: No such image.\n  | manifest unknown\n"
+    assert (late.exit_code, late.stdout) == (1, "")
+    assert late.stderr == "late: pulling\nSTART_FAILED: The disk is full.\n"
+    assert json.loads(run("pull", "late", "--json").stdout)["error"]["detail"] == "The disk is full."
 
 
 def test_progress_is_a_line_for_each_phase_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:

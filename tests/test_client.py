@@ -238,6 +238,48 @@ def test_log_lines_end_at_line_feeds_only(both: Both, gateway: respx.MockRouter)
     assert both.logs("m") == ["one", "two\x0c\u2028still two", "", "last, without an end"]
 
 
+PULL = b"pulling, 1.0 MB of 9.0 MB\nextracting, 9.0 MB of 9.0 MB\ndone: image and weights of m are here\n"
+
+
+@pytest.mark.parametrize("size", [1, 7, 10_000])
+def test_a_pull_is_lines_until_it_is_done(both: Both, gateway: respx.MockRouter, size: int) -> None:
+    route = gateway.post("/models/a%2Fb/pull").respond(
+        stream=Cut(*(PULL[i : i + size] for i in range(0, len(PULL), size)))
+    )
+
+    assert both.pull("a/b") == PULL.decode().splitlines()
+    assert route.calls.last.request.content == b""
+    assert route.calls.last.request.extensions["timeout"]["read"] is None
+
+
+def test_a_pull_that_fails_later_raises_what_its_last_line_says(gateway: respx.MockRouter) -> None:
+    gateway.post("/models/m/pull").respond(stream=Cut(b"pulling\nfail", b"ed: The disk is full.\n"))
+
+    with InferenceClient(URL) as client:
+        lines = client.pull("m")
+        assert next(lines) == "pulling"
+        with pytest.raises(GatewayRefused, match=r"START_FAILED: The disk is full\.") as caught:
+            next(lines)
+    assert caught.value.status == 200
+
+
+@pytest.mark.parametrize("body", [b"", b"pulling\n", b"done", b"done: all\nnot quite\n"])
+def test_a_pull_without_its_end_is_an_error(both: Both, gateway: respx.MockRouter, body: bytes) -> None:
+    gateway.post("/models/m/pull").respond(stream=Cut(body))
+
+    with pytest.raises(GatewayUnreachable, match="ended a pull before it was done"):
+        both.pull("m")
+
+
+def test_a_pull_may_be_refused_with_a_status(both: Both, gateway: respx.MockRouter) -> None:
+    said = {"detail": "No such image.", "error_code": "START_FAILED", "evidence": ["manifest unknown"]}
+    gateway.post("/models/m/pull").respond(503, json=said)
+
+    with pytest.raises(GatewayRefused, match="START_FAILED: No such image") as caught:
+        both.pull("m")
+    assert caught.value.extra == {"evidence": ["manifest unknown"]}
+
+
 def test_events(both: Both, gateway: respx.MockRouter) -> None:
     body = (
         b": the last event was 6\n\n"

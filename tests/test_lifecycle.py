@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from gateway.lifecycle import DOWN, RUNNING, SERVING, STARTING_UP, TRANSITIONS, Event, IllegalMove, State, after
+from gateway.lifecycle import DOWN, MADE, RUNNING, SERVING, STARTING_UP, TRANSITIONS, Event, IllegalMove, State, after
 
 PAIRS = list(itertools.product(State, Event))
 
@@ -18,10 +18,11 @@ def test_a_move_is_in_the_table_or_raises(state: State, event: Event) -> None:
             after(state, event)
 
 
-def test_every_way_down_leads_through_stopping() -> None:
+def test_every_way_down_leads_through_stopping_unless_the_server_is_left_running() -> None:
     into_down = {(state, event) for state, moves in TRANSITIONS.items() for event, to in moves.items() if to in DOWN}
 
-    assert {state for state, _ in into_down} == {State.STOPPING}
+    assert {state for state, event in into_down if event is not Event.KEEP} == {State.STOPPING}
+    assert {state for state, event in into_down if event is Event.KEEP} == MADE | {State.DRAINING}
 
 
 def test_stop_and_fail_are_possible_wherever_something_may_run() -> None:
@@ -31,7 +32,7 @@ def test_stop_and_fail_are_possible_wherever_something_may_run() -> None:
 
 
 def test_a_draining_server_comes_back_to_no_other_state() -> None:
-    assert set(TRANSITIONS[State.DRAINING].values()) == {State.DRAINING, State.STOPPING}
+    assert set(TRANSITIONS[State.DRAINING].values()) == {State.DRAINING, State.STOPPING, State.STOPPED}
 
 
 def test_every_state_can_be_reached_and_left() -> None:

@@ -19,11 +19,12 @@ from gateway.api.generate import generate_router
 from gateway.api.middleware import RequestLog
 from gateway.catalog import Catalog
 from gateway.engines.llamacpp import LlamaCpp
+from gateway.errors import StartFailed
 from gateway.fleet.fleet import Fleet
 from gateway.fleet.health import HttpProbe
 from gateway.fleet.instance import Instance
 from gateway.fleet.journal import Journal
-from gateway.runtimes.base import Exit, Handle, Launch, Listener
+from gateway.runtimes.base import Exit, Found, Handle, Launch, Listener
 from gateway.upstream import AiohttpClient
 from tests.fleet.scenes import spec
 from tests.scripted_server import HEAD, Conversation, Script, ScriptedServer, end, scripted, token
@@ -35,10 +36,17 @@ class AtAnAddress:
     """A runtime whose servers run already, at ports that a test gives: the next start takes the next port."""
 
     name: ClassVar[str] = "process"
+    outlives: ClassVar[bool] = False
 
     def __init__(self, *ports: int) -> None:
         self.ports = list(ports)
         self.ends: asyncio.Future[Exit] = asyncio.get_running_loop().create_future()
+
+    async def find(self) -> list[Found]:
+        return []
+
+    async def adopt(self, found: Found, listener: Listener) -> Handle:
+        raise StartFailed("nothing is ever found")
 
     async def start(self, launch: Launch, listener: Listener) -> Handle:
         port = self.ports.pop(0) if len(self.ports) > 1 else self.ports[0]

@@ -6,6 +6,7 @@ import asyncio
 import ipaddress
 import logging
 import re
+import sys
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
@@ -31,6 +32,22 @@ _ID = re.compile(r"[\x21-\x7e]{1,128}")
 def request_id_of(scope: Scope) -> str:
     """Return the id that `RequestLog` gave this request."""
     return str(scope["state"]["request_id"])
+
+
+class PlainRefusal:
+    """Has the server say in words, without a traceback, why the application refuses to start."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_words(message: Message) -> None:
+            error = sys.exc_info()[1]
+            if message["type"] == "lifespan.startup.failed" and isinstance(error, GatewayError):
+                message = {**message, "message": error.detail}
+            await send(message)
+
+        await self._app(scope, receive, send_words if scope["type"] == "lifespan" else send)
 
 
 class RequestLog:

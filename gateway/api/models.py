@@ -13,7 +13,9 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from gateway.api.problems import documented
 from gateway.api.streams import LineStream
-from gateway.fleet.fleet import Fleet, server_name
+from gateway.errors import GatewayError
+from gateway.fleet.fleet import Fleet
+from gateway.fleet.identity import server_name
 from gateway.fleet.status import Failure, Status, describe
 from gateway.lifecycle import RUNNING
 from gateway.runtimes.base import Handle
@@ -125,6 +127,23 @@ def models_router(fleet: Fleet) -> APIRouter:
         handle = await fleet.running(spec).restart(force=force)
         return _started(f"Container for {spec.id} restarted", server_name(spec), handle)
 
+    @router.post(
+        "/models/{model_id}/pull",
+        summary="Download a model ahead of time",
+        response_class=PlainTextResponse,
+        responses=documented(404, 422, 503, 504),
+    )
+    async def pull(model_id: str) -> Response:
+        """Get the model's image and weights; answer with a line of text whenever more of them is here.
+
+        The last line begins with `done: ` or `failed: `. Callers who ask at once share one download, which goes on
+        when they leave. The model may run meanwhile.
+        """
+        lines = fleet.fetch(fleet.catalog.by_id(model_id)).follow()
+        first = await anext(lines)  # what fails before it has begun is an error like any other
+        output = _terminated(_with_words_at_the_end(first, lines))
+        return LineStream(output, "text/plain; charset=utf-8", until=fleet.closing)
+
     @router.get(
         "/models/{model_id}/logs",
         summary="Read the log of a model's server",
@@ -179,6 +198,16 @@ def _last_error(failure: Failure | None, retry_after_s: float | None) -> dict[st
 
 def _started(message: str, name: str, handle: Handle | None) -> dict[str, Any]:
     return {"message": message, "port": handle.port if handle else None, "container_name": name}
+
+
+async def _with_words_at_the_end(first: str, lines: AsyncIterator[str]) -> AsyncIterator[str]:
+    """Yield all lines, and as the last one why there are no more, should they end in an error."""
+    yield first
+    try:
+        async for line in lines:
+            yield line
+    except GatewayError as error:
+        yield f"failed: {error.detail}"
 
 
 async def _terminated(lines: AsyncIterator[str]) -> AsyncIterator[bytes]:

@@ -60,6 +60,9 @@ class Engine(Protocol):
             StartFailed: something that the catalog names (a weights file, say) cannot be used.
         """
 
+    def download(self, spec: ModelSpec, name: str) -> Launch | None:
+        """Return what fetches the weights of `spec` ahead of its first start and then ends with 0, if anything does."""
+
     def is_ready(self, status: int, body: bytes) -> bool:
         """Say whether this answer to a health check means that the server takes requests."""
 

@@ -74,6 +74,9 @@ class LlamaCpp:
             files=(RequiredFile(spec.weights, spec.weights_sha256),),
         )
 
+    def download(self, spec: ModelSpec, name: str) -> Launch | None:  # noqa: ARG002 - the weights are a file already
+        return None
+
     def is_ready(self, status: int, body: bytes) -> bool:  # noqa: ARG002 - while it loads, the status is 503
         return status == 200
 

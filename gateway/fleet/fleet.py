@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping, Set
+from dataclasses import replace
+from typing import Any
 
 from gateway.catalog import Catalog, ModelSpec, deferred
 from gateway.engines.base import Engine
-from gateway.errors import GatewayError, ModelNotRunning, StartFailed
+from gateway.errors import GatewayError, ModelNotRunning, NameTaken, RuntimeUnavailable, StartFailed
+from gateway.fleet import refusals
+from gateway.fleet.fetch import Fetch
+from gateway.fleet.gpus import Gpus
 from gateway.fleet.health import Health, Probe, Rest, rest
+from gateway.fleet.identity import fingerprint, server_name
 from gateway.fleet.instance import Instance
 from gateway.fleet.journal import Journal
 from gateway.fleet.status import Status
 from gateway.lifecycle import State
-from gateway.runtimes.base import Runtime
+from gateway.runtimes.base import Found, Runtime
+
+FIRST_LOOK_S = 10.0
+"""How long the gateway's start waits for a runtime to say what runs there."""
+LOOK_AGAIN_S = 2.0
+STRANGER_GRACE_S = 10.0
+"""How long a server of ours that the catalog knows nothing of may take to leave."""
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +42,8 @@ class Fleet:
         probe: Probe,
         journal: Journal,
         *,
+        gpus: Gpus | None = None,
+        keep_servers: bool = True,
         rest: Rest = rest,
         instance: type[Instance] = Instance,
     ) -> None:
@@ -38,6 +52,13 @@ class Fleet:
         self._engines = engines
         self._runtimes = runtimes
         self._probe = probe
+        self._gpus = gpus or Gpus(None)
+        self.keeps = keep_servers
+        """Whether servers that can outlive the gateway do so."""
+        self.unknown: dict[str, RuntimeUnavailable] = {}
+        """The runtimes of which it is not known what they run, and why."""
+        self._errands: set[asyncio.Task[None]] = set()
+        self._fetches: dict[str, Fetch] = {}
         self._rest = rest
         self._instance = instance
         self._instances: dict[str, Instance] = {}
@@ -55,10 +76,11 @@ class Fleet:
 
         Raises:
             StartFailed: this version has no engine or runtime for it.
+            RuntimeUnavailable: it is not known yet whether it runs already: its runtime does not answer.
         """
-        if spec.id not in self._instances:
-            self._instances[spec.id] = self._make(spec)
-        return self._instances[spec.id]
+        if (why := self.unknown.get(spec.runtime)) is not None:
+            raise refusals.again(why, why.retry_after_s or 0)
+        return self._instance_of(spec)
 
     def running(self, spec: ModelSpec) -> Instance:
         """Return the instance of a model that was started before.
@@ -76,16 +98,39 @@ class Fleet:
 
     def status(self, spec: ModelSpec) -> Status:
         instance = self._instances.get(spec.id)
-        return instance.status if instance else _never_started(spec)
+        status = instance.status if instance else _never_started(spec)
+        fetch = self._fetches.get(spec.id)
+        return replace(status, progress=fetch.latest) if fetch and not status.progress else status
 
-    async def preload(self) -> None:
-        """Begin the start of every model that the catalog wants from the beginning; one that cannot is logged."""
-        for spec in self.catalog.models.values():
-            if spec.preload:
-                try:
-                    await self.get(spec).start(wait=False)
-                except GatewayError as error:
-                    log.error("%s: not preloaded: %s", server_name(spec), error.detail)
+    def fetch(self, spec: ModelSpec) -> Fetch:
+        """Return the download of this model's image and weights, under way: begun here if it was not before.
+
+        Raises:
+            StartFailed: there is nothing that could be downloaded.
+            RuntimeUnavailable: its runtime does not answer.
+        """
+        if (why := self.unknown.get(spec.runtime)) is not None:
+            raise refusals.again(why, why.retry_after_s or 0)
+        if spec.id not in self._fetches:
+            engine, runtime = self._parts(spec)
+            fetch = self._fetches[spec.id] = Fetch(spec, engine, runtime, self.journal)
+            self._errand(self._until_fetched(fetch), f"fetch {spec.id}")
+        return self._fetches[spec.id]
+
+    async def begin(self) -> None:
+        """Take over what an earlier life of the gateway left running, remove what does not fit, and preload.
+
+        A runtime that does not answer is asked again and again; its models cannot be used until it does.
+
+        Raises:
+            NameTaken: another gateway of the same name lives.
+        """
+        used = {spec.runtime for spec in self.catalog.models.values()}
+        lasting = [name for name, runtime in self._runtimes.items() if runtime.outlives and name in used]
+        self.unknown = {name: refusals.not_known_yet(name) for name in lasting}
+        self._preload(self._runtimes.keys() - self.unknown.keys())
+        for name in lasting:
+            await self._look_first(name)
 
     def runtime_of(self, spec: ModelSpec) -> Runtime:
         """Return the runtime that has this model's output.
@@ -100,16 +145,104 @@ class Fleet:
 
     def close(self, *, force: bool = False) -> None:
         """Refuse all further requests, and let what runs finish within its drain limit, or (`force`) cut it off."""
+        if not self.closing.done():
+            self.closing.set_result(None)
         for instance in self._instances.values():
             instance.close(force=force)
         self.journal.close()
-        if not self.closing.done():
-            self.closing.set_result(None)
 
     async def aclose(self) -> None:
-        """Return when no server of any model runs any more."""
+        """Return when no server of any model runs any more, but for those that outlive the gateway."""
         self.close()
+        for errand in self._errands:
+            errand.cancel()
+        await asyncio.gather(*self._errands, return_exceptions=True)
         await asyncio.gather(*(instance.aclose() for instance in self._instances.values()))
+
+    # What an earlier life has left
+
+    async def _look_first(self, name: str) -> None:
+        look = asyncio.create_task(self._look(name), name=f"look at {name}")
+        done, _ = await asyncio.wait([look], timeout=FIRST_LOOK_S)
+        if done and isinstance(look.exception(), NameTaken):
+            look.result()
+        if name in self.unknown:
+            log.warning("runtime %s: %s", name, self.unknown[name].detail)
+            self._errand(self._look_until_known(name, look), f"look at {name} until it answers")
+
+    async def _look_until_known(self, name: str, look: asyncio.Task[None]) -> None:
+        """Ask a runtime what runs there until it says so."""
+        try:
+            while True:
+                await asyncio.wait([look])
+                if look.exception() is None:
+                    log.info("runtime %s: it answers", name)
+                    return
+                await asyncio.sleep(LOOK_AGAIN_S)
+                look = asyncio.create_task(self._look(name), name=f"look at {name}")
+        finally:
+            look.cancel()
+            await asyncio.wait([look])
+
+    async def _look(self, name: str) -> None:
+        try:
+            found = await self._runtimes[name].find()
+        except RuntimeUnavailable as error:
+            self.unknown[name] = error
+            raise
+        for each in found:
+            self._settle(name, each)
+        del self.unknown[name]
+        self._preload({name})
+
+    def _settle(self, runtime: str, found: Found) -> None:
+        """Adopt a server that was found, if it is still what the catalog asks for, or else remove it."""
+        spec = self._named(found.name)
+        if spec is None or spec.runtime != runtime:
+            self._errand(_remove(self._runtimes[runtime], found.name), f"remove {found.name}")
+        elif found.runs and self._fits(spec, found):
+            self._instance_of(spec).adopt(found)
+        else:
+            self._instance_of(spec).discard(found)
+
+    def _named(self, name: str) -> ModelSpec | None:
+        return next((spec for spec in self.catalog.models.values() if server_name(spec) == name), None)
+
+    def _fits(self, spec: ModelSpec, found: Found) -> bool:
+        try:
+            return fingerprint(self._engines[spec.engine], spec) == found.fingerprint
+        except GatewayError:  # what the catalog asks for cannot even be launched
+            return False
+
+    def _preload(self, runtimes: Set[str]) -> None:
+        """Begin the start of every model that the catalog wants from the beginning; one that cannot is logged."""
+        for spec in self.catalog.models.values():
+            if spec.preload and spec.runtime in runtimes:
+                self._errand(self._preload_one(spec), f"preload {spec.id}")
+
+    async def _preload_one(self, spec: ModelSpec) -> None:
+        try:
+            await self.get(spec).start(wait=False)
+        except GatewayError as error:
+            log.error("%s: not preloaded: %s", server_name(spec), error.detail)
+
+    def _errand(self, what: Coroutine[Any, Any, None], name: str) -> None:
+        errand = asyncio.create_task(what, name=name)
+        self._errands.add(errand)
+        errand.add_done_callback(self._errands.discard)
+
+    async def _until_fetched(self, fetch: Fetch) -> None:
+        try:
+            await fetch.run()
+        finally:
+            del self._fetches[fetch.spec.id]
+
+    # Making instances
+
+    def _instance_of(self, spec: ModelSpec) -> Instance:
+        if spec.id not in self._instances:
+            self._instances[spec.id] = self._make(spec)
+        return self._instances[spec.id]
 
     def _make(self, spec: ModelSpec) -> Instance:
         engine, runtime = self._parts(spec)
@@ -118,7 +251,8 @@ class Fleet:
         health = Health(
             engine, self._probe, interval_s=spec.health_interval_s, failures=spec.health_failures, rest=self._rest
         )
-        instance = self._instance(spec, server_name(spec), engine, runtime, health, self.journal)
+        outlives = self.keeps and runtime.outlives
+        instance = self._instance(spec, engine, runtime, health, self.journal, self._gpus, outlives=outlives)
         if self.closing.done():
             instance.close()
         return instance
@@ -131,9 +265,17 @@ class Fleet:
         return engine, runtime
 
 
-def server_name(spec: ModelSpec) -> str:
-    """Return what the server of a model is called on every runtime."""
-    return f"tgi-{spec.id}"
+async def _remove(runtime: Runtime, name: str) -> None:
+    """Remove a server that no model of the catalog has, and try until it is gone."""
+    while True:
+        try:
+            await runtime.stop(name, grace_s=STRANGER_GRACE_S)
+        except RuntimeUnavailable as error:
+            log.warning("%s: not removed yet: %s", name, error.detail)
+            await asyncio.sleep(LOOK_AGAIN_S)
+        else:
+            log.info("%s: removed, because no model of the catalog has it", name)
+            return
 
 
 def _never_started(spec: ModelSpec) -> Status:

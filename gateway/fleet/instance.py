@@ -12,6 +12,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 
 from gateway.catalog import ModelSpec
 from gateway.engines.base import Engine
@@ -25,13 +26,15 @@ from gateway.fleet.admission import (
     queue_room,
     wait_ends_at,
 )
+from gateway.fleet.gpus import Gpus
 from gateway.fleet.health import Health
+from gateway.fleet.identity import launch_of, server_name
 from gateway.fleet.journal import Journal
-from gateway.fleet.life import Lease, Life
+from gateway.fleet.life import Lease, Life, Paused
 from gateway.fleet.queue import Grant, Queue, Ticket
 from gateway.fleet.status import Failure, Status, describe
-from gateway.lifecycle import DOWN, SERVING, STARTING_UP, Event, State, after
-from gateway.runtimes.base import Handle, Progress, Runtime
+from gateway.lifecycle import DOWN, MADE, SERVING, STARTING_UP, Event, State, after
+from gateway.runtimes.base import Found, Handle, Progress, Runtime
 
 log = logging.getLogger(__name__)
 
@@ -45,14 +48,25 @@ class Instance:
     """A model that may be up or down, and knows how to get from one to the other."""
 
     def __init__(
-        self, spec: ModelSpec, name: str, engine: Engine, runtime: Runtime, health: Health, journal: Journal
+        self,
+        spec: ModelSpec,
+        engine: Engine,
+        runtime: Runtime,
+        health: Health,
+        journal: Journal,
+        gpus: Gpus,
+        *,
+        outlives: bool = False,
     ) -> None:
+        """Take what it needs. With `outlives` its server goes on when the gateway ends."""
         self.spec = spec
-        self.name = name
+        self.name = server_name(spec)
         self.engine = engine
         self._runtime = runtime
         self._health = health
         self._journal = journal
+        self._gpus = gpus
+        self._outlives = outlives
         self._bounds = Bounds(
             queue_timeout_s=spec.queue_timeout_s,
             start_timeout_s=spec.start_timeout_s,
@@ -69,6 +83,7 @@ class Instance:
         self._failures = 0  # lives in a row that failed before they had served for long
         self._cool_until = 0.0
         self._wanted = False  # an operator wants it up, and it is not up yet
+        self._ailment = ""  # why it is UNHEALTHY, when it is
         self._stops = 0  # how many stops were ordered so far
         self._closing = False
         self._promised_until = 0.0
@@ -176,12 +191,36 @@ class Instance:
             raise self._promised(refusals.called_off(self.spec))
         return await self.start()
 
+    def adopt(self, found: Found) -> None:
+        """Take over the running server of an earlier life of the gateway: it is ready when a health check passes.
+
+        What it has left of `start_timeout` it has for that, but no less than a server that fell silent would have.
+        Only for a model that was never started.
+        """
+        self._gpus.claim(self.spec.id, found.gpus)
+        age_s = self._journal.now() - found.made_at
+        life = self._begin(left_s=max(self.spec.start_timeout_s - age_s, self.spec.unhealthy_timeout_s))
+        self._move(Event.ADOPT, "found running")
+        self._run(life, found)
+
+    def discard(self, found: Found) -> None:
+        """Remove the server of an earlier life of the gateway; requests wait until it is gone, and start it afresh."""
+        self._gpus.claim(self.spec.id, found.gpus)
+        life = self._begin(left_s=0.0)
+        self._move(Event.ADOPT, "found")
+        self._run(life, found)
+        self._end(life, "the catalog asks for another server" if found.runs else "it had ended")
+
     def close(self, *, force: bool = False) -> None:
-        """Refuse all further requests and those that queue, and drain or (`force`) cut; `aclose` waits for the end."""
+        """Refuse all further requests and those that queue, and drain or (`force`) cut; `aclose` waits for the end.
+
+        A server that outlives the gateway goes on afterwards, but for one that is on its way down already.
+        """
         self._closing = True
         self._wanted = False
         self._refuse_queue(refusals.shutting_down)
         if self._life:
+            self._life.stays = self._life.stays or (self._outlives and self._state in MADE)
             self._lead_down("shutdown", force=force)
 
     async def aclose(self) -> None:
@@ -291,7 +330,7 @@ class Instance:
     def _refuse_when_unhealthy(self) -> None:
         if self._state is State.UNHEALTHY:
             left_s = self._since + self.spec.unhealthy_timeout_s - self._loop.time()
-            raise self._promised(refusals.unhealthy(self.spec, left_s))
+            raise self._promised(refusals.unhealthy(self.spec, self._ailment, left_s))
 
     def _refuse_while_cooling(self) -> None:
         if not self._wanted and self._failure and self._cooling_s():
@@ -321,48 +360,69 @@ class Instance:
     # A life
 
     def _start(self, reason: str) -> None:
-        life = self._life = Life(
+        life = self._begin(left_s=None)
+        self._move(Event.START, reason)
+        self._run(life, None)
+
+    def _begin(self, left_s: float | None) -> Life:
+        self._life = Life(
             self.engine,
             start_timeout_s=self.spec.start_timeout_s,
             stall_timeout_s=self.spec.stall_timeout_s,
-            kept=self._wanted or self.spec.preload or self.spec.pinned,
+            kept=self._wanted or self.spec.preload or self.spec.pinned or left_s is not None,
             on_progress=self._progressed,
+            left_s=left_s,
         )
-        self._move(Event.START, reason)
-        life.serve = self._loop.create_task(self._serve(life), name=f"serve {self.name}")
+        return self._life
+
+    def _run(self, life: Life, found: Found | None) -> None:
+        life.serve = self._loop.create_task(self._serve(life, found), name=f"serve {self.name}")
         life.task = self._loop.create_task(self._live(life), name=f"live {self.name}")
 
-    async def _serve(self, life: Life) -> None:
+    async def _serve(self, life: Life, found: Found | None) -> None:
         """Start, load and watch the server. Ends only by raising why it must go, or by being cancelled."""
         async with life.start_bounds():
-            launch = self.engine.launch(self.spec, self.name, life.secret)
-            life.handle = handle = await self._runtime.start(launch, life)
-        self._move(Event.LAUNCHED, "server made")
+            life.handle = handle = await (self._runtime.adopt(found, life) if found else self._make(life))
+        if not found:
+            self._move(Event.LAUNCHED, "server made")
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._until_ended(life, handle), name=f"exit of {self.name}")
                 async with life.start_bounds():
                     await self._health.until_ready(handle)
                 self._became_ready(life)
-                await self._watch(handle)
+                await self._watch(life, handle)
         except BaseExceptionGroup as group_error:
             raise group_error.exceptions[0] from None
 
-    async def _watch(self, handle: Handle) -> None:
+    async def _make(self, life: Life) -> Handle:
+        launch = launch_of(self.engine, self.spec, life.secret)
+        return await self._runtime.start(replace(launch, gpus=self._gpus.take(self.spec)), life)
+
+    async def _watch(self, life: Life, handle: Handle) -> None:
         while True:
-            await self._health.until_lost(handle)
-            self._move(Event.LOSE, f"{self.spec.health_failures} health checks missed")
+            self._ailment = await self._until_ailing(life, handle)
+            self._move(Event.LOSE, self._ailment)
             try:
                 async with asyncio.timeout(self.spec.unhealthy_timeout_s):
                     await self._health.until_back(handle)
             except TimeoutError:
-                raise refusals.unhealthy_too_long(self.spec) from None
+                raise refusals.unhealthy_too_long(self.spec, self._ailment) from None
             self._move(Event.PASS, "health check passed")
+
+    async def _until_ailing(self, life: Life, handle: Handle) -> str:
+        """Return why the server cannot be counted on, once it cannot: it missed its checks, or was paused."""
+        try:
+            async with life.until_paused():
+                await self._health.until_lost(handle)
+        except Paused as paused:
+            return str(paused)
+        return f"it missed its last {self.spec.health_failures} health checks"
 
     async def _until_ended(self, life: Life, handle: Handle) -> None:
         end = await self._runtime.ended(handle)
         diagnosis = self.engine.diagnose(end)
-        raise refusals.ended(self.spec, end, diagnosis, served=life.ready_at is not None)
+        raise refusals.ended(self.spec, end, diagnosis, served=life.served)
 
     def _became_ready(self, life: Life) -> None:
         life.ready_at = self._last_use = self._loop.time()
@@ -374,6 +434,9 @@ class Instance:
         """Wait for the end of `_serve`, clear up after it, and go on with whoever still waits."""
         await asyncio.wait([life.serve])
         error = self._why_ended(life.serve)
+        if self._state is State.STOPPED:  # the gateway ends, and the server does not
+            self._life = None
+            return
         if self._state is not State.STOPPING:
             self._fail(life, error or refusals.our_fault(self.spec, None))
         life.left = await self._clear()
@@ -396,14 +459,14 @@ class Instance:
             self._move(Event.FAIL, f"{error.code}: {error.detail}")
             self._remember(error, life)
         self._cut(life, error)
-        if life.ready_at is None:
+        if not life.served:
             self._wanted = False
             self._refuse_queue(lambda: refusals.again(error, self._cooling_s()))
 
     def _remember(self, error: GatewayError, life: Life) -> None:
         life.failed = True
         self._failures = 1 if self._served_long(life) else self._failures + 1
-        self._cool_until = self._loop.time() + pause_after_failure_s(self._failures, served=life.ready_at is not None)
+        self._cool_until = self._loop.time() + pause_after_failure_s(self._failures, served=life.served)
         self._failure = Failure(error, self._journal.now())
 
     def _served_long(self, life: Life) -> bool:
@@ -427,6 +490,8 @@ class Instance:
             self._remember(life.left, life)
         elif self._served_long(life):
             self._failures = 0
+        if not life.left:
+            self._gpus.give_back(self.spec.id)
         self._life = None
         self._move(Event.GAVE_UP if life.failed else Event.CLEARED, life.left.detail if life.left else "nothing left")
         self._go_on()
@@ -457,7 +522,7 @@ class Instance:
     def _lead_down(self, reason: str, *, force: bool = False) -> None:
         """Drain, or stop at once if nothing runs or `force` says so."""
         life = self._life
-        if not life or self._state is State.STOPPING:
+        if not life or self._state is State.STOPPING or self._state in DOWN:
             return
         if force or not life.leases:
             self._end(life, reason)
@@ -466,8 +531,8 @@ class Instance:
             self._rearm()
 
     def _end(self, life: Life, reason: str) -> None:
-        self._move(Event.STOP, reason)
-        self._cut(life, refusals.stopped(self.spec, reason))
+        self._move(Event.KEEP if life.stays else Event.STOP, reason)
+        self._cut(life, refusals.let_go(self.spec) if life.stays else refusals.stopped(self.spec, reason))
         life.serve.cancel()
 
     def _cut(self, life: Life, error: GatewayError) -> None:

@@ -1,4 +1,4 @@
-"""What one life of a model holds, from its start until nothing of it is left: server, leases, progress, bounds."""
+"""What one life of a model holds, from its start or adoption until nothing of it is left: server, leases, bounds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from gateway.engines.base import Engine
-from gateway.errors import GatewayError, StartTimeout
+from gateway.errors import GatewayError
+from gateway.fleet.startup import Startup
 from gateway.runtimes.base import Handle, Progress
 
 Cut = Callable[[GatewayError], None]
@@ -36,15 +37,11 @@ class Lease:
             self.on_cut(error)
 
 
-@dataclass(frozen=True, slots=True)
-class Report:
-    """How far a start has come. Times are readings of the loop's clock, in seconds."""
-
-    progress: Progress
-    since: float
+class Paused(Exception):
+    """Somebody froze the server; the words say so."""
 
 
-class Life:
+class Life(Startup):
     """One life. The instance that made it is the only one to change it, but for what the server itself says."""
 
     def __init__(
@@ -55,72 +52,53 @@ class Life:
         stall_timeout_s: float,
         kept: bool,
         on_progress: Callable[[Progress], None],
+        left_s: float | None = None,
     ) -> None:
+        super().__init__(
+            engine,
+            start_timeout_s=start_timeout_s,
+            stall_timeout_s=stall_timeout_s,
+            on_progress=on_progress,
+            left_s=left_s,
+        )
         self.secret = secrets.token_urlsafe(32)
         self.handle: Handle | None = None
         self.leases: dict[Lease, None] = {}  # in the order in which they were granted
         self.kept = kept
         """Whether an operator, `preload` or `pinned` wants this start, so that it is not called off."""
+        self.adopted = left_s is not None
+        """Whether its server was made by an earlier life of the gateway, which may have served with it, or ended it."""
+        self.stays = False
+        """Whether its server goes on when the gateway lets go of it."""
         self.ready_at: float | None = None
         self.failed = False
         self.left: GatewayError | None = None
         """Why it is not known whether its server is gone, when it is not."""
         self.serve: asyncio.Task[None]
         self.task: asyncio.Task[None]
-        self.report: Report | None = None
-        self._engine = engine
-        self._on_progress = on_progress
-        self._start_timeout_s = start_timeout_s
-        self._stall_timeout_s = stall_timeout_s
-        self._hard_stop_at = asyncio.get_running_loop().time() + start_timeout_s
-        self._stall: asyncio.Timeout | None = None
+        self._watch: asyncio.Timeout | None = None
+        self._paused = ""
 
-    # A runtime's listener
+    @property
+    def served(self) -> bool:
+        return self.ready_at is not None or self.adopted
 
-    def line(self, text: str) -> None:
-        """Hear a line of the server's output: a sign of life, and perhaps of progress."""
-        self._not_stalled()
-        if progress := self._engine.progress(text):
-            self.progress(progress)
-
-    def progress(self, progress: Progress) -> None:
-        self._not_stalled()
-        if self.report is None or self.report.progress != progress:
-            self.report = Report(progress, asyncio.get_running_loop().time())
-            self._on_progress(progress)
-
-    # The bounds of its start
+    def paused(self, reason: str) -> None:
+        self._paused = reason
+        if self._watch is not None and not self._watch.expired():
+            self._watch.reschedule(self._loop.time())
 
     @asynccontextmanager
-    async def start_bounds(self) -> AsyncIterator[None]:
-        """Bound what is done inside: by the start's hard cap, and by the time it may go without any progress.
+    async def until_paused(self) -> AsyncIterator[None]:
+        """Let what is done inside go on until the server is paused.
 
         Raises:
-            StartTimeout: one of the two has passed; the words say which, and what was going on.
+            Paused: it was.
         """
         try:
-            async with asyncio.timeout_at(min(self._next_stall(), self._hard_stop_at)) as self._stall:
+            async with asyncio.timeout(None) as self._watch:
                 yield
         except TimeoutError:
-            raise self._too_slow() from None
+            raise Paused(self._paused) from None
         finally:
-            self._stall = None
-
-    def _next_stall(self) -> float:
-        return asyncio.get_running_loop().time() + self._stall_timeout_s
-
-    def _not_stalled(self) -> None:
-        if self._stall is not None and not self._stall.expired():
-            self._stall.reschedule(min(self._next_stall(), self._hard_stop_at))
-
-    def _too_slow(self) -> StartTimeout:
-        phase = self.report.progress.phase if self.report else "starting"
-        if asyncio.get_running_loop().time() >= self._hard_stop_at:
-            rule = f"was not ready within start_timeout ({self._start_timeout_s:g} s)"
-        else:
-            rule = f"showed no progress for stall_timeout ({self._stall_timeout_s:g} s)"
-        return StartTimeout(
-            f"the server {rule}; it was {phase}. Raise that bound in models.yaml if the model needs longer, "
-            "or read its log for what it waits for.",
-            phase=phase,
-        )
+            self._watch = None

@@ -10,7 +10,9 @@ from gateway.errors import (
     ModelNotLoaded,
     ModelUnhealthy,
     NoCapacity,
+    NotAvailable,
     QueueFull,
+    RuntimeUnavailable,
     ShuttingDown,
     StartFailed,
     StartTimeout,
@@ -40,17 +42,17 @@ def queue_full(spec: ModelSpec) -> QueueFull:
     return QueueFull(words, retry_after_s=BUSY_RETRY_S)
 
 
-def unhealthy(spec: ModelSpec, left_s: float) -> ModelUnhealthy:
+def unhealthy(spec: ModelSpec, ailment: str, left_s: float) -> ModelUnhealthy:
     return ModelUnhealthy(
-        f"The server of {spec.id} has not answered its last {spec.health_failures} health checks; "
-        f"it is replaced unless it recovers within {left_s:.0f} s.",
+        f"The server of {spec.id} does not answer: {ailment}. It is replaced unless it recovers within {left_s:.0f} s.",
         retry_after_s=max(left_s, 1.0),
     )
 
 
-def rests(spec: ModelSpec, error: GatewayError, left_s: float) -> StartFailed:
+def rests(spec: ModelSpec, error: GatewayError, left_s: float) -> NotAvailable:
     words = f"{spec.id} failed and is not started again for another {left_s:.0f} s: {error.detail}"
-    return StartFailed(words, retry_after_s=max(left_s, 1.0), **error.extra)
+    kind = type(error) if isinstance(error, NotAvailable) else StartFailed
+    return kind(words, retry_after_s=max(left_s, 1.0), **error.extra)
 
 
 def again(error: GatewayError, retry_after_s: float) -> GatewayError:
@@ -83,10 +85,20 @@ def ended(spec: ModelSpec, end: Exit, diagnosis: Diagnosis, *, served: bool) -> 
     return error(words, cause=diagnosis.cause, fix=diagnosis.fix, evidence=list(diagnosis.evidence))
 
 
-def unhealthy_too_long(spec: ModelSpec) -> GenerationFailed:
+def unhealthy_too_long(spec: ModelSpec, ailment: str) -> GenerationFailed:
     return GenerationFailed(
-        f"The server of {spec.id} missed its health checks for {spec.unhealthy_timeout_s:g} s and was removed."
+        f"The server of {spec.id} did not recover within {spec.unhealthy_timeout_s:g} s and was removed: {ailment}."
     )
+
+
+def let_go(spec: ModelSpec) -> ShuttingDown:
+    words = f"The gateway ended before this request to {spec.id} had; the model goes on. Send it again."
+    return ShuttingDown(words, retry_after_s=BUSY_RETRY_S)
+
+
+def not_known_yet(runtime: str) -> RuntimeUnavailable:
+    words = f"It is not known yet what runs on runtime {runtime}: the gateway is asking it."
+    return RuntimeUnavailable(f"{words} Send the request again in a moment.", retry_after_s=1.0)
 
 
 def stopped(spec: ModelSpec, reason: str) -> GenerationFailed:

@@ -45,5 +45,22 @@ def describe(progress: Progress | None) -> dict[str, object] | None:
     return {"phase": progress.phase, "done": done, "total": total, "unit": progress.unit}
 
 
+def told(progress: Progress) -> str:
+    """Return progress as a line for people: `downloading, 3 of 5 files`."""
+    if progress.done is None:
+        return progress.phase
+    if progress.unit == "bytes":
+        done, total = _megabytes(progress.done), _megabytes(progress.total)
+    else:
+        done, total = str(_plain(progress.done)), str(_plain(progress.total))
+    of_total = f" of {total}" if progress.total is not None else ""
+    unit = f" {progress.unit}" if progress.unit and progress.unit != "bytes" else ""
+    return f"{progress.phase}, {done}{of_total}{unit}"
+
+
+def _megabytes(amount: float | None) -> str:
+    return f"{(amount or 0) / 1e6:.1f} MB"
+
+
 def _plain(amount: float | None) -> float | None:
-    return int(amount) if amount is not None and amount.is_integer() else amount
+    return int(amount) if amount is not None and float(amount).is_integer() else amount

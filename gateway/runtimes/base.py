@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import ClassVar, Literal, Protocol
+
+PullPolicy = Literal["missing", "always", "never"]
+"""When an image is pulled: only if it is not there, before every start, or never."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,19 +24,53 @@ class RequiredFile:
 
 
 @dataclass(frozen=True, slots=True)
+class Mount:
+    """What a container sees of its machine at `target`: a directory (`source` is absolute) or a named volume."""
+
+    source: str
+    target: str
+    read_only: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Container:
+    """What a launch needs beyond its command when it runs in a container. Sizes are in bytes."""
+
+    image: str
+    pull_policy: PullPolicy = "missing"
+    entrypoint: tuple[str, ...] = ()
+    """Run in place of the image's own entrypoint, if any."""
+    port: int | None = None
+    """The port that the server listens on inside; None for a program that serves nobody."""
+    mounts: tuple[Mount, ...] = ()
+    secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """Secrets by the variable that names their file: `HF_TOKEN_PATH`. Never in the environment, never logged."""
+    shm_bytes: int | None = None
+    memory_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Launch:
-    """What to run. Made by an engine from a `ModelSpec`."""
+    """What to run. Made by an engine from a `ModelSpec`; the fleet adds the GPUs and the fingerprint."""
 
     name: str
     """Names the server on its runtime, and nothing else there may have this name."""
     command: tuple[str, ...] = ()
-    """Program and arguments. `{port}` stands for the port that the runtime chooses."""
+    """Program and arguments; for a container, the arguments. Runtime process puts the port it chose for `{port}`."""
     env: Mapping[str, str] = field(default_factory=dict, repr=False)
     """Added to the server's environment. May hold secrets: never logged."""
     files: tuple[RequiredFile, ...] = ()
     """Checked before the server is made: each must exist and be what it should be. Hashed once per file."""
     url: str | None = None
     """Where a server that already runs is reached; only runtime `external` reads it."""
+    container: Container | None = None
+    """Only runtime `docker` reads it, and needs it."""
+    model: str = ""
+    """The id of the model it serves."""
+    gpus: tuple[str, ...] = ()
+    """The ids of the GPUs that it gets: these and no others."""
+    fingerprint: str = ""
+    """The same for two launches that would make the same server. A server that outlives the gateway keeps it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +103,17 @@ class Progress:
     unit: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A server that an earlier life of this gateway made. `made_at` is in seconds since 1970."""
+
+    name: str
+    fingerprint: str
+    made_at: float
+    gpus: tuple[str, ...]
+    runs: bool
+
+
 class Listener(Protocol):
     """Who hears what a server says while it lives. Called on the event loop's thread; must not block or raise."""
 
@@ -75,11 +123,34 @@ class Listener(Protocol):
     def progress(self, progress: Progress) -> None:
         """Hear how far the runtime's own work has come (a pull, say)."""
 
+    def paused(self, reason: str) -> None:
+        """Hear that somebody froze the server: it is there, and answers nobody until it is thawed."""
+
 
 class Runtime(Protocol):
     """A place that can run servers. Calls for different names may overlap; for one name only `stop` may overlap."""
 
     name: ClassVar[str]
+    outlives: ClassVar[bool]
+    """Whether its servers can go on when the gateway has ended, to be found and adopted by the next one."""
+
+    async def find(self) -> list[Found]:
+        """Return the servers that an earlier life of this gateway left here, running or not; nobody else's.
+
+        Raises:
+            RuntimeUnavailable: the runtime does not answer: what is there is not known.
+            NameTaken: another gateway of the same name lives and owns them.
+        """
+
+    async def adopt(self, found: Found, listener: Listener) -> Handle:
+        """Take over a server that `find` returned, as if it had just been started here.
+
+        Its output is heard from its beginning, as far as it is kept.
+
+        Raises:
+            StartFailed: it is gone.
+            RuntimeUnavailable: the runtime does not answer.
+        """
 
     async def start(self, launch: Launch, listener: Listener) -> Handle:
         """Run `launch` and return once its server exists; it need not answer yet.

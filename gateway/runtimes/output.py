@@ -8,7 +8,8 @@ from collections import deque
 from collections.abc import AsyncIterator, Sequence
 
 KEPT_LINES = 500
-LINE_BYTES = 8 * 1024
+LINE_BYTES = 64 * 1024
+"""A traceback in JSON is one line, and what went wrong stands at its end."""
 
 _LINE_END = re.compile(rb"\r?\n|\r(?!\n|\Z)")  # a lone \r too: progress bars end their lines so
 

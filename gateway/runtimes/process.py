@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from gateway.errors import RuntimeUnavailable, StartFailed
-from gateway.runtimes.base import Exit, Handle, Launch, Listener
+from gateway.runtimes.base import Exit, Found, Handle, Launch, Listener
 from gateway.runtimes.files import FileChecks
 from gateway.runtimes.output import LineSplitter, Log
 
@@ -66,12 +66,19 @@ class ProcessRuntime:
     """
 
     name: ClassVar[str] = "process"
+    outlives: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self._files = FileChecks()
         self._servers: dict[str, _Server] = {}
         self._starts: dict[str, object] = {}
         self._closed = False
+
+    async def find(self) -> list[Found]:
+        return []  # the kernel has seen to it
+
+    async def adopt(self, found: Found, listener: Listener) -> Handle:  # noqa: ARG002 - the seam's
+        raise StartFailed(f"{found.name} is gone: a process never outlives its gateway.")
 
     async def start(self, launch: Launch, listener: Listener) -> Handle:
         start = self._starts[launch.name] = object()

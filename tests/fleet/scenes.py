@@ -28,14 +28,18 @@ class Scene:
 
     on_stage: ClassVar[list[Scene]] = []
 
-    def __init__(self, *manners: Manners, **keys: Any) -> None:
+    def __init__(self, *manners: Manners, keeps: bool = False, **keys: Any) -> None:
         self.loop = asyncio.get_running_loop()
         self.on_stage.append(self)
         self.spec = spec(**keys)
-        self.world = World([self.spec], seed=0)
+        self.world = World([self.spec], seed=0, keep=keeps)
         self.runtime = self.world.runtime
         self.runtime.next_manners = list(manners) or [Manners()] * 9
-        self.instance: Instance = self.world.fleet.get(self.spec)
+
+    @property
+    def instance(self) -> Instance:
+        """The model's instance, of the gateway that is there now."""
+        return self.world.fleet.get(self.world.fleet.catalog.models[self.spec.id])
 
     def is_in(self, state: State) -> bool:
         return self.instance.status.state is state

@@ -20,12 +20,16 @@ class Ear:
     def __init__(self) -> None:
         self.lines: list[str] = []
         self.reports: list[Progress] = []
+        self.pauses: list[str] = []
 
     def line(self, text: str) -> None:
         self.lines.append(text)
 
     def progress(self, progress: Progress) -> None:
         self.reports.append(progress)
+
+    def paused(self, reason: str) -> None:
+        self.pauses.append(reason)
 
 
 async def until(condition: Callable[[], object], bound_s: float = BOUND_S) -> None:

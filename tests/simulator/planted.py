@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 from gateway.errors import GatewayError
 from gateway.fleet.instance import Instance
 from gateway.fleet.life import Lease, Life
 from gateway.fleet.queue import Ticket
 from gateway.lifecycle import Event, State
-from gateway.runtimes.base import Handle
+from gateway.runtimes.base import Found, Handle
 
 
 class StopsBusyServers(Instance):
@@ -73,7 +74,7 @@ class HoldsOn(Instance):
 class BelievesTheFirstMiss(Instance):
     """Breaks P11: takes a server for dead that missed its checks."""
 
-    async def _watch(self, handle: Handle) -> None:
+    async def _watch(self, life: Life, handle: Handle) -> None:
         await self._health.until_lost(handle)
         await asyncio.sleep(0)
         raise RuntimeError("it did not answer")
@@ -138,6 +139,34 @@ class NeverIdle(Instance):
         return None if due and due[1] == "idle" else due
 
 
+class AdoptsNothing(Instance):
+    """Breaks P6: removes what runs, and starts it anew."""
+
+    def adopt(self, found: Found) -> None:
+        self.discard(found)
+
+
+class AdoptsEverything(Instance):
+    """Breaks P6: takes over what the catalog does not ask for any more."""
+
+    def discard(self, found: Found) -> None:
+        self.adopt(found)
+
+
+class LeavesOrphans(Instance):
+    """Breaks P6: forgets the servers that it does not want."""
+
+    def discard(self, found: Found) -> None:
+        self._last_use = found.made_at
+
+
+class StartsTheClockAgain(Instance):
+    """Breaks P5: gives an adopted server all the time to start that a new one has."""
+
+    def adopt(self, found: Found) -> None:
+        super().adopt(replace(found, made_at=self._journal.now()))
+
+
 INSTANCES: dict[str, type[Instance]] = {
     "P1": StopsBusyServers,
     "P2": StartsTwice,
@@ -147,6 +176,10 @@ INSTANCES: dict[str, type[Instance]] = {
     "P4-wake": NeverWakes,
     "P5": WaitsForEver,
     "P5-stall": IgnoresStalls,
+    "P5-adopted": StartsTheClockAgain,
+    "P6": AdoptsNothing,
+    "P6-stale": AdoptsEverything,
+    "P6-orphan": LeavesOrphans,
     "P7": QueuesForEver,
     "P7-whole": BoundsTheWholeOnly,
     "stop": ComesBack,

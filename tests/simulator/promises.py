@@ -154,14 +154,25 @@ async def _order(world: World, random: Random, when: float) -> None:
 async def _fault(world: World, random: Random, when: float) -> None:
     await _until(world, random, when)
     running = [server for name in world.runtime.servers for server in world.runtime.alive(name)]
-    kind = random.choice(["silence", "death", "hang"])
+    kind = random.choice(["silence", "death", "hang", "kill", "leave"])
     world.tell(f"fault: {kind}")
-    if kind == "silence" or not running:
+    if kind in ("kill", "leave"):
+        specs = [_perhaps_changed(random, spec) for spec in world.fleet.catalog.models.values()]
+        if random.random() < 0.3:
+            world.runtime.fall_silent(random.choice([5.0, 60.0]))
+        come_again = world.kill if kind == "kill" else world.leave_and_come_again
+        await come_again(specs, down_s=random.choice([0.0, 1.0, 30.0, 700.0]))
+    elif kind == "silence" or not running:
         world.runtime.fall_silent(random.choice([10.0, 60.0, 90.0]))
     elif kind == "death":
         random.choice(running).die("killed by SIGKILL")
     else:
         random.choice(running).hang()
+
+
+def _perhaps_changed(random: Random, spec: ModelSpec) -> ModelSpec:
+    """Return the spec of the next gateway's catalog, which asks for another server now and then."""
+    return spec.model_copy(update={"args": {"version": random.random()}}) if random.random() < 0.25 else spec
 
 
 async def _until(world: World, random: Random, when: float) -> None:

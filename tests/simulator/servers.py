@@ -14,7 +14,7 @@ from gateway.engines.base import Call, Decoder, Diagnosis
 from gateway.errors import GatewayError, RuntimeUnavailable, StartFailed, Unsupported
 from gateway.fleet.health import Answer
 from gateway.generation import GenerationRequest
-from gateway.runtimes.base import Exit, Handle, Launch, Listener, Progress
+from gateway.runtimes.base import Exit, Found, Handle, Launch, Listener, Progress
 
 NEVER = math.inf
 
@@ -69,13 +69,15 @@ def draw_manners(random: Random) -> Manners:
 class Server:
     """One simulated server process."""
 
-    def __init__(self, name: str, manners: Manners, listener: Listener) -> None:
+    def __init__(self, name: str, manners: Manners, listener: Listener, fingerprint: str = "") -> None:
         self.loop = asyncio.get_running_loop()
         self.name = name
+        self.fingerprint = fingerprint
         self.manners = manners
         self.listener = listener
         self.made_at = self.loop.time()
         self.alive = True
+        self.removed = False
         self.hung_since: float | None = None
         self.recovered_at = -NEVER
         self.ended: asyncio.Future[Exit] = self.loop.create_future()
@@ -135,6 +137,7 @@ class BadMannersRuntime:
     """A runtime whose servers behave as badly as real ones, and whose daemon falls silent for a while."""
 
     name: ClassVar[str] = "simulated"
+    outlives: ClassVar[bool] = True
 
     def __init__(self, random: Random) -> None:
         self.random = random
@@ -152,6 +155,19 @@ class BadMannersRuntime:
     def newest(self, name: str) -> Server:
         return self.servers[name][-1]
 
+    async def find(self) -> list[Found]:
+        await self._answer()
+        left = [servers[-1] for servers in self.servers.values() if not servers[-1].removed]
+        return [Found(each.name, each.fingerprint, each.made_at, (), each.alive) for each in left]
+
+    async def adopt(self, found: Found, listener: Listener) -> Handle:
+        await self._answer()
+        server = self.newest(found.name)
+        if not server.alive:
+            raise StartFailed("it is gone")
+        server.listener = _Noting(self, found.name, listener)
+        return _handle(server)
+
     async def start(self, launch: Launch, listener: Listener) -> Handle:
         name = launch.name
         if self.starting.get(name):
@@ -159,27 +175,29 @@ class BadMannersRuntime:
         self.starting[name] = 1
         self.starts[name] = self.starts.get(name, 0) + 1
         try:
-            return await self._start(name, listener)
+            return await self._start(launch, listener)
         finally:
             self.starting[name] = 0
 
-    async def _start(self, name: str, listener: Listener) -> Handle:
+    async def _start(self, launch: Launch, listener: Listener) -> Handle:
+        name = launch.name
         manners = self.next_manners.pop(0) if self.next_manners else draw_manners(self.random)
         await self._answer()
         for older in self.alive(name):
             if not self.perhaps_left.get(name):
                 raise Broke(f"P2: {name} is started, and the server before it was never removed")
             older.die("replaced")
+        self._removed(name)
         await asyncio.sleep(manners.make_s)
         if manners.fails_to_start:
             raise StartFailed("no such image")
         if self.alive(name):
             raise Broke(f"P2: a second server of {name}")
-        server = Server(name, manners, _Noting(self, name, listener))
+        server = Server(name, manners, _Noting(self, name, listener), launch.fingerprint)
         self.servers.setdefault(name, []).append(server)
         del self.servers[name][:-3]
         await self._answer()  # it exists, but the daemon has not said so yet
-        return Handle(name, f"sim://{name}", None, str(server.made_at))
+        return _handle(server)
 
     async def ended(self, handle: Handle) -> Exit:
         end = await asyncio.shield(self.newest(handle.name).ended)
@@ -194,7 +212,12 @@ class BadMannersRuntime:
                 raise Broke(f"P1: {name} is stopped while it serves {len(server.requests)} requests")
             await asyncio.sleep(min(server.manners.leaves_s, grace_s))
             server.die("stopped")
+        self._removed(name)
         self.perhaps_left[name] = False
+
+    def _removed(self, name: str) -> None:
+        for server in self.servers.get(name, []):
+            server.removed = True
 
     async def logs(self, name: str, *, lines: int, follow: bool) -> AsyncIterator[str]:
         yield f"the last {lines} lines of {name}"
@@ -216,6 +239,10 @@ class BadMannersRuntime:
             raise RuntimeUnavailable("the daemon does not answer")
 
 
+def _handle(server: Server) -> Handle:
+    return Handle(server.name, f"sim://{server.name}", None, str(server.made_at))
+
+
 class _Noting:
     """Passes on what a server says, and notes when it did."""
 
@@ -230,6 +257,22 @@ class _Noting:
 
     def progress(self, progress: Progress) -> None:
         self._listener.progress(progress)
+
+    def paused(self, reason: str) -> None:
+        self._listener.paused(reason)
+
+
+class Deaf:
+    """Hears nothing: the gateway that listened is gone."""
+
+    def line(self, text: str) -> None:
+        pass
+
+    def progress(self, progress: Progress) -> None:
+        pass
+
+    def paused(self, reason: str) -> None:
+        pass
 
 
 class SimulatedProbe:
@@ -271,7 +314,10 @@ class SimulatedEngine:
     default_slots: ClassVar[int] = 4
 
     def launch(self, spec: ModelSpec, name: str, secret: str) -> Launch:
-        return Launch(name)
+        return Launch(name, command=tuple(map(str, spec.args.items())))
+
+    def download(self, spec: ModelSpec, name: str) -> Launch | None:
+        return None
 
     def is_ready(self, status: int, body: bytes) -> bool:
         return status == 200

@@ -154,6 +154,13 @@ class Gateway(RuleBasedStateMachine):
 
         self.run(fail())
 
+    @rule(killed=st.booleans(), changed=st.booleans(), down_s=st.sampled_from([0.0, 1.0, 400.0]))
+    def the_gateway_goes_and_comes_again(self, killed: bool, changed: bool, down_s: float) -> None:
+        one, two = self.world.fleet.catalog.models.values()
+        specs = [one.model_copy(update={"args": {"version": self.world.loop.time()}}) if changed else one, two]
+        come_again = self.world.kill if killed else self.world.leave_and_come_again
+        self.run(self._begin(come_again(specs, down_s=down_s)))
+
     @invariant()
     def no_promise_is_broken(self) -> None:
         assert self.world.broken is None

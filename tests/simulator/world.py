@@ -15,6 +15,7 @@ from gateway.errors import GatewayError, ModelNotRunning
 from gateway.fleet.admission import STOP_MARGIN_S
 from gateway.fleet.fleet import Fleet
 from gateway.fleet.health import CHECK_TIMEOUT_S, RECOVERY_REST_S
+from gateway.fleet.identity import fingerprint, server_name
 from gateway.fleet.instance import Instance
 from gateway.fleet.journal import Journal
 from gateway.fleet.life import Lease
@@ -22,13 +23,19 @@ from gateway.lifecycle import DOWN, SERVING, STARTING_UP, State
 from gateway.relay import SECOND_ATTEMPT_S
 from gateway.runtimes.base import Handle
 from tests.simulator.loop import SimulatedLoop
-from tests.simulator.servers import BadMannersRuntime, Broke, Server, SimulatedEngine, SimulatedProbe
+from tests.simulator.servers import BadMannersRuntime, Broke, Deaf, Manners, Server, SimulatedEngine, SimulatedProbe
 
 COME_BACK = {"MODEL_NOT_LOADED", "QUEUE_FULL", "NO_CAPACITY", "MODEL_UNHEALTHY", "SHUTTING_DOWN"}
 STOPS = ("stop", "force-stop", "restart")
 REFUSED = "connection refused"
 CLOSED_AT_ONCE_S = 0.1
 ROUNDING_S = 1e-6
+OF_THE_GATEWAY = ("begin ", "serve ", "live ", "exit of ", "look at ", "remove ", "preload ")
+"""How the names of the gateway's own tasks begin."""
+FORMER = "tgi-former"
+"""A server of ours that the catalog knows nothing of any more."""
+CLEARED_AFTER_S = 60.0
+ADOPTED = "found running"
 
 
 @dataclass(eq=False, frozen=True)
@@ -49,7 +56,7 @@ class Watched:
     since: float = 0.0
     before: State = State.STOPPED
     before_since: float = 0.0
-    start_began: float = 0.0
+    hard_stop_at: float = 0.0
     waiting: dict[Waiter, None] = field(default_factory=dict)
     serving_since: float = 0.0
     last_use: float = 0.0
@@ -71,34 +78,139 @@ class World:
         seed: int,
         runtime: BadMannersRuntime | None = None,
         instance: type[Instance] = Instance,
+        *,
+        keep: bool = False,
     ) -> None:
         self.random = Random(seed)
         self.loop = asyncio.get_running_loop()
         assert isinstance(self.loop, SimulatedLoop)
         self.runtime = runtime or BadMannersRuntime(self.random)
-        probe = SimulatedProbe(self.runtime)
-        self.journal = WitnessedJournal(self)
-        catalog = Catalog(path=Path("models.yaml"), default_model=None, models={spec.id: spec for spec in specs})
-        self.fleet = Fleet(
-            catalog,
-            {"llamacpp": SimulatedEngine()},
-            {"process": self.runtime},
-            probe,
-            self.journal,
-            rest=probe.rest,
-            instance=instance,
-        )
-        self.watched = {spec.id: Watched(spec) for spec in specs}
+        self._instance = instance
+        self._open(specs, keep=keep)
+        self.down = False
+        self._came_at = 0.0
+        self._change: asyncio.Task[None] | None = None
+        self._beginning: asyncio.Task[None] | None = None
+        self._callers: set[asyncio.Task[Any]] = set()
         self.outcomes: dict[str, int] = {}
         self.trace: list[str] = []
         self.broken: str | None = None
         self._checked_at = -1.0
         self.loop.after_step = self.check
 
+    def _open(self, specs: list[ModelSpec], *, keep: bool) -> None:
+        """Make a gateway, and a witness who has seen nothing of it yet."""
+        probe = SimulatedProbe(self.runtime)
+        self.journal = WitnessedJournal(self)
+        self.fleet = Fleet(
+            Catalog(path=Path("models.yaml"), default_model=None, models={spec.id: spec for spec in specs}),
+            {"llamacpp": SimulatedEngine()},
+            {"process": self.runtime},
+            probe,
+            self.journal,
+            keep_servers=keep,
+            rest=probe.rest,
+            instance=self._instance,
+        )
+        self.watched = {spec.id: Watched(spec, since=self.loop.time()) for spec in specs}
+
+    # The gateway goes, and comes again (P6)
+
+    async def kill(self, specs: list[ModelSpec], *, down_s: float = 0.0) -> None:
+        """Kill the gateway with everything it was about, and start another one with these models."""
+        if not self._change:
+            self._change = self.loop.create_task(self._kill(specs, down_s), name="kill")
+            await asyncio.shield(self._change)
+
+    async def leave_and_come_again(self, specs: list[ModelSpec], *, down_s: float = 0.0) -> None:
+        """Shut the gateway down in peace, with its servers kept, and start another one with these models."""
+        if not self._change:
+            self._change = self.loop.create_task(self._leave(specs, down_s), name="leave")
+            await asyncio.shield(self._change)
+
+    async def _kill(self, specs: list[ModelSpec], down_s: float) -> None:
+        self.down = self.journal.unread = True
+        self.tell("the gateway is killed")
+        own = [task for task in asyncio.all_tasks() if task.get_name().startswith(OF_THE_GATEWAY)]
+        dying = own + list(self._callers)
+        for task in dying:
+            task.cancel()
+        if dying:
+            await asyncio.wait(dying)
+        for name in self.runtime.servers:
+            self.runtime.newest(name).listener = Deaf()
+        await self._come_again(specs, down_s)
+
+    async def _leave(self, specs: list[ModelSpec], down_s: float) -> None:
+        await self._begun()
+        self.tell("the gateway leaves")
+        for watched in self.watched.values():
+            watched.stop_asked = True
+        await self.fleet.aclose()
+        self.down = self.journal.unread = True
+        await self._come_again(specs, down_s)
+
+    async def _come_again(self, specs: list[ModelSpec], down_s: float) -> None:
+        self.runtime.servers[FORMER] = [Server(FORMER, Manners(), Deaf())]
+        await asyncio.sleep(down_s)
+        self.tell("a gateway comes")
+        self._came_at = self.loop.time()
+        self._open(specs, keep=self.random.random() < 0.5)
+        self._beginning = self.loop.create_task(self.fleet.begin(), name="begin the gateway")
+        while not (self.fleet.unknown or self._beginning.done()):  # nobody reaches it before it has begun to look
+            await asyncio.sleep(0)
+        self.down, self._change = False, None
+
+    async def _begun(self) -> None:
+        """Return when the gateway's start is over: nobody shuts it down before."""
+        if self._beginning:
+            await asyncio.wait([self._beginning])
+
+    def witness_adoption(self, data: Mapping[str, Any]) -> None:
+        """See a server being found: one that fits is adopted, within what is left of its start; others go."""
+        watched = self.watched[data["model"]]
+        server, spec = self.runtime.newest(server_name(watched.spec)), watched.spec
+        if (data["reason"] == ADOPTED) is not (server.alive and self._fits(spec, server)):
+            self.breaks(f"P6: {spec.id}: {data['reason']}, alive: {server.alive}, fits: {self._fits(spec, server)}")
+        watched.hard_stop_at = max(server.made_at + spec.start_timeout_s, self.loop.time() + spec.unhealthy_timeout_s)
+        watched.kept = True
+
+    def _fits(self, spec: ModelSpec, server: Server) -> bool:
+        return server.fingerprint == fingerprint(SimulatedEngine(), spec)
+
+    def _check_orphan(self, watched: Watched) -> None:
+        """Once it is known what runs, whatever runs belongs to a model that knows of it."""
+        name = server_name(watched.spec)
+        known = watched.state not in DOWN or self.runtime.perhaps_left.get(name) or self.fleet.unknown
+        if self.runtime.alive(name) and not known and not self.fleet.closing.done():
+            self.breaks(f"P6: {name} runs, and its model is {watched.state}")
+
     # What callers and operators do
 
     async def request(self, spec: ModelSpec, work_s: float, *, max_wait_s: float | None = None) -> str:
         """Send one request that takes the server `work_s` seconds, and see to it that it ends exactly once (P4)."""
+        if self.down:
+            return self._ended("gateway down")
+        spec = self.fleet.catalog.models[spec.id]
+        with self._called():
+            return self._ended(await self._request(spec, work_s, max_wait_s))
+
+    def _ended(self, outcome: str) -> str:
+        self.outcomes[outcome] = self.outcomes.get(outcome, 0) + 1
+        return outcome
+
+    @contextmanager
+    def _called(self) -> Any:
+        """Let the caller's task end with the gateway."""
+        task = asyncio.current_task()
+        assert task
+        self._callers.add(task)
+        try:
+            yield
+        finally:
+            self._callers.discard(task)
+
+    async def _request(self, spec: ModelSpec, work_s: float, max_wait_s: float | None) -> str:
         began, held = self.loop.time(), None
         try:
             outcome = REFUSED
@@ -117,13 +229,16 @@ class World:
         finally:
             if held and held in held.life.leases:
                 raise Broke(f"P4: {spec.id} keeps the lease of a request that has ended")
-        self.outcomes[outcome] = self.outcomes.get(outcome, 0) + 1
         return outcome
 
     async def operate(self, spec: ModelSpec, verb: str) -> None:
         """Carry out an operator's order, whatever comes of it."""
+        if self.down:
+            return
+        spec = self.fleet.catalog.models[spec.id]
         try:
-            await self.order(spec, verb)
+            with self._called():
+                await self.order(spec, verb)
         except GatewayError as error:
             self.tell(f"operator: {verb} {spec.id}: {error.code}")
             self._promised(self.watched[spec.id], error)
@@ -157,6 +272,9 @@ class World:
 
     async def close(self) -> None:
         """Shut the gateway down, and see that nothing is left but what cannot be asked."""
+        while self._change:
+            await asyncio.wait([self._change])
+        await self._begun()
         for watched in self.watched.values():
             watched.stop_asked = True
         await self.fleet.aclose()
@@ -164,8 +282,15 @@ class World:
             status = self.fleet.status(spec.spec)
             if status.state not in DOWN or status.in_flight or status.queued:
                 raise Broke(f"P4: after the shutdown {status.name} is {status.state}, {status.in_flight} in flight")
-            if status.state is State.STOPPED and self.runtime.alive(status.name):
-                raise Broke(f"P2: {status.name} is stopped, and its server runs")
+            self._nothing_left(status.name, status.state)
+        if FORMER in self.runtime.servers and self.loop.time() > self._came_at + CLEARED_AFTER_S:
+            self._nothing_left(FORMER, State.STOPPED)
+
+    def _nothing_left(self, name: str, state: State) -> None:
+        left = [server for server in self.runtime.servers.get(name, []) if not server.removed]
+        excused = self.fleet.keeps or self.fleet.unknown or self.runtime.perhaps_left.get(name)
+        if state is State.STOPPED and left and not excused:
+            raise Broke(f"P2: {name} is stopped, and its server is left (alive: {left[-1].alive})")
 
     def due_within(self, seconds: float) -> list[float]:
         """Return the instants, not far off, at which a timer is due: good moments to disturb."""
@@ -249,6 +374,8 @@ class World:
         """See one move of a model, and whether it was allowed."""
         watched, now = self.watched[data["model"]], self.loop.time()
         self.tell(f"{data['model']}: {data['from']} -> {data['to']} ({data['reason']})")
+        if data["to"] == State.LOADING and data["from"] == State.STOPPED:
+            self.witness_adoption(data)
         watched.before, watched.before_since = State(data["from"]), watched.since
         watched.state, watched.since = State(data["to"]), now
         if watched.state in SERVING and watched.before not in SERVING:
@@ -258,7 +385,7 @@ class World:
         if watched.state is State.STARTING:
             if not (watched.asked_for or watched.spec.preload):
                 self.breaks(f"{watched.spec.id} was stopped, and is started though nobody asked for it")
-            watched.start_began = now
+            watched.hard_stop_at = now + watched.spec.start_timeout_s
             watched.forced = watched.stop_asked = False
         if watched.state is State.READY:
             watched.kept = False
@@ -273,7 +400,7 @@ class World:
         if self.broken:
             raise Broke(self.broken)
         now = self.loop.time()
-        if now == self._checked_at:
+        if self.down or now == self._checked_at:
             return
         self._checked_at = now
         for watched in self.watched.values():
@@ -282,6 +409,7 @@ class World:
             if (held := self.fleet.status(watched.spec).in_flight) > len(watched.holding):
                 self.breaks(f"P4: {held} leases of {watched.spec.id} are out, and {len(watched.holding)} are held")
             self._check_waiting(watched, now)
+            self._check_orphan(watched)
             if watched.state in STARTING_UP and now > self._unwanted_from(watched) + ROUNDING_S:
                 self.breaks(f"P8: nobody wants {watched.spec.id} any more, and it is {watched.state}")
 
@@ -307,7 +435,10 @@ class World:
 
     def _witness_removal(self, watched: Watched) -> None:
         name = f"tgi-{watched.spec.id}"
-        if self.runtime.alive(name) and not self.runtime.perhaps_left.get(name):
+        if watched.before is not State.STOPPING:
+            if not (self.fleet.keeps and self.fleet.closing.done()):
+                self.breaks(f"P6: {name} is let go, and the gateway does not end")
+        elif self.runtime.alive(name) and not self.runtime.perhaps_left.get(name):
             self.breaks(f"P2: {name} is {watched.state}, and its server runs")
 
     def _deadline(self, watched: Watched) -> float | None:
@@ -315,7 +446,7 @@ class World:
         match watched.state:
             case State.STARTING | State.LOADING:
                 last_sign = max(watched.since, self.runtime.last_sign.get(f"tgi-{spec.id}", 0.0))
-                return min(watched.start_began + spec.start_timeout_s, last_sign + spec.stall_timeout_s)
+                return min(watched.hard_stop_at, last_sign + spec.stall_timeout_s)
             case State.UNHEALTHY:
                 return watched.since + spec.unhealthy_timeout_s
             case State.DRAINING:
@@ -332,7 +463,14 @@ class World:
 
     def _witness_calling_off(self, watched: Watched, reason: str) -> None:
         failed = reason.partition(":")[0].isupper()  # an error's code
-        if not failed and not watched.stop_asked and self.loop.time() < self._unwanted_from(watched) - ROUNDING_S:
+        server = self.runtime.servers.get(server_name(watched.spec), [None])[-1]
+        discarded = server is not None and not (server.alive and self._fits(watched.spec, server))
+        if (
+            not failed
+            and not discarded
+            and not watched.stop_asked
+            and self.loop.time() < self._unwanted_from(watched) - ROUNDING_S
+        ):
             self.breaks(f"P8: the start of {watched.spec.id} is called off, and somebody wants it")
 
     def _witness_cause(self, watched: Watched, reason: str) -> None:
@@ -388,8 +526,9 @@ class WitnessedJournal(Journal):
     def __init__(self, world: World) -> None:
         super().__init__(world.loop.time)
         self._world = world
+        self.unread = False
 
     def write(self, kind: str, **data: Any) -> None:
         super().write(kind, **data)
-        if kind == "state":
+        if kind == "state" and not self.unread:
             self._world.moved(data)

@@ -12,6 +12,9 @@ class Echo:
     def line(self, text: str) -> None:
         print(text, flush=True)
 
+    def paused(self, reason: str) -> None:
+        pass
+
     def progress(self, progress: Progress) -> None: ...
 
 

@@ -1,0 +1,69 @@
+"""Which model has which GPU: one model per GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from itertools import count, islice
+
+from gateway.catalog import ModelSpec
+from gateway.errors import NoCapacity
+
+BUSY_RETRY_S = 30.0
+
+
+class Gpus:
+    """The one owner of the GPUs' reservations. Nothing here waits.
+
+    `inventory` is the ids of the GPUs there are. Without one the ids are counted up from 0, and the runtime says
+    which of them do not exist.
+    """
+
+    def __init__(self, inventory: Collection[str] | None) -> None:
+        self._inventory = None if inventory is None else tuple(inventory)
+        self._taken: dict[str, tuple[str, ...]] = {}
+
+    def take(self, spec: ModelSpec) -> tuple[str, ...]:
+        """Reserve what `spec` asks for and return the ids; what it has already stays its own.
+
+        Raises:
+            NoCapacity: other models have too many of them; says which, and what to do.
+        """
+        if spec.id not in self._taken:
+            self._taken[spec.id] = self._named(spec) if isinstance(spec.gpus, tuple) else self._counted(spec)
+        return self._taken[spec.id]
+
+    def claim(self, model: str, gpus: tuple[str, ...]) -> None:
+        """Note the GPUs of a server that was found running, whatever else is known of them."""
+        self._taken[model] = gpus
+
+    def give_back(self, model: str) -> None:
+        self._taken.pop(model, None)
+
+    def _named(self, spec: ModelSpec) -> tuple[str, ...]:
+        assert isinstance(spec.gpus, tuple)
+        if any(gpu in self._holders() for gpu in spec.gpus):
+            raise self._in_use(spec, f"GPU {', '.join(spec.gpus)}")
+        return spec.gpus
+
+    def _counted(self, spec: ModelSpec) -> tuple[str, ...]:
+        assert isinstance(spec.gpus, int)
+        free = tuple(islice(self._free(), spec.gpus))
+        if len(free) < spec.gpus:
+            raise self._in_use(spec, f"{spec.gpus} of the {len(self._inventory or ())} GPUs that are known")
+        return free
+
+    def _free(self) -> Iterator[str]:
+        known = map(str, count()) if self._inventory is None else iter(self._inventory)
+        taken = self._holders()
+        return (gpu for gpu in known if gpu not in taken)
+
+    def _holders(self) -> dict[str, str]:
+        return {gpu: model for model, gpus in self._taken.items() for gpu in gpus}
+
+    def _in_use(self, spec: ModelSpec, wanted: str) -> NoCapacity:
+        holders = "; ".join(f"GPU {gpu} is used by {model}" for gpu, model in sorted(self._holders().items()))
+        return NoCapacity(
+            f"{spec.id} needs {wanted} for itself, and they are not free ({holders or 'none is in use'}). Stop a model "
+            "(POST /models/ID/stop), or tell of more GPUs with GATEWAY_GPUS.",
+            retry_after_s=BUSY_RETRY_S,
+        )

@@ -1,0 +1,41 @@
+"""What a model's server is called, and what tells whether it is still the one that the catalog asks for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, replace
+
+from gateway.catalog import ModelSpec
+from gateway.engines.base import Engine
+from gateway.runtimes.base import Launch
+
+
+def server_name(spec: ModelSpec) -> str:
+    """Return what the server of a model is called on every runtime."""
+    return f"tgi-{spec.id}"
+
+
+def launch_of(engine: Engine, spec: ModelSpec, secret: str) -> Launch:
+    """Return what to run for a model, with its fingerprint.
+
+    Raises:
+        StartFailed: something that the catalog names cannot be used.
+    """
+    return replace(engine.launch(spec, server_name(spec), secret), fingerprint=fingerprint(engine, spec))
+
+
+def fingerprint(engine: Engine, spec: ModelSpec) -> str:
+    """Return 16 hex digits that change when, and only when, the catalog asks for another server.
+
+    Its bounds, its queue and its names are the gateway's own affair, and keys and tokens may be renewed: none of them
+    is a reason to load a model again.
+
+    Raises:
+        StartFailed: as `launch_of`.
+    """
+    said = asdict(engine.launch(spec, server_name(spec), secret=""))
+    if container := said["container"]:
+        del container["secrets"], container["pull_policy"]
+    text = json.dumps([said, spec.gpus], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

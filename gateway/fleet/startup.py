@@ -1,0 +1,94 @@
+"""What is heard of a server while it comes up, and the bounds of that: a hard cap, and the longest silence."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from gateway.engines.base import Engine
+from gateway.errors import StartTimeout
+from gateway.runtimes.base import Progress
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """How far a start has come. Times are readings of the loop's clock, in seconds."""
+
+    progress: Progress
+    since: float
+
+
+class Startup:
+    """One server's way up. A runtime's listener: every line and all progress are signs of life.
+
+    `left_s` is what is left of `start_timeout_s`, for a server that was begun before.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        start_timeout_s: float,
+        stall_timeout_s: float,
+        on_progress: Callable[[Progress], None],
+        left_s: float | None = None,
+    ) -> None:
+        self.report: Report | None = None
+        self._engine = engine
+        self._on_progress = on_progress
+        self._start_timeout_s = start_timeout_s
+        self._stall_timeout_s = stall_timeout_s
+        self._loop = asyncio.get_running_loop()
+        self._hard_stop_at = self._loop.time() + (start_timeout_s if left_s is None else left_s)
+        self._stall: asyncio.Timeout | None = None
+
+    def line(self, text: str) -> None:
+        """Hear a line of the server's output: a sign of life, and perhaps of progress."""
+        self._not_stalled()
+        if progress := self._engine.progress(text):
+            self.progress(progress)
+
+    def progress(self, progress: Progress) -> None:
+        self._not_stalled()
+        if self.report is None or self.report.progress != progress:
+            self.report = Report(progress, self._loop.time())
+            self._on_progress(progress)
+
+    def paused(self, reason: str) -> None:
+        """Nothing to do on the way up: a frozen server shows no progress, which has its own bound."""
+
+    @asynccontextmanager
+    async def start_bounds(self) -> AsyncIterator[None]:
+        """Bound what is done inside: by the start's hard cap, and by the time it may go without any progress.
+
+        Raises:
+            StartTimeout: one of the two has passed; the words say which, and what was going on.
+        """
+        try:
+            async with asyncio.timeout_at(min(self._next_stall(), self._hard_stop_at)) as self._stall:
+                yield
+        except TimeoutError:
+            raise self._too_slow() from None
+        finally:
+            self._stall = None
+
+    def _next_stall(self) -> float:
+        return self._loop.time() + self._stall_timeout_s
+
+    def _not_stalled(self) -> None:
+        if self._stall is not None and not self._stall.expired():
+            self._stall.reschedule(min(self._next_stall(), self._hard_stop_at))
+
+    def _too_slow(self) -> StartTimeout:
+        phase = self.report.progress.phase if self.report else "starting"
+        if self._loop.time() >= self._hard_stop_at:
+            rule = f"was not ready within start_timeout ({self._start_timeout_s:g} s)"
+        else:
+            rule = f"showed no progress for stall_timeout ({self._stall_timeout_s:g} s)"
+        return StartTimeout(
+            f"the server {rule}; it was {phase}. Raise that bound in models.yaml if the model needs longer, "
+            "or read its log for what it waits for.",
+            phase=phase,
+        )

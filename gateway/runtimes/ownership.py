@@ -1,0 +1,162 @@
+"""One live gateway per name and engine: a lock that outlives a crash, and never a wrong guess who is alive.
+
+The lock is a labelled volume, because volumes are what an engine keeps for us without running anything. Each gateway
+makes one of its own first and looks for others then: of two that start at once at least one sees the other, and
+nobody who owns the name is ever overlooked. A lock whose holder is known to be dead is removed; one whose holder
+cannot be judged counts as alive.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from gateway.errors import NameTaken
+from gateway.runtimes.docker_containers import Seen, look
+from gateway.runtimes.docker_engine import Engine, Refused
+from gateway.runtimes.docker_place import own_container
+
+LOCK = "tgi-gateway.lock"
+HOLDER = "tgi-gateway.holder"
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+PID_NAMESPACE = Path("/proc/self/ns/pid")
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """A process, told apart from any other that may have its number: in another boot, namespace or life."""
+
+    boot_id: str
+    pid_namespace: int
+    pid: int
+    start_time: str
+    container_id: str = ""
+    container_started_at: str = ""
+
+    def __str__(self) -> str:
+        return f"container {self.container_id[:12]}" if self.container_id else f"process {self.pid}"
+
+
+class Ownership:
+    """The right to own what carries this name on one engine; taken once, given back at the end."""
+
+    def __init__(self, engine: Engine, owner: str) -> None:
+        self._engine = engine
+        self._owner = owner
+        self._volume = f"tgi-gateway-{re.sub('[^a-zA-Z0-9_.-]', '-', owner)}-{secrets.token_hex(8)}"
+        self._held = False
+
+    async def take(self) -> None:
+        """Return when the name is ours. Must not overlap itself.
+
+        Raises:
+            NameTaken: another gateway has it, and lives as far as can be told.
+            RuntimeUnavailable: the engine does not answer.
+        """
+        if self._held:
+            return
+        try:
+            own = await self._make()
+            for volume, holder in await self._others():
+                await self._judge(volume, holder, own)
+        except BaseException:
+            await self._remove(self._volume)
+            raise
+        self._held = True
+
+    async def give_back(self) -> None:
+        if self._held:
+            self._held = False
+            await self._remove(self._volume)
+
+    async def _make(self) -> Holder:
+        holder = this_process(await own_container(self._engine))
+        labels = {LOCK: self._owner, HOLDER: json.dumps(asdict(holder))}
+        await self._engine.ask(lambda client: client.create_volume(self._volume, labels=labels))
+        return holder
+
+    async def _others(self) -> list[tuple[str, Holder | None]]:
+        filters = {"label": f"{LOCK}={self._owner}"}
+        answer: dict[str, Any] = await self._engine.ask(lambda client: client.volumes(filters=filters))
+        volumes = [(volume["Name"], volume.get("Labels") or {}) for volume in answer.get("Volumes") or []]
+        return [
+            (name, _read(labels))
+            for name, labels in volumes
+            if labels.get(LOCK) == self._owner and name != self._volume
+        ]
+
+    async def _judge(self, volume: str, holder: Holder | None, own: Holder) -> None:
+        """Remove a dead holder's lock, and yield to any other."""
+        if holder and not await self._may_live(holder, own):
+            await self._remove(volume)
+            return
+        raise NameTaken(
+            f"Another gateway is named {self._owner!r} on this Docker Engine and owns its containers: "
+            f"{holder or 'nobody can tell which'}. Stop it, or give this one a name of its own (GATEWAY_NAME). "
+            f"If it is gone for good, remove its lock: docker volume rm {volume}"
+        )
+
+    async def _may_live(self, holder: Holder, own: Holder) -> bool:
+        if (holder.boot_id, holder.pid_namespace) == (own.boot_id, own.pid_namespace):
+            return start_time(holder.pid) == holder.start_time
+        if holder.container_id:
+            seen = await look(self._engine, holder.container_id)
+            return seen is not None and seen.runs and seen.started_at == holder.container_started_at
+        return holder.boot_id == own.boot_id
+
+    async def _remove(self, volume: str) -> None:
+        try:
+            await self._engine.ask(lambda client: client.remove_volume(volume))
+        except Refused as refused:
+            if refused.http_status != 404:
+                raise
+
+
+def this_process(container: Seen | None) -> Holder:
+    """Return how others can tell whether this very process still lives. `container` is the one it runs in."""
+    return Holder(
+        boot_id=_boot_id(),
+        pid_namespace=PID_NAMESPACE.stat().st_ino if PID_NAMESPACE.exists() else 0,
+        pid=os.getpid(),
+        start_time=start_time(os.getpid()) or "",
+        container_id=container.id if container else "",
+        container_started_at=container.started_at if container else "",
+    )
+
+
+def start_time(pid: int) -> str | None:
+    """Return when a process started, in ticks since the boot; None if there is no such process, or only its remains."""
+    if not Path("/proc/self/stat").exists():  # no Linux: only its number is known
+        return "" if _exists(pid) else None
+    with suppress(FileNotFoundError, ProcessLookupError):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if fields[0] in "ZX" else fields[19]
+    return None
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _boot_id() -> str:
+    return BOOT_ID.read_text().strip() if BOOT_ID.exists() else ""
+
+
+def _read(labels: Mapping[str, str]) -> Holder | None:
+    try:
+        return Holder(**json.loads(labels[HOLDER]))
+    except (KeyError, ValueError, TypeError):
+        return None
