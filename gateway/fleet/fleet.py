@@ -79,7 +79,7 @@ class Fleet:
             RuntimeUnavailable: it is not known yet whether it runs already: its runtime does not answer.
         """
         if (why := self.unknown.get(spec.runtime)) is not None:
-            raise refusals.again(why, why.retry_after_s or 0)
+            raise refusals.again(why, why.retry_after_s or LOOK_AGAIN_S)
         return self._instance_of(spec)
 
     def running(self, spec: ModelSpec) -> Instance:
@@ -110,7 +110,7 @@ class Fleet:
             RuntimeUnavailable: its runtime does not answer.
         """
         if (why := self.unknown.get(spec.runtime)) is not None:
-            raise refusals.again(why, why.retry_after_s or 0)
+            raise refusals.again(why, why.retry_after_s or LOOK_AGAIN_S)
         if spec.id not in self._fetches:
             engine, runtime = self._parts(spec)
             fetch = self._fetches[spec.id] = Fetch(spec, engine, runtime, self.journal)

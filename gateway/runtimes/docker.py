@@ -86,7 +86,8 @@ class DockerRuntime:
         place = await self._prepare()
         async with self._turn(found.name):
             seen = await self._look(found.name)
-            if seen is None or not seen.runs or seen.labels.get(FINGERPRINT, "") != found.fingerprint:
+            same = seen is not None and self._is_ours(seen) and seen.labels.get(FINGERPRINT, "") == found.fingerprint
+            if seen is None or not seen.runs or not same:
                 raise StartFailed(f"{found.name} is gone: it ended, or another took its place, since it was found.")
             handle = _handle(place, seen, seen.published)
             if seen.published:

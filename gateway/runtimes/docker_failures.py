@@ -45,7 +45,7 @@ def how_it_ended(end: End, *, by_gateway: bool) -> tuple[int | None, str]:
     if end.restarted:
         return None, "restarted by somebody else"
     code = end.last.exit_code
-    words = _exit_words(code) + (" by the gateway" if by_gateway and code > 128 else "")
+    words = _exit_words(code) + (" (by the gateway)" if by_gateway and code > 128 else "")
     if end.last.out_of_memory or end.out_of_memory:
         words = f"killed: out of memory (the container's memory limit; {words})"
     elif end.engine_went and not by_gateway:

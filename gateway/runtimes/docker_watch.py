@@ -58,6 +58,9 @@ class Watch:
         self._owner = owner
         self._watchers: dict[str, set[News]] = {}
         self._task: asyncio.Task[None] | None = None
+        self._listens = False
+        self._went = False
+        """Whether the events were ever lost."""
 
     async def until_ended(self, seen: Seen, hear: Callable[[Seen], None] | None = None) -> End:
         """Return when the container that was `seen` is known to have ended; `hear` is told how it looks till then.
@@ -101,25 +104,30 @@ class Watch:
 
     async def _follow(self) -> None:
         """Subscribe, for ever; and let everybody look after each time."""
-        times = 0
         while True:
             try:
-                await self._hear_all(again=times > 0)
-                log.info("The Docker Engine ended its events; they are asked for again.")
+                await self._hear_all()
+                self._lost("it ended them")
             except RuntimeUnavailable as error:
-                log.log(logging.DEBUG if times else logging.WARNING, "%s", error)
-            except ValueError as error:
-                log.warning("The Docker Engine sent an event that is none (%s).", error)
-            times += 1
+                self._lost(str(error))
+            except (ValueError, KeyError, TypeError) as error:
+                self._lost(f"it sent one that is none: {error!r}")
             await _a_moment()
 
-    async def _hear_all(self, *, again: bool) -> None:
+    def _lost(self, why: str) -> None:
+        """Say once that the events are gone, not each time that they are asked for in vain."""
+        if self._listens or not self._went:
+            log.warning("The Docker Engine's events are lost (%s); they are asked for until it answers.", why)
+        self._listens, self._went = False, True
+
+    async def _hear_all(self) -> None:
         # The engine's answer begins a moment before it listens: `since` has it repeat what happened in between.
         since = str(int(time.time()) - 1)
         filters = json.dumps({"type": ["container"], "label": [f"{OWNER}={self._owner}"], "event": list(EVENTS)})
         async with self._engine.stream("GET", "/events", {"since": since, "filters": filters}) as lines:
             for container_id in list(self._watchers):
-                self._tell(container_id, engine_went=again)
+                self._tell(container_id, engine_went=self._went)
+            self._listens = True
             async for line in lines:
                 event = json.loads(line)
                 self._tell(event["Actor"]["ID"], out_of_memory=event["Action"] == "oom")

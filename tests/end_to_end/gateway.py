@@ -46,6 +46,9 @@ class Gateway:
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
         wait_until(lambda: self._url() or self.process.poll() is not None, START_S)
+        if not self._url():
+            self.process.kill()
+            self.wait()
         assert self._url(), "".join(self.log)
         self.url = str(self._url())
         self.port = int(self.url.rpartition(":")[2])

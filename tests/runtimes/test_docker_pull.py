@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import random
-import shutil
-import socket
-import subprocess
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
-from urllib.error import URLError
-from urllib.request import urlopen
 
 import docker
 import pytest
@@ -20,18 +15,13 @@ from docker.errors import ImageNotFound
 from gateway.errors import StartFailed
 from gateway.runtimes.base import PullPolicy
 from tests.docker_engine import connect
+from tests.registry import Funnel, free_port, registry_at
 from tests.runtimes.containers import POLITE, Bench, bench_of, import_image, opened, play
-from tests.runtimes.processes import Ear, until, wait_until
+from tests.runtimes.processes import Ear, until
 
 pytestmark = pytest.mark.docker
 
-PROGRAM = "docker-registry"  # Debian's package of this name
 BALLAST_BYTES = 24 << 20
-CONFIG = """
-version: 0.1
-storage: {{filesystem: {{rootdirectory: {root}}}}}
-http: {{addr: "127.0.0.1:{port}"}}
-"""
 
 
 @dataclass(frozen=True)
@@ -39,11 +29,6 @@ class Registry:
     port: int
     image: str
     """Pushed there, and nowhere on this machine."""
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
@@ -60,25 +45,8 @@ def bench(module_bench: Bench) -> Iterator[Bench]:
 
 @pytest.fixture(scope="module")
 def registry(module_bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
-    if shutil.which(PROGRAM) is None:
-        pytest.skip(f"the program {PROGRAM} is not installed (Debian: apt-get install {PROGRAM})")
-    root, port = tmp_path_factory.mktemp("registry"), free_port()
-    config = root / "config.yml"
-    config.write_text(CONFIG.format(root=root / "data", port=port))
-    command = [PROGRAM, "serve", str(config)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        wait_until(lambda: answers(port))
+    with registry_at(tmp_path_factory.mktemp("registry")) as port:
         yield Registry(port, push(module_bench.client, f"127.0.0.1:{port}/{module_bench.owner}:1"))
-    finally:
-        process.kill()
-        process.wait()
-
-
-def answers(port: int) -> bool:
-    with suppress(URLError, ConnectionError), urlopen(f"http://127.0.0.1:{port}/v2/") as answer:
-        return bool(answer.status == 200)
-    return False
 
 
 def push(client: docker.DockerClient, image: str) -> str:
@@ -93,70 +61,6 @@ def forget(image: str) -> None:
     with suppress(ImageNotFound):
         client.images.remove(image, force=True)
     client.close()
-
-
-class Funnel:
-    """Stands before a registry and stalls each answer after so many bytes, until it is opened."""
-
-    def __init__(self, port: int, stall_after_bytes: int) -> None:
-        self._port = port
-        self._stall_after_bytes = stall_after_bytes
-        self._open = asyncio.Event()
-        self.stalled = 0
-        """How many answers are stalled now."""
-
-    def open(self) -> None:
-        self._open.set()
-
-    @asynccontextmanager
-    async def serving(self) -> AsyncIterator[int]:
-        """Yield its port."""
-        tasks: set[asyncio.Task[None]] = set()
-
-        async def come_in(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            task = asyncio.current_task()
-            assert task
-            tasks.add(task)
-            task.add_done_callback(tasks.discard)
-            await self._pass_on(reader, writer)
-
-        server = await asyncio.start_server(come_in, "127.0.0.1", 0)
-        try:
-            yield server.sockets[0].getsockname()[1]
-        finally:
-            server.close()
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-    async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        to_reader, to_writer = await asyncio.open_connection("127.0.0.1", self._port)
-        there = asyncio.create_task(self._move(reader, to_writer))
-        back = asyncio.create_task(self._move(to_reader, writer, stalls=True))
-        try:
-            await asyncio.wait([there, back], return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in (there, back):
-                task.cancel()
-            await asyncio.gather(there, back, return_exceptions=True)
-            to_writer.transport.abort()
-            writer.transport.abort()
-
-    async def _move(self, source: asyncio.StreamReader, target: asyncio.StreamWriter, *, stalls: bool = False) -> None:
-        moved = 0
-        while block := await source.read(1 << 16):
-            moved += len(block)
-            if stalls and moved > self._stall_after_bytes:
-                await self._stall()
-            target.write(block)
-            await target.drain()
-
-    async def _stall(self) -> None:
-        self.stalled += 1
-        try:
-            await self._open.wait()
-        finally:
-            self.stalled -= 1
 
 
 async def why_not_started(bench: Bench, image: str, policy: PullPolicy = "missing") -> StartFailed:

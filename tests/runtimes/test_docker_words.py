@@ -115,7 +115,7 @@ def test_a_taken_port_is_recognised(words: str) -> None:
     [
         (End(seen(code=0)), False, (0, "exit status 0")),
         (End(seen(code=137)), False, (137, "killed by SIGKILL")),
-        (End(seen(code=143)), True, (143, "killed by SIGTERM by the gateway")),
+        (End(seen(code=143)), True, (143, "killed by SIGTERM (by the gateway)")),
         (End(seen(code=255)), False, (255, "exit status 255")),
         (End(seen(code=127)), False, (127, "exit status 127: the image has no such program as it was to run")),
         (
