@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +25,10 @@ def sockets() -> int:
     return sum(link.startswith("socket:") for link in links)
 
 
+OURS = re.compile(r"test-[0-9a-f]{8}|tgi-hub-cache")
+"""How tests name what they make on the engine; it may have other users."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what needs a Docker Engine where none answers, and say so; with NEED_DOCKER=1 (in CI) let it fail."""
     marked = [item for item in items if item.get_closest_marker("docker")]
@@ -40,7 +45,8 @@ def nothing_is_left_on_the_engine(request: pytest.FixtureRequest) -> Iterator[No
     uses_engine = any(item.get_closest_marker("docker") for item in request.session.items)
     before = docker_engine.everything() if uses_engine else set()
     yield
-    assert not uses_engine or docker_engine.everything() <= before, "a test left something on the Docker Engine"
+    left = docker_engine.everything() - before if uses_engine else set()
+    assert [each for each in left if OURS.search(each)] == [], "a test left something on the Docker Engine"
 
 
 @pytest.fixture(autouse=True, scope="session")
