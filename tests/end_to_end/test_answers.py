@@ -60,7 +60,7 @@ def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
             "overrides": {"top_tokens": 2},
             "aliases": [EMBEDDED["weights"]],
         },
-        later={"hf_name": "gpt2"},
+        later={"engine": "openai", "url": "http://127.0.0.1:9"},
     ) as running:
         yield running
 
@@ -288,7 +288,7 @@ def test_a_body_of_3_mb_is_refused(gateway: Gateway, chunked: bool) -> None:
         ("garbage", "GGUF"),
         ("truncated", "truncated or damaged"),
         ("unpacked", "no_such_package"),
-        ("later", "engine tgi comes with a later version"),
+        ("later", "engine openai comes with a later version"),
     ],
 )
 def test_a_model_that_cannot_start_says_why(gateway: Gateway, model_id: str, words: str) -> None:

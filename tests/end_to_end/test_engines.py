@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from docker.errors import ImageNotFound
 
 from tests.end_to_end.containers import Site, serving, site
 from tests.end_to_end.gateway import Gateway
@@ -22,12 +19,6 @@ from tests.runtimes.processes import until, wait_until
 pytestmark = [pytest.mark.docker, needs_own_engine]
 
 GPUS = {"GATEWAY_GPUS": "0=24GiB,1=24GiB"}
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Iterator[Site]:
-    with site(tmp_path) as one:
-        yield one
 
 
 def ask(gateway: Gateway, model: str) -> httpx.Response:
@@ -124,10 +115,8 @@ def test_an_engine_that_comes_later_is_found_with_what_runs_on_it(tmp_path: Path
             assert gateway.end() == 0
 
 
-def test_a_pull_shows_its_progress_and_what_cannot_be_pulled_is_told_at_once(place: Site, tmp_path: Path) -> None:
-    m = place.named("m")
-
-    async def pull(gateway: Gateway, funnel: Funnel) -> None:
+def test_a_pull_shows_its_progress_and_what_cannot_be_pulled_is_told_at_once(tmp_path: Path) -> None:
+    async def pull(gateway: Gateway, m: str, funnel: Funnel) -> None:
         start = asyncio.create_task(asyncio.to_thread(gateway.post, f"/models/{m}/start"))
         progress: dict[str, Any] = {}
 
@@ -144,7 +133,7 @@ def test_a_pull_shows_its_progress_and_what_cannot_be_pulled_is_told_at_once(pla
         funnel.open()
         assert (await start).status_code == 200
 
-    async def scenario() -> None:
+    async def scenario(place: Site, registry: int) -> None:
         funnel = Funnel(registry, 8 << 20)
         async with funnel.serving() as port:
             image = f"127.0.0.1:{port}/{place.owner}:1"
@@ -154,28 +143,30 @@ def test_a_pull_shows_its_progress_and_what_cannot_be_pulled_is_told_at_once(pla
                 "down": place.model(image=f"127.0.0.1:{free_port()}/x:1", hf_name="org/down"),
             }
             with serving(place, all_of=models) as gateway:
-                await pull(gateway, funnel)
+                await pull(gateway, place.named("m"), funnel)
                 for name, words in {"tag": f"{image}-nope", "down": "cannot be reached"}.items():
                     refused = await asyncio.to_thread(ask, gateway, place.named(name))
                     assert (refused.status_code, refused.json()["error_code"]) == (503, "START_FAILED")
                     assert words in refused.json()["cause"]
                 told = await asyncio.to_thread(progress_of, gateway)
-            dones = [each["done"] for each in told if each["phase"] == "pulling"]
+            dones = [each["done"] for each in told if each["phase"] == "pulling" and each["done"] is not None]
             assert len(dones) > 1
             assert dones == sorted(dones)
             extracted = [each for each in told if each["phase"] == "extracting"][-1]
             assert extracted["done"] == extracted["total"] > dones[-1]
-            with suppress(ImageNotFound):
-                place.client.images.remove(image, force=True)
 
-    with registry_at(tmp_path) as registry:
+    with (
+        registry_at(tmp_path) as registry,
+        OwnEngine(tmp_path) as fresh,  # it has no layer of the image yet
+        site(tmp_path, fresh.url) as place,
+        site(tmp_path) as source,
+    ):
         pushed = f"127.0.0.1:{registry}/{place.owner}:1"
-        place.client.images.get(place.image).tag(pushed)
-        place.client.images.push(pushed)
-        place.client.images.remove(pushed)
-        # its layers are here under the other name, and would not be pulled
-        place.client.images.remove(place.image, force=True)
-        asyncio.run(scenario())
+        source.client.images.get(source.image).tag(pushed)
+        source.client.images.push(pushed)
+        source.client.images.remove(pushed)
+        place.client.images.remove(place.image)
+        asyncio.run(scenario(place, registry))
 
 
 def progress_of(gateway: Gateway) -> list[dict[str, Any]]:

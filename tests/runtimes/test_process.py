@@ -21,6 +21,7 @@ import uvloop
 from gateway.errors import StartFailed
 from gateway.runtimes.base import Exit, Handle, Launch, RequiredFile
 from gateway.runtimes.files import FileChecks
+from gateway.runtimes.output import LINE_BYTES
 from gateway.runtimes.process import ProcessRuntime
 from tests.runtimes.processes import PROGRAMS, Ear, children, descriptors, runs, until, wait_until
 
@@ -358,7 +359,7 @@ def test_output_of_any_kind_is_heard_as_lines() -> None:
             ear = Ear()
             handle = await runtime.start(Launch("model", script(text)), ear)
             end = await runtime.ended(handle)
-            assert ear.lines == ["a" * 8192 + " [cut]", "\ufffd\0z", "end"]
+            assert ear.lines == ["a" * LINE_BYTES + " [cut]", "\ufffd\0z", "end"]
             assert end.last_lines == tuple(ear.lines)
 
     play(scenario())
