@@ -33,7 +33,7 @@ from gateway.fleet.health import HttpProbe
 from gateway.fleet.identity import server_name
 from gateway.fleet.journal import Journal
 from gateway.runtimes.base import Launch
-from gateway.runtimes.docker import DockerRuntime
+from gateway.runtimes.docker.runtime import DockerRuntime
 from gateway.runtimes.process import ProcessRuntime
 from gateway.settings import Settings, check_exposure, load_settings, unknown_variables
 from gateway.upstream import AiohttpClient

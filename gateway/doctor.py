@@ -26,7 +26,7 @@ from gateway.catalog import Catalog, ModelSpec, deferred
 from gateway.catalog_file import load_catalog
 from gateway.client import ClientError, InferenceClient
 from gateway.errors import CatalogError, RuntimeUnavailable, StartFailed
-from gateway.runtimes.docker_engine import Engine, why_not_supported
+from gateway.runtimes.docker.engine import Engine, why_not_supported
 from gateway.settings import Settings, check_exposure, load_settings, unknown_variables
 
 Level = Literal["ok", "warning", "problem"]

@@ -98,7 +98,7 @@ def test_only_the_composition_root_names_concrete_engines_and_runtimes() -> None
     concrete = {
         "gateway.engines.llamacpp",
         "gateway.engines.tgi",
-        "gateway.runtimes.docker",
+        "gateway.runtimes.docker.runtime",
         "gateway.runtimes.process",
         "gateway.upstream",
     }

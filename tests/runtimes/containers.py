@@ -20,7 +20,7 @@ import uvloop
 from docker.models.containers import Container as EngineContainer
 
 from gateway.runtimes.base import Container, Handle, Launch
-from gateway.runtimes.docker import DockerRuntime
+from gateway.runtimes.docker.runtime import DockerRuntime
 from tests.docker_engine import connect, everything
 from tests.runtimes.processes import Ear, until, wait_until
 

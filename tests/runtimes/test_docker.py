@@ -13,8 +13,8 @@ import pytest
 
 from gateway.errors import StartFailed
 from gateway.runtimes.base import Exit, Mount
-from gateway.runtimes.docker_launch import READ_ONLY, Plan
-from gateway.runtimes.docker_place import Place, host_name
+from gateway.runtimes.docker.launch import READ_ONLY, Plan
+from gateway.runtimes.docker.place import Place, host_name
 from tests.runtimes.containers import (
     HTTP,
     LOOPS,

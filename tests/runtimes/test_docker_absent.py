@@ -13,7 +13,7 @@ import pytest
 
 from gateway.errors import RuntimeUnavailable
 from gateway.runtimes.base import Container, Found, Launch
-from gateway.runtimes.docker import DockerRuntime
+from gateway.runtimes.docker.runtime import DockerRuntime
 from tests.runtimes.containers import play
 from tests.runtimes.processes import Ear
 

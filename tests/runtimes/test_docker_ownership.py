@@ -13,15 +13,15 @@ from dataclasses import asdict, replace
 import pytest
 
 from gateway.errors import NameTaken
-from gateway.runtimes.docker import DockerRuntime
-from gateway.runtimes.ownership import HOLDER, LOCK, this_process
+from gateway.runtimes.docker.ownership import HOLDER, LOCK, this_process
+from gateway.runtimes.docker.runtime import DockerRuntime
 from tests.runtimes.containers import SLEEP, Bench, bench_of, opened, play
 
 pytestmark = pytest.mark.docker
 
 OWN = """
 import asyncio, sys
-from gateway.runtimes.docker import DockerRuntime
+from gateway.runtimes.docker.runtime import DockerRuntime
 async def own():
     await DockerRuntime(sys.argv[1]).find()
     print("owns", flush=True)

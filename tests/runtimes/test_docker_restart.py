@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.runtimes.docker import DockerRuntime
+from gateway.runtimes.docker.runtime import DockerRuntime
 from tests.own_engine import OwnEngine, needs_own_engine
 from tests.runtimes.containers import COUNT, POLITE, Bench, import_image, play, start_and_hear
 from tests.runtimes.processes import until

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gateway.errors import RuntimeUnavailable
-from gateway.runtimes.docker import DockerRuntime
+from gateway.runtimes.docker.runtime import DockerRuntime
 from tests.runtimes.containers import COUNT, HTTP, POLITE, Bench, bench_of, opened, play, start_and_hear
 from tests.runtimes.docker_door import Door
 from tests.runtimes.processes import Ear, until

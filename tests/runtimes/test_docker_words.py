@@ -7,12 +7,12 @@ import struct
 import pytest
 
 from gateway.runtimes.base import Container, Launch, Progress
-from gateway.runtimes.container_log import Frames, unix_time
-from gateway.runtimes.docker_containers import Seen
-from gateway.runtimes.docker_failures import how_it_ended, is_port_taken, not_started
-from gateway.runtimes.docker_place import Place, host_name
-from gateway.runtimes.docker_watch import End
-from gateway.runtimes.images import Layers, why_not_pulled
+from gateway.runtimes.docker.container_log import Frames, unix_time
+from gateway.runtimes.docker.containers import Seen
+from gateway.runtimes.docker.failures import how_it_ended, is_port_taken, not_started
+from gateway.runtimes.docker.images import Layers, why_not_pulled
+from gateway.runtimes.docker.place import Place, host_name
+from gateway.runtimes.docker.watch import End
 
 LAUNCH = Launch("tgi-model", container=Container("registry/image:1"), gpus=("7",))
 

@@ -15,18 +15,18 @@ from contextlib import suppress
 from typing import Any, ClassVar
 
 from gateway.errors import RuntimeUnavailable, StartFailed
-from gateway.runtimes import images
 from gateway.runtimes.base import Exit, Found, Handle, Launch, Listener
-from gateway.runtimes.container_log import CATCH_UP_S, ContainerLog
-from gateway.runtimes.docker_containers import FINGERPRINT, GENERATION, GPUS, OWNER, PORT, RUNS, Seen, look
-from gateway.runtimes.docker_engine import PATIENCE_S, TIMEOUT_S, Engine, Refused
-from gateway.runtimes.docker_failures import foreign, how_it_ended, is_port_taken, not_started
-from gateway.runtimes.docker_launch import SECRETS, Plan, secrets_archive
-from gateway.runtimes.docker_place import Place, find_place
-from gateway.runtimes.docker_ports import Ports
-from gateway.runtimes.docker_watch import Watch
+from gateway.runtimes.docker import images
+from gateway.runtimes.docker.container_log import CATCH_UP_S, ContainerLog
+from gateway.runtimes.docker.containers import FINGERPRINT, GENERATION, GPUS, OWNER, PORT, RUNS, Seen, look
+from gateway.runtimes.docker.engine import PATIENCE_S, TIMEOUT_S, Engine, Refused
+from gateway.runtimes.docker.failures import foreign, how_it_ended, is_port_taken, not_started
+from gateway.runtimes.docker.launch import SECRETS, Plan, secrets_archive
+from gateway.runtimes.docker.ownership import Ownership
+from gateway.runtimes.docker.place import Place, find_place
+from gateway.runtimes.docker.ports import Ports
+from gateway.runtimes.docker.watch import Watch
 from gateway.runtimes.files import FileChecks
-from gateway.runtimes.ownership import Ownership
 
 log = logging.getLogger(__name__)
 

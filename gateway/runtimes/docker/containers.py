@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gateway.runtimes.docker_engine import Engine, Refused
+from gateway.runtimes.docker.engine import Engine, Refused
 
 OWNER = "tgi-gateway.owner"
 MODEL = "tgi-gateway.model"

@@ -13,10 +13,10 @@ from docker.types import DeviceRequest, LogConfig
 from docker.types import Mount as EngineMount
 
 from gateway.runtimes.base import Container, Launch, Mount
-from gateway.runtimes.docker_containers import FINGERPRINT, GENERATION, GPUS, MODEL, OWNER, PORT
-from gateway.runtimes.docker_place import Place, host_name
-from gateway.runtimes.docker_ports import HOST
-from gateway.runtimes.images import Image
+from gateway.runtimes.docker.containers import FINGERPRINT, GENERATION, GPUS, MODEL, OWNER, PORT
+from gateway.runtimes.docker.images import Image
+from gateway.runtimes.docker.place import Place, host_name
+from gateway.runtimes.docker.ports import HOST
 
 SECRETS = "/run/tgi-gateway-secrets"
 READ_ONLY = "tgi-gateway.read-only"

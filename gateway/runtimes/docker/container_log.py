@@ -12,7 +12,7 @@ from contextlib import suppress
 from datetime import datetime
 
 from gateway.errors import RuntimeUnavailable
-from gateway.runtimes.docker_engine import Engine
+from gateway.runtimes.docker.engine import Engine
 from gateway.runtimes.output import KEPT_LINES, LineSplitter, Log
 
 CATCH_UP_S = 2.0

@@ -14,7 +14,7 @@ from docker.utils import parse_repository_tag
 
 from gateway.errors import RuntimeUnavailable, StartFailed
 from gateway.runtimes.base import Progress, PullPolicy
-from gateway.runtimes.docker_engine import Engine, Refused
+from gateway.runtimes.docker.engine import Engine, Refused
 
 Report = Callable[[Progress], None]
 Image = Mapping[str, Any]

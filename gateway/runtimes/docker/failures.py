@@ -6,8 +6,8 @@ import signal
 
 from gateway.errors import StartFailed
 from gateway.runtimes.base import Launch
-from gateway.runtimes.docker_containers import Seen
-from gateway.runtimes.docker_watch import End
+from gateway.runtimes.docker.containers import Seen
+from gateway.runtimes.docker.watch import End
 
 PORT_TAKEN = (
     "port is already allocated",

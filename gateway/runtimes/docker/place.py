@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gateway.errors import RuntimeUnavailable, StartFailed
-from gateway.runtimes.docker_containers import Seen, look
-from gateway.runtimes.docker_engine import Engine, Refused
-from gateway.runtimes.docker_ports import HOST
+from gateway.runtimes.docker.containers import Seen, look
+from gateway.runtimes.docker.engine import Engine, Refused
+from gateway.runtimes.docker.ports import HOST
 
 BUILT_IN = frozenset({"bridge", "host", "none"})
 MOUNTS = Path("/proc/self/mountinfo")

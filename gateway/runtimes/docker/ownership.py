@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from gateway.errors import NameTaken
-from gateway.runtimes.docker_containers import Seen, look
-from gateway.runtimes.docker_engine import Engine, Refused
-from gateway.runtimes.docker_place import own_container
+from gateway.runtimes.docker.containers import Seen, look
+from gateway.runtimes.docker.engine import Engine, Refused
+from gateway.runtimes.docker.place import own_container
 
 LOCK = "tgi-gateway.lock"
 HOLDER = "tgi-gateway.holder"

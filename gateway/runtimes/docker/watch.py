@@ -17,8 +17,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 from gateway.errors import RuntimeUnavailable
-from gateway.runtimes.docker_containers import OWNER, Seen, look
-from gateway.runtimes.docker_engine import Engine
+from gateway.runtimes.docker.containers import OWNER, Seen, look
+from gateway.runtimes.docker.engine import Engine
 
 log = logging.getLogger(__name__)
 
