@@ -452,19 +452,28 @@ def stop(model_id: str | None, everything: bool, force: bool, url: str, as_json:
 
 
 async def _stop_all(client: AsyncInferenceClient, force: bool) -> dict[str, ClientError | None]:
-    """Stop all that can be stopped at once; return each id with what went wrong."""
-    up = [
-        model["id"] for model in await client.models() if model["state"] not in DOWN and model["runtime"] != "external"
-    ]
-    return dict(zip(up, await asyncio.gather(*(_stop_one(client, model_id, force) for model_id in up)), strict=True))
+    """Stop all that runs or may run, at once; return each id that did with what went wrong."""
+    up = [model for model in await client.models() if _may_run(model)]
+    ends = await asyncio.gather(*(_stop_one(client, model, force) for model in up))
+    return {model["id"]: end for model, end in zip(up, ends, strict=True) if end is not NOTHING_RAN}
 
 
-async def _stop_one(client: AsyncInferenceClient, model_id: str, force: bool) -> ClientError | None:
+def _may_run(model: Model) -> bool:
+    unknown = model["last_error"] is not None and model["state"] in DOWN
+    return model["runtime"] != "external" and (model["state"] not in DOWN or bool(model["progress"]) or unknown)
+
+
+NOTHING_RAN = ClientError("nothing ran")
+"""How a stop ended that was sent to be sure."""
+
+
+async def _stop_one(client: AsyncInferenceClient, model: Model, force: bool) -> ClientError | None:
     try:
-        await client.stop(model_id, force=force)
+        await client.stop(model["id"], force=force)
     except ClientError as error:
-        gone = isinstance(error, GatewayRefused) and error.error_code == "MODEL_NOT_RUNNING"
-        return None if gone else error
+        if not isinstance(error, GatewayRefused) or error.error_code != "MODEL_NOT_RUNNING":
+            return error
+        return NOTHING_RAN if model["state"] in DOWN else None
     return None
 
 

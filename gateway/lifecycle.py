@@ -49,7 +49,7 @@ TRANSITIONS: dict[State, dict[Event, State]] = {
     # A draining server is on its way out whatever its checks say: they no longer move it.
     State.DRAINING: {Event.PASS: State.DRAINING, Event.LOSE: State.DRAINING, **_MADE},
     State.STOPPING: {Event.CLEARED: State.STOPPED, Event.GAVE_UP: State.FAILED},
-    State.FAILED: {Event.START: State.STARTING},
+    State.FAILED: {Event.START: State.STARTING, Event.STOP: State.STOPPING},  # what may be left of it is cleared
 }
 
 DOWN = frozenset({State.STOPPED, State.FAILED})

@@ -110,9 +110,12 @@ def models_router(fleet: Fleet) -> APIRouter:
         "/models/{model_id}/stop", response_model=Message, summary="Stop a model", responses=documented(404, 422, 500)
     )
     async def stop(model_id: str, force: bool = False) -> Any:
-        """Let running requests finish, stop the server, and answer when it is gone; `force=true` cuts them off."""
+        """Let running requests finish, stop the server, and answer when it is gone; `force=true` cuts them off.
+
+        A download of the model is called off.
+        """
         spec = fleet.catalog.by_id(model_id)
-        await fleet.running(spec).stop(force=force)
+        await fleet.stop(spec, force=force)
         return {"message": f"Container for {spec.id} stopped"}
 
     @router.post(

@@ -54,7 +54,7 @@ class Fetch:
         except GatewayError as error:
             self._end(error)
         finally:
-            self._end(refusals.shutting_down())
+            self._end(refusals.download_called_off(self.spec))
 
     async def follow(self) -> AsyncIterator[str]:
         """Yield how far it has come as often as that changes, and then what has come of it.

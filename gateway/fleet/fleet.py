@@ -18,7 +18,7 @@ from gateway.fleet.health import Health, Probe, Rest, rest
 from gateway.fleet.identity import fingerprint, server_name
 from gateway.fleet.instance import Instance
 from gateway.fleet.journal import Journal
-from gateway.fleet.status import Status
+from gateway.fleet.status import Failure, Status
 from gateway.lifecycle import State
 from gateway.runtimes.base import Found, Runtime
 
@@ -59,6 +59,7 @@ class Fleet:
         """The runtimes of which it is not known what they run, and why."""
         self._errands: set[asyncio.Task[None]] = set()
         self._fetches: dict[str, Fetch] = {}
+        self._fetching: dict[str, asyncio.Task[None]] = {}
         self._rest = rest
         self._instance = instance
         self._instances: dict[str, Instance] = {}
@@ -78,19 +79,39 @@ class Fleet:
             StartFailed: this version has no engine or runtime for it.
             RuntimeUnavailable: it is not known yet whether it runs already: its runtime does not answer.
         """
+        self._refuse_while_unknown(spec)
+        return self._instance_of(spec)
+
+    def _refuse_while_unknown(self, spec: ModelSpec) -> None:
         if (why := self.unknown.get(spec.runtime)) is not None:
             raise refusals.again(why, why.retry_after_s or LOOK_AGAIN_S)
-        return self._instance_of(spec)
 
     def running(self, spec: ModelSpec) -> Instance:
         """Return the instance of a model that was started before.
 
         Raises:
             ModelNotRunning: it never was.
+            RuntimeUnavailable: it is not known whether it runs: its runtime does not answer.
         """
+        self._refuse_while_unknown(spec)
         if spec.id not in self._instances:
             raise ModelNotRunning(f"{spec.id} is not running; there is nothing to stop.")
         return self._instances[spec.id]
+
+    async def stop(self, spec: ModelSpec, *, force: bool = False) -> None:
+        """Stop a model as `Instance.stop` does, and call its download off, if one is under way.
+
+        Raises: as `running` and `Instance.stop`.
+        """
+        errand = self._fetching.get(spec.id)
+        if errand:
+            errand.cancel()
+            await asyncio.wait([errand])
+        try:
+            await self.running(spec).stop(force=force)
+        except ModelNotRunning:
+            if not errand:
+                raise
 
     def statuses(self) -> list[Status]:
         """Return a snapshot of every model, in the order of the catalog."""
@@ -99,6 +120,8 @@ class Fleet:
     def status(self, spec: ModelSpec) -> Status:
         instance = self._instances.get(spec.id)
         status = instance.status if instance else _never_started(spec)
+        if (why := self.unknown.get(spec.runtime)) is not None:
+            status = replace(status, failure=Failure(why, self.journal.now()))
         fetch = self._fetches.get(spec.id)
         return replace(status, progress=fetch.latest) if fetch and not status.progress else status
 
@@ -109,12 +132,11 @@ class Fleet:
             StartFailed: there is nothing that could be downloaded.
             RuntimeUnavailable: its runtime does not answer.
         """
-        if (why := self.unknown.get(spec.runtime)) is not None:
-            raise refusals.again(why, why.retry_after_s or LOOK_AGAIN_S)
+        self._refuse_while_unknown(spec)
         if spec.id not in self._fetches:
             engine, runtime = self._parts(spec)
             fetch = self._fetches[spec.id] = Fetch(spec, engine, runtime, self.journal)
-            self._errand(self._until_fetched(fetch), f"fetch {spec.id}")
+            self._fetching[spec.id] = self._errand(self._until_fetched(fetch), f"fetch {spec.id}")
         return self._fetches[spec.id]
 
     async def begin(self) -> None:
@@ -182,7 +204,7 @@ class Fleet:
                 look = asyncio.create_task(self._look(name), name=f"look at {name}")
         finally:
             look.cancel()
-            await asyncio.wait([look])
+            await asyncio.gather(look, return_exceptions=True)
 
     async def _look(self, name: str) -> None:
         try:
@@ -190,20 +212,39 @@ class Fleet:
         except RuntimeUnavailable as error:
             self.unknown[name] = error
             raise
-        for each in found:
-            self._settle(name, each)
+        leaving = [task for each in found if (task := self._settle(name, each))]
         del self.unknown[name]
-        self._preload({name})
+        self._errand(self._preload_after(leaving, name), f"preload {name}")
 
-    def _settle(self, runtime: str, found: Found) -> None:
-        """Adopt a server that was found, if it is still what the catalog asks for, or else remove it."""
+    def _settle(self, runtime: str, found: Found) -> asyncio.Task[None] | None:
+        """Adopt a server that was found, if it is still what the catalog asks for; or else return its removal."""
         spec = self._named(found.name)
         if spec is None or spec.runtime != runtime:
-            self._errand(_remove(self._runtimes[runtime], found.name), f"remove {found.name}")
-        elif found.runs and self._fits(spec, found):
+            self._gpus.claim(found.name, found.gpus)
+            return self._errand(self._remove(runtime, found.name), f"remove {found.name}")
+        if found.runs and self._fits(spec, found):
             self._instance_of(spec).adopt(found)
-        else:
-            self._instance_of(spec).discard(found)
+            return None
+        return self._instance_of(spec).discard(found)
+
+    async def _remove(self, runtime: str, name: str) -> None:
+        """Remove a server that no model of the catalog has, and try until it is gone."""
+        while True:
+            try:
+                await self._runtimes[runtime].stop(name, grace_s=STRANGER_GRACE_S)
+            except RuntimeUnavailable as error:
+                log.warning("%s: not removed yet: %s", name, error.detail)
+                await asyncio.sleep(LOOK_AGAIN_S)
+            else:
+                self._gpus.give_back(name)
+                log.info("%s: removed, because no model of the catalog has it", name)
+                return
+
+    async def _preload_after(self, leaving: list[asyncio.Task[None]], runtime: str) -> None:
+        """Preload once those that had to go have made room."""
+        if leaving:
+            await asyncio.wait(leaving)
+        self._preload({runtime})
 
     def _named(self, name: str) -> ModelSpec | None:
         return next((spec for spec in self.catalog.models.values() if server_name(spec) == name), None)
@@ -226,16 +267,17 @@ class Fleet:
         except GatewayError as error:
             log.error("%s: not preloaded: %s", server_name(spec), error.detail)
 
-    def _errand(self, what: Coroutine[Any, Any, None], name: str) -> None:
+    def _errand(self, what: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         errand = asyncio.create_task(what, name=name)
         self._errands.add(errand)
         errand.add_done_callback(self._errands.discard)
+        return errand
 
     async def _until_fetched(self, fetch: Fetch) -> None:
         try:
             await fetch.run()
         finally:
-            del self._fetches[fetch.spec.id]
+            del self._fetches[fetch.spec.id], self._fetching[fetch.spec.id]
 
     # Making instances
 
@@ -263,19 +305,6 @@ class Fleet:
             cause, fix = "; ".join(deferred(spec)), "Ask for a model that this version runs; GET /models lists them."
             raise StartFailed(f"{spec.id} cannot be run: {cause}. {fix}", cause=cause, fix=fix)
         return engine, runtime
-
-
-async def _remove(runtime: Runtime, name: str) -> None:
-    """Remove a server that no model of the catalog has, and try until it is gone."""
-    while True:
-        try:
-            await runtime.stop(name, grace_s=STRANGER_GRACE_S)
-        except RuntimeUnavailable as error:
-            log.warning("%s: not removed yet: %s", name, error.detail)
-            await asyncio.sleep(LOOK_AGAIN_S)
-        else:
-            log.info("%s: removed, because no model of the catalog has it", name)
-            return
 
 
 def _never_started(spec: ModelSpec) -> Status:

@@ -38,6 +38,10 @@ from gateway.runtimes.base import Found, Handle, Progress, Runtime
 
 log = logging.getLogger(__name__)
 
+ASK_AGAIN_S = 2.0
+"""When a runtime that did not answer is asked again to adopt a server."""
+CLEAR_AGAIN_S = 15.0
+"""When a server that is perhaps left of a failed life is looked for again."""
 CLOCK_S = 0.001
 """A timer may fire this much before its time."""
 SERVED_LONG_S = 60.0
@@ -80,6 +84,7 @@ class Instance:
         self._life: Life | None = None
         self._queue = Queue()
         self._failure: Failure | None = None
+        self._left: GatewayError | None = None  # why it is not known whether the last server is gone, if it is not
         self._failures = 0  # lives in a row that failed before they had served for long
         self._cool_until = 0.0
         self._wanted = False  # an operator wants it up, and it is not up yet
@@ -170,6 +175,8 @@ class Instance:
             ModelNotRunning: it is down.
             StopFailed: it is not known whether its server is gone.
         """
+        if self._left and not self._life:
+            self._clear_again()
         life = self._running_life()
         self._wanted = False
         self._stops += 1
@@ -198,18 +205,21 @@ class Instance:
         Only for a model that was never started.
         """
         self._gpus.claim(self.spec.id, found.gpus)
-        age_s = self._journal.now() - found.made_at
-        life = self._begin(left_s=max(self.spec.start_timeout_s - age_s, self.spec.unhealthy_timeout_s))
+        life = self._begin(adopted=True)
         self._move(Event.ADOPT, "found running")
         self._run(life, found)
 
-    def discard(self, found: Found) -> None:
-        """Remove the server of an earlier life of the gateway; requests wait until it is gone, and start it afresh."""
+    def discard(self, found: Found) -> asyncio.Task[None]:
+        """Remove the server of an earlier life of the gateway; requests wait until it is gone, and start it afresh.
+
+        The task that is returned ends when that is over, however it ended; it is not to be cancelled.
+        """
         self._gpus.claim(self.spec.id, found.gpus)
-        life = self._begin(left_s=0.0)
+        life = self._begin(adopted=True)
         self._move(Event.ADOPT, "found")
         self._run(life, found)
         self._end(life, "the catalog asks for another server" if found.runs else "it had ended")
+        return life.task
 
     def close(self, *, force: bool = False) -> None:
         """Refuse all further requests and those that queue, and drain or (`force`) cut; `aclose` waits for the end.
@@ -360,19 +370,21 @@ class Instance:
     # A life
 
     def _start(self, reason: str) -> None:
-        life = self._begin(left_s=None)
+        life = self._begin(adopted=False)
         self._move(Event.START, reason)
         self._run(life, None)
 
-    def _begin(self, left_s: float | None) -> Life:
+    def _begin(self, *, adopted: bool) -> Life:
         self._life = Life(
             self.engine,
             start_timeout_s=self.spec.start_timeout_s,
             stall_timeout_s=self.spec.stall_timeout_s,
-            kept=self._wanted or self.spec.preload or self.spec.pinned or left_s is not None,
+            kept=self._wanted or self.spec.preload or self.spec.pinned or adopted,
             on_progress=self._progressed,
-            left_s=left_s,
+            pause_timeout_s=self.spec.unhealthy_timeout_s,
+            adopted=adopted,
         )
+        self._left = None
         return self._life
 
     def _run(self, life: Life, found: Found | None) -> None:
@@ -381,8 +393,7 @@ class Instance:
 
     async def _serve(self, life: Life, found: Found | None) -> None:
         """Start, load and watch the server. Ends only by raising why it must go, or by being cancelled."""
-        async with life.start_bounds():
-            life.handle = handle = await (self._runtime.adopt(found, life) if found else self._make(life))
+        life.handle = handle = await (self._adopt(life, found) if found else self._make(life))
         if not found:
             self._move(Event.LAUNCHED, "server made")
         try:
@@ -396,8 +407,22 @@ class Instance:
             raise group_error.exceptions[0] from None
 
     async def _make(self, life: Life) -> Handle:
-        launch = launch_of(self.engine, self.spec, life.secret)
-        return await self._runtime.start(replace(launch, gpus=self._gpus.take(self.spec)), life)
+        async with life.start_bounds():
+            launch = launch_of(self.engine, self.spec, life.secret)
+            return await self._runtime.start(replace(launch, gpus=self._gpus.take(self.spec)), life)
+
+    async def _adopt(self, life: Life, found: Found) -> Handle:
+        """Take over what was found. Its bounds begin when its runtime says where it is: not knowing is not dead."""
+        while True:
+            try:
+                handle = await self._runtime.adopt(found, life)
+            except RuntimeUnavailable as error:
+                log.warning("%s: not adopted yet: %s", self.name, error.detail)
+                await asyncio.sleep(ASK_AGAIN_S)
+            else:
+                age_s = max(self._journal.now() - found.made_at, 0.0)
+                life.has_left(max(self.spec.start_timeout_s - age_s, self.spec.unhealthy_timeout_s))
+                return handle
 
     async def _watch(self, life: Life, handle: Handle) -> None:
         while True:
@@ -490,6 +515,7 @@ class Instance:
             self._remember(life.left, life)
         elif self._served_long(life):
             self._failures = 0
+        self._left = life.left
         if not life.left:
             self._gpus.give_back(self.spec.id)
         self._life = None
@@ -529,6 +555,14 @@ class Instance:
         elif self._state is not State.DRAINING:
             self._move(Event.DRAIN, reason)
             self._rearm()
+
+    def _clear_again(self) -> None:
+        """Look once more for the server of a life that failed, and remove it."""
+        life = self._begin(adopted=False)
+        life.failed = True  # which is remembered: this is only its end
+        self._move(Event.STOP, "it is not known whether its server is gone")
+        self._run(life, None)
+        life.serve.cancel()
 
     def _end(self, life: Life, reason: str) -> None:
         self._move(Event.KEEP if life.stays else Event.STOP, reason)
@@ -583,6 +617,8 @@ class Instance:
                 return None if keep or idle_s is None else (self._last_use + idle_s, "idle")
             case State.DRAINING:
                 return (self._since + self.spec.drain_timeout_s, "drain_timeout")
+            case State.FAILED if self._left and not self._closing:
+                return (self._since + CLEAR_AGAIN_S, "perhaps left")
             case _:
                 return None
 
@@ -596,5 +632,7 @@ class Instance:
         )
 
     def _time_is_up(self, life: Life | None, reason: str) -> None:
-        if life and life is self._life:
+        if self._left and not self._life:
+            self._clear_again()
+        elif life and life is self._life:
             self._end(life, reason)

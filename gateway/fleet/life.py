@@ -52,21 +52,22 @@ class Life(Startup):
         stall_timeout_s: float,
         kept: bool,
         on_progress: Callable[[Progress], None],
-        left_s: float | None = None,
+        pause_timeout_s: float,
+        adopted: bool = False,
     ) -> None:
         super().__init__(
             engine,
             start_timeout_s=start_timeout_s,
             stall_timeout_s=stall_timeout_s,
             on_progress=on_progress,
-            left_s=left_s,
+            pause_timeout_s=pause_timeout_s,
         )
         self.secret = secrets.token_urlsafe(32)
         self.handle: Handle | None = None
         self.leases: dict[Lease, None] = {}  # in the order in which they were granted
         self.kept = kept
         """Whether an operator, `preload` or `pinned` wants this start, so that it is not called off."""
-        self.adopted = left_s is not None
+        self.adopted = adopted
         """Whether its server was made by an earlier life of the gateway, which may have served with it, or ended it."""
         self.stays = False
         """Whether its server goes on when the gateway lets go of it."""
@@ -83,10 +84,16 @@ class Life(Startup):
     def served(self) -> bool:
         return self.ready_at is not None or self.adopted
 
+    def progress(self, progress: Progress) -> None:
+        if self.ready_at is None:  # what a server says while it serves is no progress of its start
+            super().progress(progress)
+
     def paused(self, reason: str) -> None:
         self._paused = reason
         if self._watch is not None and not self._watch.expired():
             self._watch.reschedule(self._loop.time())
+        elif self.ready_at is None:
+            super().paused(reason)
 
     @asynccontextmanager
     async def until_paused(self) -> AsyncIterator[None]:

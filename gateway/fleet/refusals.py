@@ -37,6 +37,11 @@ def called_off(spec: ModelSpec) -> ModelNotLoaded:
     return ModelNotLoaded(words, retry_after_s=BUSY_RETRY_S)
 
 
+def download_called_off(spec: ModelSpec) -> ModelNotLoaded:
+    words = f"The download of {spec.id} was called off before its end; what is here of it is kept."
+    return ModelNotLoaded(f"{words} Pull it again.", retry_after_s=BUSY_RETRY_S)
+
+
 def queue_full(spec: ModelSpec) -> QueueFull:
     words = f"{spec.max_queue} requests wait for {spec.id} already (max_queue); send this one again later."
     return QueueFull(words, retry_after_s=BUSY_RETRY_S)

@@ -288,10 +288,14 @@ def test_without_an_engine_the_gateway_serves_and_says_what_is_missing(place: Si
     try:
         assert gateway.get("/health").status_code == 200
         refused = ask(gateway, m)
+        shown = gateway.model(m)
+        stop = gateway.post(f"/models/{m}/stop")
     finally:
         status = gateway.end()
 
     assert status == 0
+    assert shown["last_error"]["error_code"] == "RUNTIME_UNAVAILABLE", "nobody knows that nothing runs"
+    assert (stop.status_code, stop.json()["error_code"]) == (503, "RUNTIME_UNAVAILABLE")
     assert (refused.status_code, refused.json()["error_code"]) == (503, "RUNTIME_UNAVAILABLE")
     assert "gateway doctor" in refused.json()["detail"]
     assert refused.headers["retry-after"]

@@ -68,6 +68,49 @@ def test_a_gpu_stays_reserved_over_a_kill_of_the_gateway(tmp_path: Path) -> None
     assert gpu_of == {"b": "0", "a": "1"}
 
 
+def test_models_that_swap_their_gpus_between_two_lives_both_come_up(tmp_path: Path) -> None:
+    def swapped(place: Site, gpus: dict[str, str]) -> dict[str, dict[str, Any]]:
+        return {
+            name: place.model(hf_name=f"org/{name}", gpus=[gpu], preload=True, env={"DOUBLE_STOP_S": pause_s})
+            for (name, gpu), pause_s in zip(gpus.items(), (0, 1), strict=True)
+        }
+
+    def all_ready(gateway: Gateway) -> bool:
+        return {model["state"] for model in gateway.get("/models").json()["models"]} == {"ready"}
+
+    with OwnEngine(tmp_path, gpu_hook=True) as engine, site(tmp_path, engine.url) as place:
+        gateway = place.gateway(GPUS, **swapped(place, {"a": "0", "b": "1"}))
+        wait_until(lambda: all_ready(gateway))
+        gateway.process.kill()
+        gateway.wait()
+
+        with serving(place, GPUS, all_of=swapped(place, {"a": "1", "b": "0"})) as gateway:
+            wait_until(lambda: all_ready(gateway))
+            assert {name: place.container(name).labels["tgi-gateway.gpus"] for name in "ab"} == {"a": "1", "b": "0"}
+
+
+def test_the_gpu_of_a_model_that_left_the_catalog_is_given_away_when_it_is_gone(tmp_path: Path) -> None:
+    one_gpu = {"GATEWAY_GPUS": "0=24GiB"}
+    with OwnEngine(tmp_path, gpu_hook=True) as engine, site(tmp_path, engine.url) as place:
+        stubborn = {"DOUBLE_IGNORES_SIGTERM": 1}
+        gateway = place.gateway(one_gpu, old=place.model(gpus=1, env=stubborn))
+        gateway.post(f"/models/{place.named('old')}/start")
+        gateway.process.kill()
+        gateway.wait()
+
+        with serving(place, one_gpu, new=place.model(hf_name="org/new", gpus=1, preload=True)) as gateway:
+            seen: list[set[str]] = []
+
+            def new_is_ready() -> bool:
+                seen.append({name for name, each in place.containers().items() if each.status == "running"})
+                return gateway.model(place.named("new"))["state"] == "ready"
+
+            wait_until(new_is_ready, 40)
+
+        assert {f"tgi-{place.named('old')}"} in seen
+        assert all(len(names) <= 1 for names in seen), "two models had one GPU"
+
+
 def test_an_engine_without_the_toolkit_is_told_what_to_install(tmp_path: Path) -> None:
     with (
         OwnEngine(tmp_path) as engine,

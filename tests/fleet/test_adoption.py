@@ -229,3 +229,89 @@ def test_a_server_that_stays_paused_is_replaced_after_unhealthy_timeout() -> Non
         assert "it was paused" in failure.error.detail
 
     play(scene)
+
+
+def test_a_runtime_that_falls_silent_while_a_server_is_adopted_ends_nothing() -> None:
+    async def scene() -> None:
+        one = Scene(start_timeout=60, unhealthy_timeout=10)
+        await one.ready()
+        await one.after(500)
+        server = one.server
+        one.runtime.silent_after_find_s = 200
+        await one.world.kill([one.spec])
+
+        await one.after(150)
+        assert one.is_in(State.LOADING)
+        await one.after(100)
+
+        assert one.is_in(State.READY)
+        assert one.server is server
+
+    play(scene)
+
+
+def test_what_a_stop_may_have_left_is_looked_for_until_it_is_known_to_be_gone() -> None:
+    async def scene() -> None:
+        one = Scene(stop_grace=1)
+        await one.ready()
+        one.runtime.fall_silent(100)
+        await one.world.operate(one.spec, "stop")
+        assert one.is_in(State.FAILED)
+        assert one.server.alive
+
+        await one.after(150)
+
+        assert one.server.removed
+        assert one.starts == 1
+
+    play(scene)
+
+
+def test_an_operator_can_stop_what_an_earlier_stop_may_have_left() -> None:
+    async def scene() -> None:
+        one = Scene(stop_grace=1)
+        await one.ready()
+        one.runtime.fall_silent(31)
+        await one.world.operate(one.spec, "stop")
+        assert one.is_in(State.FAILED)
+        await one.after(2)
+
+        await one.instance.stop()
+
+        assert one.server.removed
+
+    play(scene)
+
+
+def test_a_server_that_is_paused_while_it_loads_has_the_time_of_an_unhealthy_one() -> None:
+    async def scene() -> None:
+        one = Scene(Manners(make_s=0, load_s=500, silent_load=True), Manners(), stall_timeout=180, unhealthy_timeout=20)
+        asked = one.ask()
+        await one.after(10)
+        one.server.listener.paused("it was paused")
+        await one.after(1)
+        progress = one.instance.status.progress
+        assert progress
+        assert "paused" in progress.phase
+
+        await one.after(25)
+
+        assert await asked == "START_TIMEOUT"
+        failure = one.instance.status.failure
+        assert failure
+        assert "stayed paused for unhealthy_timeout (20 s)" in failure.error.detail
+
+    play(scene)
+
+
+def test_what_a_server_says_while_it_serves_is_no_progress() -> None:
+    async def scene() -> None:
+        one = Scene()
+        await one.ready()
+        before = one.world.journal.last_id
+
+        one.server.listener.line("loading 3")
+
+        assert one.world.journal.last_id == before
+
+    play(scene)

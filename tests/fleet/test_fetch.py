@@ -133,7 +133,7 @@ def test_a_download_ends_with_the_gateway() -> None:
         running.cancel()
         await asyncio.wait([running])
 
-        assert await told(fetch) == ["SHUTTING_DOWN"]
+        assert await told(fetch) == ["MODEL_NOT_LOADED"]
         assert runtime.running == []
 
     play(scene)

@@ -149,15 +149,31 @@ class AdoptsNothing(Instance):
 class AdoptsEverything(Instance):
     """Breaks P6: takes over what the catalog does not ask for any more."""
 
-    def discard(self, found: Found) -> None:
+    def discard(self, found: Found) -> asyncio.Task[None]:
         self.adopt(found)
+        return self._loop.create_task(asyncio.sleep(0), name="preload nothing")
 
 
 class LeavesOrphans(Instance):
     """Breaks P6: forgets the servers that it does not want."""
 
-    def discard(self, found: Found) -> None:
-        self._last_use = found.made_at
+    def discard(self, found: Found) -> asyncio.Task[None]:
+        return self._loop.create_task(asyncio.sleep(0), name="preload nothing")
+
+
+class GivesUpAdopting(Instance):
+    """Breaks P11: takes a server for dead because its runtime does not say at once where it is."""
+
+    async def _adopt(self, life: Life, found: Found) -> Handle:
+        return await self._runtime.adopt(found, life)
+
+
+class ForgetsLeftovers(Instance):
+    """Breaks P6: never looks again for what a stop may have left."""
+
+    def _due(self) -> tuple[float, str] | None:
+        due = super()._due()
+        return None if due and due[1] == "perhaps left" else due
 
 
 class StartsTheClockAgain(Instance):
@@ -185,6 +201,8 @@ INSTANCES: dict[str, type[Instance]] = {
     "stop": ComesBack,
     "idle": NeverIdle,
     "P8": ForgetsPromises,
+    "P6-leftover": ForgetsLeftovers,
     "P10": HoldsOn,
+    "P11-adoption": GivesUpAdopting,
     "P11": BelievesTheFirstMiss,
 }

@@ -145,6 +145,7 @@ class BadMannersRuntime:
         self.starting: dict[str, int] = {}
         self.starts: dict[str, int] = {}
         self.silent_until = 0.0
+        self.silent_after_find_s = 0.0
         self.perhaps_left: dict[str, bool] = {}  # names whose last stop did not succeed
         self.last_sign: dict[str, float] = {}  # when a server of the name last said anything
         self.next_manners: list[Manners] = []
@@ -157,6 +158,8 @@ class BadMannersRuntime:
 
     async def find(self) -> list[Found]:
         await self._answer()
+        if self.silent_after_find_s:
+            self.fall_silent(self.silent_after_find_s)
         left = [servers[-1] for servers in self.servers.values() if not servers[-1].removed]
         return [Found(each.name, each.fingerprint, each.made_at, (), each.alive) for each in left]
 

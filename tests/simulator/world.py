@@ -16,7 +16,7 @@ from gateway.fleet.admission import STOP_MARGIN_S
 from gateway.fleet.fleet import Fleet
 from gateway.fleet.health import CHECK_TIMEOUT_S, RECOVERY_REST_S
 from gateway.fleet.identity import fingerprint, server_name
-from gateway.fleet.instance import Instance
+from gateway.fleet.instance import CLEAR_AGAIN_S, Instance
 from gateway.fleet.journal import Journal
 from gateway.fleet.life import Lease
 from gateway.lifecycle import DOWN, SERVING, STARTING_UP, State
@@ -57,6 +57,7 @@ class Watched:
     before: State = State.STOPPED
     before_since: float = 0.0
     hard_stop_at: float = 0.0
+    adopting: bool = False
     waiting: dict[Waiter, None] = field(default_factory=dict)
     serving_since: float = 0.0
     last_use: float = 0.0
@@ -172,8 +173,14 @@ class World:
         server, spec = self.runtime.newest(server_name(watched.spec)), watched.spec
         if (data["reason"] == ADOPTED) is not (server.alive and self._fits(spec, server)):
             self.breaks(f"P6: {spec.id}: {data['reason']}, alive: {server.alive}, fits: {self._fits(spec, server)}")
-        watched.hard_stop_at = max(server.made_at + spec.start_timeout_s, self.loop.time() + spec.unhealthy_timeout_s)
-        watched.kept = True
+        watched.kept = watched.adopting = True
+
+    def _see_adopted(self, watched: Watched) -> None:
+        """The bounds of an adopted server begin when its runtime has said where it is, and not before (P11)."""
+        if watched.adopting and self.fleet.status(watched.spec).handle:
+            server, spec, now = self.runtime.newest(server_name(watched.spec)), watched.spec, self.loop.time()
+            watched.adopting, watched.since = False, now
+            watched.hard_stop_at = max(server.made_at + spec.start_timeout_s, now + spec.unhealthy_timeout_s)
 
     def _fits(self, spec: ModelSpec, server: Server) -> bool:
         return server.fingerprint == fingerprint(SimulatedEngine(), spec)
@@ -182,8 +189,13 @@ class World:
         """Once it is known what runs, whatever runs belongs to a model that knows of it."""
         name = server_name(watched.spec)
         known = watched.state not in DOWN or self.runtime.perhaps_left.get(name) or self.fleet.unknown
-        if self.runtime.alive(name) and not known and not self.fleet.closing.done():
+        if not self.runtime.alive(name) or self.fleet.closing.done():
+            return
+        if not known:
             self.breaks(f"P6: {name} runs, and its model is {watched.state}")
+        bound_s = CLEAR_AGAIN_S + 2 * (watched.spec.stop_grace_s + STOP_MARGIN_S)
+        if watched.state in DOWN and self.loop.time() > max(watched.since, self.runtime.silent_until) + bound_s:
+            self.breaks(f"P6: nobody looks for {name}, which may be left and is")
 
     # What callers and operators do
 
@@ -389,6 +401,8 @@ class World:
             watched.forced = watched.stop_asked = False
         if watched.state is State.READY:
             watched.kept = False
+        if watched.adopting and data["reason"].startswith("RUNTIME_UNAVAILABLE"):
+            self.breaks(f"P11: {watched.spec.id} is given up because its runtime is silent")
         if watched.state is State.STOPPING and watched.before in STARTING_UP:
             self._witness_calling_off(watched, data["reason"])
             watched.kept = watched.kept and watched.stop_asked  # a failed start has had its chance; a restart goes on
@@ -404,6 +418,7 @@ class World:
             return
         self._checked_at = now
         for watched in self.watched.values():
+            self._see_adopted(watched)
             if (deadline := self._deadline(watched)) is not None and now > deadline + ROUNDING_S:
                 self.breaks(f"P5: {watched.spec.id} is {watched.state} beyond its deadline ({deadline:.3f})")
             if (held := self.fleet.status(watched.spec).in_flight) > len(watched.holding):
@@ -444,6 +459,8 @@ class World:
     def _deadline(self, watched: Watched) -> float | None:
         spec = watched.spec
         match watched.state:
+            case State.LOADING if watched.adopting:
+                return None
             case State.STARTING | State.LOADING:
                 last_sign = max(watched.since, self.runtime.last_sign.get(f"tgi-{spec.id}", 0.0))
                 return min(watched.hard_stop_at, last_sign + spec.stall_timeout_s)
