@@ -76,7 +76,8 @@ def test_models_that_swap_their_gpus_between_two_lives_both_come_up(tmp_path: Pa
         }
 
     def all_ready(gateway: Gateway) -> bool:
-        return {model["state"] for model in gateway.get("/models").json()["models"]} == {"ready"}
+        states = {str(model["state"]) for model in gateway.get("/models").json()["models"]}
+        return states == {"ready"}
 
     with OwnEngine(tmp_path, gpu_hook=True) as engine, site(tmp_path, engine.url) as place:
         gateway = place.gateway(GPUS, **swapped(place, {"a": "0", "b": "1"}))
@@ -103,7 +104,7 @@ def test_the_gpu_of_a_model_that_left_the_catalog_is_given_away_when_it_is_gone(
 
             def new_is_ready() -> bool:
                 seen.append({name for name, each in place.containers().items() if each.status == "running"})
-                return gateway.model(place.named("new"))["state"] == "ready"
+                return bool(gateway.model(place.named("new"))["state"] == "ready")
 
             wait_until(new_is_ready, 40)
 
