@@ -7,36 +7,23 @@ Pure: a body in, a `GenerationRequest` out; events in, bytes out. Streams have T
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from gateway.bodies import Prompt, StopText, TokenProbability, candidates
 from gateway.catalog import ModelSpec
 from gateway.errors import GatewayError, InvalidRequest
-from gateway.generation import Finished, FinishReason, GenerationRequest, GenerationResult, TokenChance, TokenEvent
+from gateway.generation import Finished, FinishReason, GenerationRequest, GenerationResult, TokenEvent
 
 DEFAULT_NEW_TOKENS = 200
 UNKNOWN_ID = -1
 """Stands for the id of a token of which the engine tells nothing: part of a character, say."""
 FINISH_REASONS: Mapping[FinishReason, str] = {"length": "length", "stop": "stop_sequence", "eos": "eos_token"}
 """TGI's words, which its clients compare."""
-
-
-def not_blank(prompt: str) -> str:
-    """Return the prompt, which must be text and hold more than white space."""
-    if not prompt.strip():
-        raise PydanticCustomError("empty_prompt", "write what the model shall continue")
-    try:
-        prompt.encode()
-    except UnicodeEncodeError:
-        raise PydanticCustomError("string_unicode", "the prompt is not valid Unicode (a lone surrogate)") from None
-    return prompt
-
-
-StopText = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
 class GenerateBody(BaseModel):
@@ -46,7 +33,7 @@ class GenerateBody(BaseModel):
 
     model_id: str | None = Field(None, description="Model to use: an id, alias or hub name; default: the default model")
     model: str | None = Field(None, description="The same as model_id")
-    prompt: Annotated[str, AfterValidator(not_blank)] = Field(description="Text to continue")
+    prompt: Prompt = Field(description="Text to continue")
     max_new_tokens: int | None = Field(None, ge=1, description="Most tokens to generate, 1 to the context; default 200")
     max_tokens: int | None = Field(None, ge=1, description="The same as max_new_tokens")
     temperature: float = Field(0.7, ge=0, le=2, description="Sampling temperature; 0 is greedy")
@@ -92,16 +79,6 @@ class GenerateBody(BaseModel):
     @property
     def model_name(self) -> str | None:
         return self.model_id or self.model
-
-
-class TokenProbability(BaseModel):
-    """One candidate for a position, and how likely it was."""
-
-    token: str
-    probability: float
-    percentage: float
-    logprob: float
-    rank: int
 
 
 class GenerateAnswer(BaseModel):
@@ -242,20 +219,6 @@ class NativeReply:
                 for chance in event.top
             ]
         return _event({**frame, "generated_text": None, "details": None, **last})
-
-
-def candidates(chances: Sequence[TokenChance]) -> list[dict[str, Any]]:
-    """Return the likeliest tokens of one position as the documents show them, the likeliest first."""
-    return [
-        {
-            "token": chance.text,
-            "probability": chance.probability,
-            "percentage": round(100 * chance.probability, 2),
-            "logprob": chance.logprob,
-            "rank": rank,
-        }
-        for rank, chance in enumerate(chances, 1)
-    ]
 
 
 def _event(frame: Mapping[str, Any]) -> bytes:
