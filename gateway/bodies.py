@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -50,19 +50,28 @@ class Body(BaseModel):
 
 
 def request_of(
-    spec: ModelSpec, prompt: str, *, defaults: Mapping[str, Any], said: Mapping[str, Any], **reported: Any
+    spec: ModelSpec,
+    prompt: str,
+    *,
+    defaults: Mapping[str, Any],
+    said: Mapping[str, Any],
+    apart_from: Collection[str] = (),
+    most_new_tokens: int | None = None,
+    top_tokens: int = 0,
 ) -> GenerationRequest:
     """Return what is to be generated, from parameters by their names in models.yaml.
 
-    The catalog's `parameters` beat the document's `defaults`, what the caller `said` beats these, and `overrides` beat
-    all. No length is beyond the context. `reported` goes into the request as it is.
+    The catalog's `parameters` (`apart_from` some) beat the document's `defaults`, what the caller `said` beats these,
+    and `overrides` beat all. No length is beyond the context, nor beyond what the document allows at most.
     """
-    merged = {**defaults, **_named(spec.parameters), **_named(said), **_named(spec.overrides)}
-    merged["max_new_tokens"] = min(merged["max_new_tokens"], spec.context_tokens or merged["max_new_tokens"])
+    parameters = {name: value for name, value in spec.parameters.items() if name not in apart_from}
+    merged = {**defaults, **_named(parameters), **_named(said), **_named(spec.overrides)}
+    bounds = (merged["max_new_tokens"], spec.context_tokens, most_new_tokens)
+    merged["max_new_tokens"] = min(bound for bound in bounds if bound is not None)
     stop = tuple(merged.pop("stop", ()))
     newline = ("\n",) if merged.pop("stop_on_newline", False) else ()
     sampling = {name: value for name, value in merged.items() if name not in _NOT_FOR_ALL}
-    return GenerationRequest(prompt=prompt, stop=(*stop, *newline), **sampling, **reported)
+    return GenerationRequest(prompt=prompt, stop=(*stop, *newline), **sampling, top_tokens=top_tokens)
 
 
 _NOT_FOR_ALL = {"return_full_text", "top_tokens"}

@@ -15,6 +15,7 @@ FLOORS = [
         "gateway.runtimes.leash",
         "gateway.engines.embedded_server",
         "gateway.gguf",
+        "gateway.machine",
     ],
     ["gateway.catalog", "gateway.generation", "gateway.departure"],
     ["gateway.catalog_file", "gateway.catalog_schema", "gateway.bodies", "gateway.facts"],
@@ -37,6 +38,7 @@ ALONE = {
     "gateway.engines.embedded_server",
     "gateway.errors",
     "gateway.gguf",
+    "gateway.machine",
 }
 """These import nothing of the package: programs and values that stand by themselves."""
 SIDE_BY_SIDE = {"gateway.fleet", "gateway.api", "gateway.engines", "gateway.runtimes"}
