@@ -18,7 +18,9 @@ from fastapi import FastAPI
 
 from gateway.api import problems
 from gateway.api.api_server import api_server_router
+from gateway.api.autotrain import autotrain_router
 from gateway.api.generate import generate_router
+from gateway.api.inference import inference_router
 from gateway.api.llm_service import llm_service_router
 from gateway.api.middleware import BodyLimit, LoopbackOnly, PlainPaths, PlainRefusal, RequestLog
 from gateway.api.models import models_router
@@ -122,6 +124,8 @@ def compose(settings: Settings, catalog: Catalog) -> FastAPI:
     reports = Reports(fleet, VERSION, gpu_memory=settings.gpus or {}, device=settings.device)
     for router in (
         generate_router(fleet, client),
+        inference_router(fleet, client),
+        autotrain_router(fleet, client),
         llm_service_router(fleet, client, reports),
         api_server_router(fleet, client, reports),
         models_router(fleet),

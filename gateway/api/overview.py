@@ -19,6 +19,8 @@ from gateway.lifecycle import RUNNING, State
 
 ENDPOINTS = {
     "POST /generate": "Generate text from prompt",
+    "POST /inference": "Generate text, the continuation alone",
+    "POST /api/llm/inference": "Continue many prompts",
     "GET /models": "The models, and what they are doing",
     "GET /health": "Health check",
     "GET /status": "The gateway, its GPUs and the default model",
