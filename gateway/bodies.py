@@ -6,7 +6,7 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
 from gateway.catalog import ModelSpec
@@ -33,6 +33,14 @@ def is_unicode(text: str) -> str:
 
 Prompt = Annotated[str, AfterValidator(not_blank)]
 StopText = Annotated[str, Field(min_length=1, max_length=1000)]
+_STOP_SCHEMA = {"type": "string", "minLength": 1, "maxLength": 1000}
+StopTexts = Annotated[
+    list[StopText],
+    Field(max_length=64),
+    BeforeValidator(lambda said: [said] if isinstance(said, str) else said),
+    WithJsonSchema({"anyOf": [_STOP_SCHEMA, {"type": "array", "items": _STOP_SCHEMA, "maxItems": 64}]}),
+]
+"""Texts that end the generation; one may stand without a list."""
 
 
 class Body(BaseModel):

@@ -125,10 +125,14 @@ class Reports:
         return GatewayStatus(**dict(status), gpus=self._gpus())
 
     async def info(self, spec: ModelSpec | None) -> dict[str, Any]:
-        """Return what is known of a model's architecture. What the catalog's `metadata` says beats what a file says."""
+        """Return what is known of a model's architecture.
+
+        What the catalog's `metadata` says beats what a file says, if it is of the documented type.
+        """
         facts = await self.facts(spec) if spec else Facts()
         found = {"model_layers": facts.layers, "model_dim": facts.dim, "vocab_size": facts.vocab_size}
-        said = spec.metadata if spec else {}
+        metadata = spec.metadata if spec else {}
+        said = {name: value for name, value in metadata.items() if name not in found or type(value) is int}
         return {"step": None, "val_loss": None, **found, **said, "checkpoint": spec.id if spec else None}
 
     async def gateway_info(self) -> dict[str, Any]:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field
 
-from gateway.bodies import Body, Prompt, StopText, as_json, request_of
+from gateway.bodies import Body, Prompt, StopTexts, as_json, request_of
 from gateway.catalog import ModelSpec
 from gateway.errors import GatewayError, Unsupported
 from gateway.generation import Finished, FinishReason, GenerationRequest, GenerationResult, TokenEvent
@@ -26,19 +26,9 @@ class Parameters(Body):
     top_p: float = Field(0.95, gt=0, le=1, description="Nucleus sampling; 1 is off")
     frequency_penalty: float = Field(0.0, ge=-2, le=2, description="0 is off")
     presence_penalty: float = Field(0.0, ge=-2, le=2, description="0 is off")
-    stop: list[StopText] = Field(
-        default=[],
-        max_length=64,
-        description="Texts that end the generation, left out of it; one may stand without a list",
-        json_schema_extra={"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]},
+    stop: StopTexts = Field(
+        default=[], description="Texts that end the generation, left out of it; one may stand without a list"
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _one_stop_text(cls, body: Any) -> Any:
-        return (
-            {**body, "stop": [body["stop"]]} if isinstance(body, dict) and isinstance(body.get("stop"), str) else body
-        )
 
 
 class InferenceBody(Body):

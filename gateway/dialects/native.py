@@ -6,7 +6,6 @@ Pure: a body in, a `GenerationRequest` out; events in, bytes out. Streams have T
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from gateway.bodies import Prompt, StopText, TokenProbability, candidates
+from gateway.bodies import Body, Prompt, StopTexts, TokenProbability, as_json, candidates
 from gateway.catalog import ModelSpec
 from gateway.errors import GatewayError, InvalidRequest
 from gateway.generation import Finished, FinishReason, GenerationRequest, GenerationResult, TokenEvent
@@ -26,10 +25,8 @@ FINISH_REASONS: Mapping[FinishReason, str] = {"length": "length", "stop": "stop_
 """TGI's words, which its clients compare."""
 
 
-class GenerateBody(BaseModel):
-    """What `POST /generate` takes. Unknown fields are ignored."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
+class GenerateBody(Body):
+    """What `POST /generate` takes."""
 
     model_id: str | None = Field(None, description="Model to use: an id, alias or hub name; default: the default model")
     model: str | None = Field(None, description="The same as model_id")
@@ -39,11 +36,8 @@ class GenerateBody(BaseModel):
     temperature: float = Field(0.7, ge=0, le=2, description="Sampling temperature; 0 is greedy")
     top_p: float = Field(0.95, gt=0, le=1, description="Nucleus sampling; 1 is off, and the default with top_tokens")
     top_k: int | None = Field(None, ge=1, description="Sample from the k likeliest tokens; null is off")
-    stop: list[StopText] = Field(
-        default=[],
-        max_length=64,
-        description="Texts that end the generation, left out of it; one may stand without a list",
-        json_schema_extra={"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]},
+    stop: StopTexts = Field(
+        default=[], description="Texts that end the generation, left out of it; one may stand without a list"
     )
     stop_on_newline: bool = Field(False, description="End at the first new line")
     seed: int | None = Field(None, ge=0, le=2**64 - 1, description="Makes sampling repeatable")
@@ -58,15 +52,6 @@ class GenerateBody(BaseModel):
     )
     return_full_text: bool = Field(True, description="Begin generated_text with the prompt (not in streams)")
     stream: bool = Field(False, description="Answer token by token, as server-sent events")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _as_written(cls, body: Any) -> Any:
-        """Read null as not given, and one stop text as a list of one."""
-        if not isinstance(body, dict):
-            return body
-        given = {name: value for name, value in body.items() if value is not None}
-        return {**given, "stop": [given["stop"]]} if isinstance(given.get("stop"), str) else given
 
     @model_validator(mode="after")
     def _one_name_each(self) -> GenerateBody:
@@ -171,7 +156,7 @@ class NativeReply:
         }
         if self._body.top_tokens:
             answer["tokens"] = [candidates(token.top) for token in result.tokens]
-        return json.dumps(answer, ensure_ascii=False, separators=(",", ":")).encode()
+        return as_json(answer)
 
     def event(self, event: TokenEvent, *, last: bool = False) -> bytes:
         """Return the events that can be sent now.
@@ -222,4 +207,4 @@ class NativeReply:
 
 
 def _event(frame: Mapping[str, Any]) -> bytes:
-    return b"data: " + json.dumps(frame, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + as_json(frame) + b"\n\n"

@@ -19,6 +19,7 @@ from gateway.dialects.llm_service import (
     to_request,
     unsharpened,
 )
+from gateway.engines.tgi_answers import StreamDecoder
 from gateway.errors import GenerationFailed
 from gateway.generation import Finished, GenerationResult, TokenChance, TokenEvent, collect
 from tests.fleet.scenes import spec
@@ -167,3 +168,26 @@ def test_where_nothing_tells_the_alternatives_the_answer_fails(
 ) -> None:
     with pytest.raises(GenerationFailed, match="part of a character"):
         completed(known, plain, 0.5)
+
+
+def test_what_tgi_tells_becomes_the_same_answer() -> None:
+    request = to_request(spec(), body(top_k=2))
+    top = [{"id": 7042, "text": " Paris", "logprob": -0.25}, {"id": 260, "text": " the", "logprob": -2.3}]
+    event = {
+        "index": 1,
+        "token": {"id": 7042, "text": " Paris", "logprob": -0.25, "special": False},
+        "top_tokens": [{**each, "special": False} for each in top],
+        "generated_text": " Paris",
+        "details": {"finish_reason": "length", "generated_tokens": 1, "seed": None, "input_length": 5},
+    }
+    paris, end = StreamDecoder(request).feed(b"data:" + json.dumps(event).encode() + b"\n\n")
+    assert isinstance(paris, TokenEvent)
+    assert isinstance(end, Finished)
+    whole = collect([paris], end)
+
+    told = json.loads(answer(spec(), request, whole, first_of(whole), device="cuda:0"))
+
+    assert not lacks_alternatives(whole, request)
+    assert [(each["token"], each["rank"]) for each in told["tokens"]] == [(" Paris", 1), (" the", 2)]
+    assert told["tokens"][0]["probability"] == pytest.approx(math.exp(-0.25))
+    assert (told["metadata"]["prompt_tokens"], told["metadata"]["device"]) == (5, "cuda:0")

@@ -19,6 +19,14 @@ pytestmark = pytest.mark.embedded
 FRANCE = "The capital of France is"
 LLM = "/models/m/llm-service"
 API = "/models/m/api-server"
+METADATA = {
+    "step": 2920,
+    "val_loss": 0.2627,
+    "trained_on": "text",
+    "model_dim": 577,
+    "vocab_size": "many",
+    "checkpoint": 1,
+}
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +35,7 @@ def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     (folder / "garbage.gguf").write_bytes(b"this is no model" * 1000)
     with serving(
         folder,
-        m={**EMBEDDED, "aliases": ["small"], "metadata": {"step": 2920, "val_loss": 0.2627, "trained_on": "text"}},
+        m={**EMBEDDED, "aliases": ["small"], "metadata": METADATA},
         cold={**EMBEDDED, "hf_name": "cold", "aliases": [EMBEDDED["weights"]]},
         garbage={"engine": "llamacpp", "weights": "garbage.gguf"},
         container={"hf_name": "no-such/model"},
@@ -258,7 +266,7 @@ def test_info_has_what_the_file_and_the_catalog_say(gateway: Gateway) -> None:
         "step": 2920,
         "val_loss": 0.2627,
         "model_layers": 30,
-        "model_dim": 576,
+        "model_dim": 577,
         "vocab_size": 49152,
         "trained_on": "text",
     }
