@@ -32,6 +32,8 @@ def is_unicode(text: str) -> str:
 
 
 Prompt = Annotated[str, AfterValidator(not_blank)]
+MOST_TOKENS = 10_000_000
+"""Beyond any model: what bounds a count of tokens where nothing better is known."""
 StopText = Annotated[str, Field(min_length=1, max_length=1000)]
 _STOP_SCHEMA = {"type": "string", "minLength": 1, "maxLength": 1000}
 StopTexts = Annotated[

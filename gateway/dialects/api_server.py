@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, Field
 
-from gateway.bodies import Body, Prompt, as_json, request_of
+from gateway.bodies import MOST_TOKENS, Body, Prompt, as_json, request_of
 from gateway.catalog import ModelSpec
 from gateway.generation import GenerationRequest, GenerationResult
 
@@ -21,7 +21,10 @@ class ApiServerBody(Body):
     max_tokens: int = Field(100, ge=1, le=MOST_NEW_TOKENS, description="Maximum tokens to generate")
     temperature: float = Field(0.8, ge=0, le=2, description="Sampling temperature; 0 is greedy")
     top_k: int | None = Field(
-        None, ge=1, description="Sample from the k likeliest tokens, up to the vocabulary; null uses all"
+        None,
+        ge=1,
+        le=MOST_TOKENS,
+        description="Sample from the k likeliest tokens, up to the vocabulary; null uses all",
     )
     stop_on_newline: bool = Field(False, description="Stop generation at a new line")
 

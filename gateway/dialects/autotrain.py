@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from pydantic import BaseModel, Field
 
-from gateway.bodies import Body, Prompt, as_json, request_of
+from gateway.bodies import MOST_TOKENS, Body, Prompt, as_json, request_of
 from gateway.catalog import ModelSpec
 from gateway.generation import GenerationRequest, GenerationResult
 
@@ -22,10 +22,12 @@ class AutotrainBody(Body):
 
     model_path: str = Field(description="Model to use: an id, alias, hub name or the path of its weights")
     prompts: list[Prompt] = Field(min_length=1, max_length=MOST_PROMPTS, description="Texts to continue")
-    max_new_tokens: int = Field(100, ge=1, description="Most tokens to generate for each prompt, up to the context")
+    max_new_tokens: int = Field(
+        100, ge=1, le=MOST_TOKENS, description="Most tokens to generate for each prompt, up to the context"
+    )
     temperature: float = Field(0.7, ge=0, le=2, description="Sampling temperature; 0 is greedy")
     top_p: float = Field(0.95, gt=0, le=1, description="Nucleus sampling; 1 is off")
-    top_k: int = Field(50, ge=1, description="Sample from the k likeliest tokens")
+    top_k: int = Field(50, ge=1, le=MOST_TOKENS, description="Sample from the k likeliest tokens")
     do_sample: bool = Field(True, description="false is greedy, whatever the three above say")
     device: str | None = Field(None, description="Without effect: the catalog says where a model runs")
 

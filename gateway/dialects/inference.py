@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from gateway.bodies import Body, Prompt, StopTexts, as_json, request_of
+from gateway.bodies import MOST_TOKENS, Body, Prompt, StopTexts, as_json, request_of
 from gateway.catalog import ModelSpec
 from gateway.errors import GatewayError, Unsupported
 from gateway.generation import Finished, FinishReason, GenerationRequest, GenerationResult, TokenEvent
@@ -22,7 +22,7 @@ class Parameters(Body):
     """Optional parameters to control generation."""
 
     temperature: float = Field(0.7, ge=0, le=2, description="Sampling temperature; 0 is greedy")
-    max_tokens: int = Field(200, ge=1, description="Most tokens to generate, up to the context")
+    max_tokens: int = Field(200, ge=1, le=MOST_TOKENS, description="Most tokens to generate, up to the context")
     top_p: float = Field(0.95, gt=0, le=1, description="Nucleus sampling; 1 is off")
     frequency_penalty: float = Field(0.0, ge=-2, le=2, description="0 is off")
     presence_penalty: float = Field(0.0, ge=-2, le=2, description="0 is off")

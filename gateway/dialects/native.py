@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from gateway.bodies import Body, Prompt, StopTexts, TokenProbability, as_json, candidates
+from gateway.bodies import MOST_TOKENS, Body, Prompt, StopTexts, TokenProbability, as_json, candidates
 from gateway.catalog import ModelSpec
 from gateway.errors import GatewayError, InvalidRequest
 from gateway.generation import Finished, FinishReason, GenerationRequest, GenerationResult, TokenEvent
@@ -31,11 +31,13 @@ class GenerateBody(Body):
     model_id: str | None = Field(None, description="Model to use: an id, alias or hub name; default: the default model")
     model: str | None = Field(None, description="The same as model_id")
     prompt: Prompt = Field(description="Text to continue")
-    max_new_tokens: int | None = Field(None, ge=1, description="Most tokens to generate, 1 to the context; default 200")
-    max_tokens: int | None = Field(None, ge=1, description="The same as max_new_tokens")
+    max_new_tokens: int | None = Field(
+        None, ge=1, le=MOST_TOKENS, description="Most tokens to generate, 1 to the context; default 200"
+    )
+    max_tokens: int | None = Field(None, ge=1, le=MOST_TOKENS, description="The same as max_new_tokens")
     temperature: float = Field(0.7, ge=0, le=2, description="Sampling temperature; 0 is greedy")
     top_p: float = Field(0.95, gt=0, le=1, description="Nucleus sampling; 1 is off, and the default with top_tokens")
-    top_k: int | None = Field(None, ge=1, description="Sample from the k likeliest tokens; null is off")
+    top_k: int | None = Field(None, ge=1, le=MOST_TOKENS, description="Sample from the k likeliest tokens; null is off")
     stop: StopTexts = Field(
         default=[], description="Texts that end the generation, left out of it; one may stand without a list"
     )

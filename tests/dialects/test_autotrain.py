@@ -50,6 +50,7 @@ def test_a_field_reaches_the_requests(fields: dict[str, Any], attribute: str, va
         ({"prompts": ["a", None]}, ("prompts", 1)),
         ({"model_path": None}, ("model_path",)),
         ({"max_new_tokens": 0}, ("max_new_tokens",)),
+        ({"max_new_tokens": 10**30}, ("max_new_tokens",)),
         ({"temperature": 3}, ("temperature",)),
         ({"top_p": 1.1}, ("top_p",)),
         ({"top_k": 0}, ("top_k",)),
