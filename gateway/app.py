@@ -17,10 +17,15 @@ from types import FrameType
 from fastapi import FastAPI
 
 from gateway.api import problems
+from gateway.api.api_server import api_server_router
+from gateway.api.autotrain import autotrain_router
 from gateway.api.generate import generate_router
+from gateway.api.inference import inference_router
+from gateway.api.llm_service import llm_service_router
 from gateway.api.middleware import BodyLimit, LoopbackOnly, PlainPaths, PlainRefusal, RequestLog
 from gateway.api.models import models_router
 from gateway.api.overview import overview_router
+from gateway.api.reports import Reports
 from gateway.catalog import Catalog, ModelSpec
 from gateway.catalog_file import load_catalog
 from gateway.engines.base import Engine
@@ -116,7 +121,16 @@ def compose(settings: Settings, catalog: Catalog) -> FastAPI:
     app = FastAPI(title="TGI Gateway", version=VERSION, lifespan=lifespan, root_path=settings.root_path)
     app.router.redirect_slashes = False
     problems.install(app)
-    for router in (generate_router(fleet, client), models_router(fleet), overview_router(fleet, VERSION)):
+    reports = Reports(fleet, VERSION, gpu_memory=settings.gpus or {}, device=settings.device)
+    for router in (
+        generate_router(fleet, client),
+        inference_router(fleet, client),
+        autotrain_router(fleet, client),
+        llm_service_router(fleet, client, reports),
+        api_server_router(fleet, client, reports),
+        models_router(fleet),
+        overview_router(fleet, reports),
+    ):
         app.include_router(router)
     app.add_middleware(PlainPaths)
     app.add_middleware(BodyLimit, most_bytes=settings.max_body_bytes, closing=lambda: fleet.closing)

@@ -6,7 +6,8 @@ GatewayError                 code, HTTP status, words for the reader, and when a
     EmptyPrompt PromptTooLong UnknownModel ModelNotRunning NotFound MethodNotAllowed
     BodyTooLarge BodyTimeout InvalidRequest Unsupported Forbidden
   NotAvailable               503: waiting or an operator can mend it
-    StartFailed ModelNotLoaded ModelUnhealthy NoCapacity QueueFull RuntimeUnavailable (NameTaken) ShuttingDown
+    StartFailed (LoadingFailed) ModelNotLoaded ModelUnhealthy NoCapacity QueueFull
+    RuntimeUnavailable (NameTaken) ShuttingDown
   UpstreamFailed             502: the model's server broke before its first byte
   GenerationFailed           500: it broke afterwards, or was stopped by an operator
   StopFailed                 500
@@ -118,6 +119,12 @@ class StartFailed(NotAvailable):
     """The model's server could not be started, or ended while it loaded or served."""
 
     code = "START_FAILED"
+
+
+class LoadingFailed(StartFailed):
+    """A failed start with the status that documents/autotrain-inference.md has for it."""
+
+    status = 500
 
 
 class ModelNotLoaded(NotAvailable):

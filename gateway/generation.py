@@ -69,7 +69,10 @@ class Finished:
     tokens_generated: int
     """The engine's own count."""
     prompt_tokens: int
+    """0 where the engine does not tell."""
     text: str = ""
+    generation_s: float = 0.0
+    """How long the server worked on it, without start and queue; measured by the relay."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +84,7 @@ class GenerationResult:
     reason: FinishReason
     tokens_generated: int
     prompt_tokens: int
+    generation_s: float = 0.0
 
 
 def collect(events: Iterable[TokenEvent], finished: Finished) -> GenerationResult:
@@ -92,4 +96,5 @@ def collect(events: Iterable[TokenEvent], finished: Finished) -> GenerationResul
         reason=finished.reason,
         tokens_generated=finished.tokens_generated,
         prompt_tokens=finished.prompt_tokens,
+        generation_s=finished.generation_s,
     )

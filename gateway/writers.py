@@ -45,13 +45,18 @@ class Reply(Protocol):
         """Return what a stream says of a failure; nothing follows it."""
 
 
-class Writer(Protocol):
-    """Takes the events of one exchange and answers the caller. A context: what it has running ends with it."""
+class Sink(Protocol):
+    """Takes the events of one exchange."""
 
     streams: bool
+    """Whether each goes on to the caller as it comes."""
 
     async def take(self, event: TokenEvent, *, last: bool = False) -> None:
         """Take the next token; when it is written, waits until the caller has room for it."""
+
+
+class Writer(Sink, Protocol):
+    """Takes the events of one exchange and answers the caller. A context: what it has running ends with it."""
 
     async def finish(self, finished: Finished) -> None:
         """Write the end of a good answer."""
@@ -64,15 +69,25 @@ class Writer(Protocol):
     def __exit__(self, *_: object) -> None: ...
 
 
-class WholeWriter:
-    """Keeps the answer until it is whole."""
+class Tokens:
+    """Keeps the events of an exchange."""
 
     streams = False
 
+    def __init__(self) -> None:
+        self.events: list[TokenEvent] = []
+
+    async def take(self, event: TokenEvent, *, last: bool = False) -> None:  # noqa: ARG002 - the end comes anyway
+        self.events.append(event)
+
+
+class WholeWriter(Tokens):
+    """Keeps the answer until it is whole."""
+
     def __init__(self, reply: Reply, send: Send) -> None:
+        super().__init__()
         self._reply = reply
         self._send = send
-        self._tokens: list[TokenEvent] = []
 
     def __enter__(self) -> Self:
         return self
@@ -80,11 +95,8 @@ class WholeWriter:
     def __exit__(self, *_: object) -> None:
         pass
 
-    async def take(self, event: TokenEvent, *, last: bool = False) -> None:  # noqa: ARG002 - the end comes anyway
-        self._tokens.append(event)
-
     async def finish(self, finished: Finished) -> None:
-        body = self._reply.whole(collect(self._tokens, finished))
+        body = self._reply.whole(collect(self.events, finished))
         head = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
         await self._send({"type": "http.response.start", "status": 200, "headers": head})
         await self._send({"type": "http.response.body", "body": body})

@@ -23,8 +23,11 @@ def end(tokens: int, kind: str = "limit") -> bytes:
 class Conversation:
     """One request, and what the server says to it."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, head: bytes) -> None:
+    def __init__(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, head: bytes, body: bytes = b""
+    ) -> None:
         self.head = head
+        self.body = body
         self._reader = reader
         self._writer = writer
 
@@ -58,8 +61,8 @@ class ScriptedServer:
             length = next(
                 int(line.split(b":")[1]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-l")
             )
-            await reader.readexactly(length)
-            await self._play(Conversation(reader, writer, head))
+            body = await reader.readexactly(length)
+            await self._play(Conversation(reader, writer, head, body))
         except (ConnectionError, asyncio.IncompleteReadError):
             self.left.set()
         finally:

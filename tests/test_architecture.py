@@ -14,9 +14,11 @@ FLOORS = [
         "gateway.catalog_values",
         "gateway.runtimes.leash",
         "gateway.engines.embedded_server",
+        "gateway.gguf",
+        "gateway.machine",
     ],
     ["gateway.catalog", "gateway.generation", "gateway.departure"],
-    ["gateway.catalog_file", "gateway.catalog_schema"],
+    ["gateway.catalog_file", "gateway.catalog_schema", "gateway.bodies", "gateway.facts"],
     ["gateway.settings", "gateway.runtimes.base"],
     ["gateway.engines.base"],
     ["gateway.engines", "gateway.runtimes"],
@@ -30,7 +32,14 @@ FLOORS = [
     ["gateway.cli"],
     ["gateway.__main__"],
 ]
-ALONE = {"gateway.client", "gateway.runtimes.leash", "gateway.engines.embedded_server", "gateway.errors"}
+ALONE = {
+    "gateway.client",
+    "gateway.runtimes.leash",
+    "gateway.engines.embedded_server",
+    "gateway.errors",
+    "gateway.gguf",
+    "gateway.machine",
+}
 """These import nothing of the package: programs and values that stand by themselves."""
 SIDE_BY_SIDE = {"gateway.fleet", "gateway.api", "gateway.engines", "gateway.runtimes"}
 """Rooms whose own modules may import one another; all others are files that know nothing of their neighbours."""

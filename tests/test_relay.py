@@ -15,8 +15,12 @@ import uvicorn
 from fastapi import FastAPI
 
 from gateway.api import problems
+from gateway.api.autotrain import autotrain_router
 from gateway.api.generate import generate_router
+from gateway.api.inference import inference_router
+from gateway.api.llm_service import llm_service_router
 from gateway.api.middleware import RequestLog
+from gateway.api.reports import Reports
 from gateway.catalog import Catalog
 from gateway.engines.llamacpp import LlamaCpp
 from gateway.errors import StartFailed
@@ -75,9 +79,12 @@ class Stage:
         self.runtime = runtime
         self.url = url
 
-    async def ask(self, **fields: Any) -> httpx.Response:
+    async def post(self, address: str, body: object) -> httpx.Response:
         async with httpx.AsyncClient(timeout=20) as client:
-            return await client.post(f"{self.url}/generate", json={**ASK, **fields})
+            return await client.post(f"{self.url}{address}", json=body)
+
+    async def ask(self, **fields: Any) -> httpx.Response:
+        return await self.post("/generate", {**ASK, **fields})
 
     async def stream(self, **fields: Any) -> list[str]:
         answer = await self.ask(stream=True, **fields)
@@ -99,7 +106,14 @@ async def stage(script: Script, *other_ports: int, **keys: Any) -> AsyncIterator
         fleet = Fleet(catalog, {"llamacpp": LlamaCpp()}, {"process": runtime}, probe, Journal(lambda: 0.0))
         app = FastAPI()
         problems.install(app)
-        app.include_router(generate_router(fleet, client))
+        reports = Reports(fleet, "1", gpu_memory={}, device="auto")
+        for router in (
+            generate_router(fleet, client),
+            inference_router(fleet, client),
+            autotrain_router(fleet, client),
+            llm_service_router(fleet, client, reports),
+        ):
+            app.include_router(router)
         app.add_middleware(RequestLog)
         config = uvicorn.Config(app, port=0, log_config=None, lifespan="off", access_log=False)
         serving = uvicorn.Server(config)

@@ -11,6 +11,7 @@ from fastapi import APIRouter, Header
 from starlette.responses import Response
 
 from gateway.api.problems import documented
+from gateway.api.reports import GatewayInfo, GatewayStatus, Reports
 from gateway.api.streams import EventStream, LineStream
 from gateway.fleet.fleet import Fleet
 from gateway.fleet.journal import Entry, Journal
@@ -18,14 +19,18 @@ from gateway.lifecycle import RUNNING, State
 
 ENDPOINTS = {
     "POST /generate": "Generate text from prompt",
+    "POST /inference": "Generate text, the continuation alone",
+    "POST /api/llm/inference": "Continue many prompts",
     "GET /models": "The models, and what they are doing",
     "GET /health": "Health check",
+    "GET /status": "The gateway, its GPUs and the default model",
+    "GET /info": "Model information",
     "GET /events": "State changes and progress, as server-sent events",
     "GET /docs": "Interactive API documentation",
 }
 
 
-def overview_router(fleet: Fleet, version: str) -> APIRouter:
+def overview_router(fleet: Fleet, reports: Reports) -> APIRouter:
     router = APIRouter(tags=["gateway"])
 
     @router.get("/", summary="Get API info")
@@ -35,7 +40,7 @@ def overview_router(fleet: Fleet, version: str) -> APIRouter:
         return {
             "message": "LLM Inference API",
             "service": "Inference API",
-            "version": version,
+            "version": reports.version,
             "status": "running",
             "checkpoint": fleet.catalog.default_model,
             "models": [status.spec.id for status in statuses],
@@ -53,6 +58,16 @@ def overview_router(fleet: Fleet, version: str) -> APIRouter:
         loaded = default is not None and fleet.status(fleet.catalog.models[default]).state is State.READY
         now = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
         return {"status": "ok", "model_loaded": loaded, "checkpoint": default, "timestamp": now}
+
+    @router.get("/status", summary="The gateway, its GPUs and the default model", response_model=GatewayStatus)
+    async def status() -> Any:
+        """Wakes no model. null is what is not known."""
+        return await reports.gateway_status()
+
+    @router.get("/info", summary="What is known of the default model", response_model=GatewayInfo)
+    async def info() -> Any:
+        """What the model's files and the catalog's `metadata` tell; null is not known. Wakes no model."""
+        return await reports.gateway_info()
 
     @router.get("/events", summary="Follow what happens", response_class=EventStream, responses=documented(422))
     async def events(last_event_id: Annotated[str | None, Header()] = None) -> Response:

@@ -52,14 +52,18 @@ def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 def openapi_of(app: FastAPI) -> Callable[[], dict[str, Any]]:
     """Return what makes the application's OpenAPI document, with the shape of errors in it."""
-    schemas = models_json_schema([(Problem, "serialization")], ref_template="#/components/schemas/{model}")[1]["$defs"]
     without = app.openapi
 
     def document() -> dict[str, Any]:
-        made = without()
-        made["components"]["schemas"].update(schemas)
-        return made
+        return with_problem(without())
 
+    return document
+
+
+def with_problem(document: dict[str, Any]) -> dict[str, Any]:
+    """Return an OpenAPI document with the shape of errors in it."""
+    schemas = models_json_schema([(Problem, "serialization")], ref_template="#/components/schemas/{model}")[1]["$defs"]
+    document.setdefault("components", {}).setdefault("schemas", {}).update(schemas)
     return document
 
 
@@ -113,7 +117,7 @@ def _complaint(error: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _code(complaints: Sequence[Mapping[str, Any]]) -> str:
-    fields = {each["loc"][1] if len(each["loc"]) > 1 else None for each in complaints}
+    fields = {next((part for part in each["loc"][1:] if part != "parameters"), None) for each in complaints}
     codes = {_FIELD_CODES.get(str(field)) for field in fields}
     return codes.pop() or InvalidRequest.code if len(codes) == 1 and len(fields) == 1 else InvalidRequest.code
 

@@ -6,17 +6,17 @@ Pure: a body in, a `GenerationRequest` out; events in, bytes out. Streams have T
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from gateway.bodies import MOST_TOKENS, Body, Prompt, StopTexts, TokenProbability, as_json, candidates
 from gateway.catalog import ModelSpec
 from gateway.errors import GatewayError, InvalidRequest
-from gateway.generation import Finished, FinishReason, GenerationRequest, GenerationResult, TokenChance, TokenEvent
+from gateway.generation import Finished, FinishReason, GenerationRequest, GenerationResult, TokenEvent
 
 DEFAULT_NEW_TOKENS = 200
 UNKNOWN_ID = -1
@@ -25,38 +25,21 @@ FINISH_REASONS: Mapping[FinishReason, str] = {"length": "length", "stop": "stop_
 """TGI's words, which its clients compare."""
 
 
-def not_blank(prompt: str) -> str:
-    """Return the prompt, which must be text and hold more than white space."""
-    if not prompt.strip():
-        raise PydanticCustomError("empty_prompt", "write what the model shall continue")
-    try:
-        prompt.encode()
-    except UnicodeEncodeError:
-        raise PydanticCustomError("string_unicode", "the prompt is not valid Unicode (a lone surrogate)") from None
-    return prompt
-
-
-StopText = Annotated[str, Field(min_length=1, max_length=1000)]
-
-
-class GenerateBody(BaseModel):
-    """What `POST /generate` takes. Unknown fields are ignored."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
+class GenerateBody(Body):
+    """What `POST /generate` takes."""
 
     model_id: str | None = Field(None, description="Model to use: an id, alias or hub name; default: the default model")
     model: str | None = Field(None, description="The same as model_id")
-    prompt: Annotated[str, AfterValidator(not_blank)] = Field(description="Text to continue")
-    max_new_tokens: int | None = Field(None, ge=1, description="Most tokens to generate, 1 to the context; default 200")
-    max_tokens: int | None = Field(None, ge=1, description="The same as max_new_tokens")
+    prompt: Prompt = Field(description="Text to continue")
+    max_new_tokens: int | None = Field(
+        None, ge=1, le=MOST_TOKENS, description="Most tokens to generate, 1 to the context; default 200"
+    )
+    max_tokens: int | None = Field(None, ge=1, le=MOST_TOKENS, description="The same as max_new_tokens")
     temperature: float = Field(0.7, ge=0, le=2, description="Sampling temperature; 0 is greedy")
     top_p: float = Field(0.95, gt=0, le=1, description="Nucleus sampling; 1 is off, and the default with top_tokens")
-    top_k: int | None = Field(None, ge=1, description="Sample from the k likeliest tokens; null is off")
-    stop: list[StopText] = Field(
-        default=[],
-        max_length=64,
-        description="Texts that end the generation, left out of it; one may stand without a list",
-        json_schema_extra={"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]},
+    top_k: int | None = Field(None, ge=1, le=MOST_TOKENS, description="Sample from the k likeliest tokens; null is off")
+    stop: StopTexts = Field(
+        default=[], description="Texts that end the generation, left out of it; one may stand without a list"
     )
     stop_on_newline: bool = Field(False, description="End at the first new line")
     seed: int | None = Field(None, ge=0, le=2**64 - 1, description="Makes sampling repeatable")
@@ -72,15 +55,6 @@ class GenerateBody(BaseModel):
     return_full_text: bool = Field(True, description="Begin generated_text with the prompt (not in streams)")
     stream: bool = Field(False, description="Answer token by token, as server-sent events")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _as_written(cls, body: Any) -> Any:
-        """Read null as not given, and one stop text as a list of one."""
-        if not isinstance(body, dict):
-            return body
-        given = {name: value for name, value in body.items() if value is not None}
-        return {**given, "stop": [given["stop"]]} if isinstance(given.get("stop"), str) else given
-
     @model_validator(mode="after")
     def _one_name_each(self) -> GenerateBody:
         if self.max_new_tokens is not None and self.max_tokens is not None:
@@ -92,16 +66,6 @@ class GenerateBody(BaseModel):
     @property
     def model_name(self) -> str | None:
         return self.model_id or self.model
-
-
-class TokenProbability(BaseModel):
-    """One candidate for a position, and how likely it was."""
-
-    token: str
-    probability: float
-    percentage: float
-    logprob: float
-    rank: int
 
 
 class GenerateAnswer(BaseModel):
@@ -194,7 +158,7 @@ class NativeReply:
         }
         if self._body.top_tokens:
             answer["tokens"] = [candidates(token.top) for token in result.tokens]
-        return json.dumps(answer, ensure_ascii=False, separators=(",", ":")).encode()
+        return as_json(answer)
 
     def event(self, event: TokenEvent, *, last: bool = False) -> bytes:
         """Return the events that can be sent now.
@@ -244,19 +208,5 @@ class NativeReply:
         return _event({**frame, "generated_text": None, "details": None, **last})
 
 
-def candidates(chances: Sequence[TokenChance]) -> list[dict[str, Any]]:
-    """Return the likeliest tokens of one position as the documents show them, the likeliest first."""
-    return [
-        {
-            "token": chance.text,
-            "probability": chance.probability,
-            "percentage": round(100 * chance.probability, 2),
-            "logprob": chance.logprob,
-            "rank": rank,
-        }
-        for rank, chance in enumerate(chances, 1)
-    ]
-
-
 def _event(frame: Mapping[str, Any]) -> bytes:
-    return b"data: " + json.dumps(frame, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + as_json(frame) + b"\n\n"

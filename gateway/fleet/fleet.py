@@ -52,7 +52,7 @@ class Fleet:
         self._engines = engines
         self._runtimes = runtimes
         self._probe = probe
-        self._gpus = gpus or Gpus(None)
+        self.gpus = gpus or Gpus(None)
         self.keeps = keep_servers
         """Whether servers that can outlive the gateway do so."""
         self.unknown: dict[str, RuntimeUnavailable] = {}
@@ -294,7 +294,7 @@ class Fleet:
             engine, self._probe, interval_s=spec.health_interval_s, failures=spec.health_failures, rest=self._rest
         )
         outlives = self.keeps and runtime.outlives
-        instance = self._instance(spec, engine, runtime, health, self.journal, self._gpus, outlives=outlives)
+        instance = self._instance(spec, engine, runtime, health, self.journal, self.gpus, outlives=outlives)
         if self.closing.done():
             instance.close()
         return instance

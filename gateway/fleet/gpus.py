@@ -19,7 +19,7 @@ class Gpus:
     """
 
     def __init__(self, inventory: Collection[str] | None) -> None:
-        self._inventory = None if inventory is None else tuple(inventory)
+        self.inventory = None if inventory is None else tuple(inventory)
         self._taken: dict[str, tuple[str, ...]] = {}
 
     def take(self, spec: ModelSpec) -> tuple[str, ...]:
@@ -39,9 +39,17 @@ class Gpus:
     def give_back(self, model: str) -> None:
         self._taken.pop(model, None)
 
+    def of(self, model: str) -> tuple[str, ...]:
+        """Return the GPUs that a model has now."""
+        return self._taken.get(model, ())
+
+    def holders(self) -> dict[str, str]:
+        """Return who has each GPU that is taken."""
+        return {gpu: model for model, gpus in self._taken.items() for gpu in gpus}
+
     def _named(self, spec: ModelSpec) -> tuple[str, ...]:
         assert isinstance(spec.gpus, tuple)
-        if any(gpu in self._holders() for gpu in spec.gpus):
+        if any(gpu in self.holders() for gpu in spec.gpus):
             raise self._in_use(spec, f"GPU {', '.join(spec.gpus)}")
         return spec.gpus
 
@@ -49,19 +57,16 @@ class Gpus:
         assert isinstance(spec.gpus, int)
         free = tuple(islice(self._free(), spec.gpus))
         if len(free) < spec.gpus:
-            raise self._in_use(spec, f"{spec.gpus} of the {len(self._inventory or ())} GPUs that are known")
+            raise self._in_use(spec, f"{spec.gpus} of the {len(self.inventory or ())} GPUs that are known")
         return free
 
     def _free(self) -> Iterator[str]:
-        known = map(str, count()) if self._inventory is None else iter(self._inventory)
-        taken = self._holders()
+        known = map(str, count()) if self.inventory is None else iter(self.inventory)
+        taken = self.holders()
         return (gpu for gpu in known if gpu not in taken)
 
-    def _holders(self) -> dict[str, str]:
-        return {gpu: model for model, gpus in self._taken.items() for gpu in gpus}
-
     def _in_use(self, spec: ModelSpec, wanted: str) -> NoCapacity:
-        holders = "; ".join(f"GPU {gpu} is used by {model}" for gpu, model in sorted(self._holders().items()))
+        holders = "; ".join(f"GPU {gpu} is used by {model}" for gpu, model in sorted(self.holders().items()))
         return NoCapacity(
             f"{spec.id} needs {wanted} for itself, and they are not free ({holders or 'none is in use'}). Stop a model "
             "(POST /models/ID/stop), or tell of more GPUs with GATEWAY_GPUS.",

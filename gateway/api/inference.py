@@ -1,0 +1,39 @@
+"""`POST /inference` (documents/inference-api.md)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+
+from gateway.api.asking import Prefer, exchange, invalid, model_of, within_context
+from gateway.api.json_body import JsonRoute
+from gateway.api.problems import documented
+from gateway.dialects import inference as dialect
+from gateway.dialects.inference import InferenceAnswer, InferenceBody, InferenceReply
+from gateway.fleet.fleet import Fleet
+from gateway.relay import Client, Relay
+
+
+def inference_router(fleet: Fleet, client: Client) -> APIRouter:
+    router = APIRouter(tags=["generation"], route_class=JsonRoute)
+    errors = documented(400, 404, 408, 413, 422, 500, 502, 503, 504)
+    stream = {"content": {"text/event-stream": {}}, "description": "The text; streamed, its pieces as they come"}
+
+    @router.post("/inference", summary="Infer", response_model=InferenceAnswer, responses={**errors, 200: stream})
+    async def inference(request: Request, body: InferenceBody, prefer: Prefer = None) -> Any:
+        """Continue a prompt, and answer the continuation alone. Starts the model if it is not running."""
+        spec = model_of(fleet.catalog, body.model, "model")
+        if (mode := dialect.mode_of(body)) != "completion":
+            raise dialect.no_chat(mode)
+        if body.messages is not None:
+            raise invalid("is for mode chat; mode completion takes a prompt", "value_error", "messages")
+        if body.prompt is None:
+            raise invalid("Field required", "missing", "prompt")
+        if "max_tokens" in body.parameters.model_fields_set:
+            within_context(spec, body.parameters.max_tokens, "parameters", "max_tokens")
+        wanted = dialect.to_request(spec, body.prompt, body.parameters)
+        reply = InferenceReply(spec, stream=body.stream)
+        return Relay(exchange(fleet.get(spec), wanted, client, request, prefer), reply)
+
+    return router

@@ -1,0 +1,107 @@
+"""`/inference` (documents/inference-api.md, contract section 4): the continuation alone, whole or as it comes.
+
+Pure: a body in, a `GenerationRequest` out; events in, bytes out. The document says nothing of streams. Here each event
+has a piece of the text, and the last one has the whole of it under the documented name.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field
+
+from gateway.bodies import MOST_TOKENS, Body, Prompt, StopTexts, as_json, request_of
+from gateway.catalog import ModelSpec
+from gateway.errors import GatewayError, Unsupported
+from gateway.generation import Finished, FinishReason, GenerationRequest, GenerationResult, TokenEvent
+
+Mode = Literal["completion", "chat", "instruct"]
+
+
+class Parameters(Body):
+    """Optional parameters to control generation."""
+
+    temperature: float = Field(0.7, ge=0, le=2, description="Sampling temperature; 0 is greedy")
+    max_tokens: int = Field(200, ge=1, le=MOST_TOKENS, description="Most tokens to generate, up to the context")
+    top_p: float = Field(0.95, gt=0, le=1, description="Nucleus sampling; 1 is off")
+    frequency_penalty: float = Field(0.0, ge=-2, le=2, description="0 is off")
+    presence_penalty: float = Field(0.0, ge=-2, le=2, description="0 is off")
+    stop: StopTexts = Field(
+        default=[], description="Texts that end the generation, left out of it; one may stand without a list"
+    )
+
+
+class InferenceBody(Body):
+    """What `POST /inference` takes."""
+
+    model: str | None = Field(None, description="Model to use: an id, alias or hub name; default: the default model")
+    prompt: Prompt | None = Field(None, description="Text to continue")
+    parameters: Parameters = Field(default_factory=lambda: Parameters.model_validate({}))
+    messages: list[dict[str, Any]] | None = Field(None, description="A conversation; comes with a later version")
+    mode: Mode | None = Field(
+        None, description="completion; chat (the default with messages) and instruct come with a later version"
+    )
+    stream: bool = Field(False, description="Answer piece by piece, as server-sent events")
+
+
+class InferenceAnswer(BaseModel):
+    """What `POST /inference` answers."""
+
+    generated_text: str
+    model: str
+    tokens_generated: int
+    finish_reason: FinishReason
+
+
+def mode_of(body: InferenceBody) -> Mode:
+    return body.mode or ("completion" if body.messages is None else "chat")
+
+
+def to_request(spec: ModelSpec, prompt: str, parameters: Parameters) -> GenerationRequest:
+    """Return what is to be generated in mode `completion`."""
+    defaults = parameters.model_dump(include={"temperature", "top_p"})
+    return request_of(
+        spec,
+        prompt,
+        defaults={**defaults, "max_new_tokens": parameters.max_tokens},
+        said=parameters.model_dump(include=parameters.model_fields_set),
+    )
+
+
+def no_chat(mode: Mode) -> Unsupported:
+    """Return the error for a mode that needs the model's chat template."""
+    return Unsupported(
+        f"Mode {mode} comes with a later version, together with chat. Until then write the conversation as a prompt, "
+        "in mode completion."
+    )
+
+
+class InferenceReply:
+    """Writes one answer."""
+
+    def __init__(self, spec: ModelSpec, *, stream: bool) -> None:
+        self.stream = stream
+        self._model = spec.id
+        self._text: list[str] = []
+
+    def whole(self, result: GenerationResult) -> bytes:
+        return as_json(self._answer(result.text, result))
+
+    def event(self, event: TokenEvent, *, last: bool = False) -> bytes:  # noqa: ARG002 - the end has an event of its own
+        self._text.append(event.text)
+        return _event({"text": event.text}) if event.text else b""
+
+    def end(self, finished: Finished) -> bytes:
+        rest = _event({"text": finished.text}) if finished.text else b""
+        return rest + _event(self._answer("".join(self._text) + finished.text, finished))
+
+    def failure(self, error: GatewayError) -> bytes:
+        return _event({"detail": error.detail, "error_code": error.code})
+
+    def _answer(self, text: str, end: Finished | GenerationResult) -> dict[str, Any]:
+        counts = {"tokens_generated": end.tokens_generated, "finish_reason": end.reason}
+        return {"generated_text": text, "model": self._model, **counts}
+
+
+def _event(data: dict[str, Any]) -> bytes:
+    return b"data: " + as_json(data) + b"\n\n"

@@ -1,0 +1,49 @@
+"""What dialects have in common: how the catalog, a document's defaults and a caller's words make one request."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from gateway.bodies import request_of
+from tests.fleet.scenes import spec
+
+DEFAULTS = {"temperature": 0.7, "max_new_tokens": 200, "top_p": 0.95}
+
+
+@pytest.mark.parametrize(
+    ("keys", "said", "max_new_tokens", "temperature"),
+    [
+        ({}, {}, 200, 0.7),
+        ({"context_tokens": 64}, {}, 64, 0.7),
+        ({"context_tokens": 64}, {"max_tokens": 100}, 64, 0.7),
+        ({"parameters": {"max_tokens": 5}}, {}, 5, 0.7),
+        ({"parameters": {"max_tokens": 5}}, {"max_new_tokens": 9}, 9, 0.7),
+        ({"overrides": {"max_tokens": 5, "temperature": 0}}, {"max_new_tokens": 9, "temperature": 1.5}, 5, 0.0),
+        ({"parameters": {"temperature": 0.1}}, {"temperature": 2.0}, 200, 2.0),
+    ],
+)
+def test_the_catalogs_defaults_the_callers_word_and_the_catalogs_overrides(
+    keys: dict[str, Any], said: dict[str, Any], max_new_tokens: int, temperature: float
+) -> None:
+    request = request_of(spec(**keys), "Once", defaults=DEFAULTS, said=said)
+
+    assert (request.max_new_tokens, request.temperature, request.top_p) == (max_new_tokens, temperature, 0.95)
+
+
+def test_every_parameter_of_the_catalog_reaches_the_request_but_those_of_other_answers() -> None:
+    said = {"stop": ["a"], "stop_on_newline": True, "seed": 7, "repetition_penalty": 1.1, "frequency_penalty": 0.2}
+    more = {"presence_penalty": 0.3, "top_k": 4, "top_p": 0.5, "top_tokens": 9, "return_full_text": False}
+
+    request = request_of(spec(parameters={**said, **more}), "Once", defaults=DEFAULTS, said={}, apart_from=["top_k"])
+
+    assert request.stop == ("a", "\n")
+    assert (request.seed, request.repetition_penalty, request.frequency_penalty) == (7, 1.1, 0.2)
+    assert (request.presence_penalty, request.top_k, request.top_p, request.top_tokens) == (0.3, None, 0.5, 0)
+
+
+def test_a_document_bounds_what_the_catalog_says() -> None:
+    model = spec(parameters={"max_tokens": 500})
+
+    assert request_of(model, "Once", defaults=DEFAULTS, said={}, most_new_tokens=100).max_new_tokens == 100
