@@ -19,6 +19,7 @@ from starlette.types import Receive, Scope, Send
 
 from gateway.departure import Departed, Interrupt, until_departure
 from gateway.engines.base import Call
+from gateway.engines.keys import without_key
 from gateway.errors import GatewayError, GenerationFailed, GenerationTimeout, UpstreamFailed
 from gateway.fleet.instance import Instance
 from gateway.fleet.life import Lease
@@ -44,6 +45,10 @@ class Answer(Protocol):
 
     @property
     def status(self) -> int: ...
+
+    @property
+    def retry_after_s(self) -> float | None:
+        """When the server wants to be asked again, if it says so."""
 
     def chunks(self) -> AsyncGenerator[bytes, None]: ...
 
@@ -88,7 +93,7 @@ class Relay(Response):
         Raises:
             GatewayError: it failed before anything was written; `api.problems` answers.
         """
-        self._instance.engine.check(self._request)
+        self._instance.engine.check(self._instance.spec, self._request)
         with (StreamWriter if self._reply.stream else WholeWriter)(self._reply, send) as writer:
             try:
                 async with until_departure(receive) as interrupt:
@@ -127,10 +132,19 @@ class Relay(Response):
         try:
             async with self._client.post(lease.handle.base_url, call, self._tags) as answer:
                 if answer.status != 200:
-                    raise self._instance.engine.refusal(answer.status, await _start_of(answer))
+                    raise await self._refusal(answer)
                 return await self._events(answer, pace)
         except Broken as error:
             raise self._broken(error, pace) from None
+        except GatewayError as error:
+            raise without_key(error, self._instance.spec) from None
+
+    async def _refusal(self, answer: Answer) -> GatewayError:
+        """Return the error that the answer stands for; where waiting helps, the server's word on how long counts."""
+        error = self._instance.engine.refusal(answer.status, await _start_of(answer))
+        if error.retry_after_s is not None and answer.retry_after_s is not None:
+            error.retry_after_s = answer.retry_after_s
+        return error
 
     async def _events(self, answer: Answer, pace: _Pace) -> Finished:
         """Take events up to the end of the answer; what a server may still send after it is not waited for."""

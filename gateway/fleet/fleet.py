@@ -10,6 +10,7 @@ from typing import Any
 
 from gateway.catalog import Catalog, ModelSpec, deferred
 from gateway.engines.base import Engine
+from gateway.engines.keys import authorization
 from gateway.errors import GatewayError, ModelNotRunning, NameTaken, RuntimeUnavailable, StartFailed
 from gateway.fleet import refusals
 from gateway.fleet.fetch import Fetch
@@ -83,11 +84,13 @@ class Fleet:
         return self._instance_of(spec)
 
     def running(self, spec: ModelSpec) -> Instance:
-        """Return the instance of a model that was started before.
+        """Return the instance of a model that was started before, to stop it.
 
         Raises:
-            ModelNotRunning: it never was.
+            ModelNotRunning: it never was, or others run its server.
         """
+        if spec.runtime == "external":
+            raise refusals.not_ours(spec)
         if spec.id not in self._instances:
             raise ModelNotRunning(f"{spec.id} is not running; there is nothing to stop.")
         return self._instances[spec.id]
@@ -249,7 +252,12 @@ class Fleet:
         for words in deferred(spec):
             log.warning("%s: %s", server_name(spec), words)
         health = Health(
-            engine, self._probe, interval_s=spec.health_interval_s, failures=spec.health_failures, rest=self._rest
+            engine,
+            self._probe,
+            interval_s=spec.health_interval_s,
+            failures=spec.health_failures,
+            headers=authorization(spec),
+            rest=self._rest,
         )
         outlives = self.keeps and runtime.outlives
         instance = self._instance(spec, engine, runtime, health, self.journal, self._gpus, outlives=outlives)
