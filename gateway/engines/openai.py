@@ -4,6 +4,7 @@ It is asked by `POST /v1/completions`: a prompt goes in as it is, which all othe
 - OpenAI's API has no top_k and no repetition_penalty. Other servers have, by names of their own, and some of them take
   what a call leaves out from the model's files: `args: {server: vllm}` says which server it is (`SERVERS`).
 - It reports log-probabilities at temperature 1, whatever the request's, and OpenAI itself no more than five of them.
+  A server that refuses to is not asked to, with `args: {logprobs: false}`.
 - A stop text is told to the server, as a provider bills whatever it makes after it, and looked for here as well: some
   servers leave it in, and OpenAI takes no more than four.
 - What a provider counts is what counts: the usage is always asked for.
@@ -25,7 +26,7 @@ from gateway.errors import GatewayError, StartFailed, Unsupported
 from gateway.generation import GenerationRequest
 from gateway.runtimes.base import Exit, Launch, Progress
 
-KNOWN_ARGS = ("model", "server")
+KNOWN_ARGS = ("model", "server", "logprobs")
 
 
 class OpenAi:
@@ -39,7 +40,7 @@ class OpenAi:
             raise _unusable(cause, "Write `runtime: external` and the server's `url`")
         for flag in spec.args.keys() - set(KNOWN_ARGS):
             cause = f"args of {spec.id} has {flag}, and nothing is started that could take it"
-            raise _unusable(cause, f"Remove it: engine openai takes {' and '.join(KNOWN_ARGS)} in args")
+            raise _unusable(cause, f"Remove it: engine openai takes {', '.join(KNOWN_ARGS)} in args")
         _server(spec)
         return Launch(name=name, url=_base_url(spec.url or ""), model=spec.id)
 
@@ -72,6 +73,8 @@ class OpenAi:
             )
         if server.most_top_tokens is not None and request.top_tokens > server.most_top_tokens:
             raise Unsupported(f"This model's server reports at most {server.most_top_tokens} top_tokens.")
+        if request.top_tokens and not _reports_logprobs(spec):
+            raise Unsupported("This model's server reports no top_tokens (args: {logprobs: false} in models.yaml).")
         if request.top_tokens and request.temperature not in (0, 1):
             raise Unsupported(
                 f"This model's engine cannot report top_tokens at temperature {request.temperature:g}: its "
@@ -79,7 +82,13 @@ class OpenAi:
             )
 
     def call(self, spec: ModelSpec, request: GenerationRequest, secret: str) -> Call:  # noqa: ARG002 - see `launch`
-        body = {"model": model_name(spec), "prompt": request.prompt, **_parameters(_server(spec), request), **_STREAM}
+        body = {
+            "model": model_name(spec),
+            "prompt": request.prompt,
+            **_parameters(_server(spec), request),
+            **(_reporting(request) if _reports_logprobs(spec) else {}),
+            **_STREAM,
+        }
         headers = {"Content-Type": "application/json", **authorization(spec)}
         return Call("/completions", json.dumps(body).encode(), headers)
 
@@ -136,6 +145,10 @@ def model_name(spec: ModelSpec) -> str:
     return str(spec.args.get("model") or spec.hf_name or spec.id)
 
 
+def _reports_logprobs(spec: ModelSpec) -> bool:
+    return spec.args.get("logprobs") is not False
+
+
 def _base_url(url: str) -> str:
     """Return what stands before `/models` and `/completions`: an address without a path gets `/v1`."""
     return url if urlsplit(url).path.strip("/") else f"{url.rstrip('/')}/v1"
@@ -157,7 +170,7 @@ _STREAM = {"stream": True, "stream_options": {"include_usage": True}}
 
 
 def _parameters(server: _Server, request: GenerationRequest) -> dict[str, Any]:
-    """Return all that decides which tokens come and what is reported of them."""
+    """Return all that decides which tokens come."""
     return {
         "max_tokens": request.max_new_tokens,
         "temperature": request.temperature,
@@ -165,8 +178,6 @@ def _parameters(server: _Server, request: GenerationRequest) -> dict[str, Any]:
         **_sampling(server, request),
         **_penalties(server, request),
         **_stops(server, request),
-        # what is reported for one is reported for the token taken
-        **({"logprobs": max(request.top_tokens, 1)} if request.top_tokens or request.logprobs else {}),
     }
 
 
@@ -193,6 +204,11 @@ def _penalties(server: _Server, request: GenerationRequest) -> dict[str, float]:
 def _stops(server: _Server, request: GenerationRequest) -> dict[str, list[str]]:
     told = [text for text in request.stop if text][: server.most_stops]
     return {"stop": told} if told else {}
+
+
+def _reporting(request: GenerationRequest) -> dict[str, int]:
+    """Return how many tokens to report of: what is reported for one is reported for the token taken."""
+    return {"logprobs": max(request.top_tokens, 1)} if request.top_tokens or request.logprobs else {}
 
 
 def _missing(server: _Server, request: GenerationRequest) -> list[str]:

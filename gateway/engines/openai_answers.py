@@ -82,16 +82,11 @@ class CompletionDecoder:
             self._reason = self._reason_of(str(reason), choice)
 
     def _token(self, piece: _Piece) -> TokenEvent:
-        self._check_reported(piece)
+        if self._request.top_tokens and not piece.top:
+            raise Unsupported("This model's server reports no top_tokens, though it was asked to. Leave them out.")
         self._tokens += 1
         top = piece.top[: self._request.top_tokens]
         return TokenEvent(piece.id, self._stop.feed(piece.text), piece.logprob, top)
-
-    def _check_reported(self, piece: _Piece) -> None:
-        wanted, top = self._request.top_tokens or self._request.logprobs, self._request.top_tokens
-        if (wanted and not piece.reported) or (top and not piece.top):
-            asked = "top_tokens" if top else "log-probabilities"
-            raise Unsupported(f"This model's server reports no {asked}, though it was asked to. Leave them out.")
 
     def _reason_of(self, said: str, choice: Mapping[str, Any]) -> FinishReason:
         """Return why the answer ended. vLLM and SGLang also say which stop text it was, if it was one."""
@@ -129,7 +124,6 @@ class _Piece(NamedTuple):
     id: int | None = None
     logprob: float | None = None
     top: tuple[TokenChance, ...] = ()
-    reported: bool = False
 
 
 def _pieces(choice: Mapping[str, Any]) -> list[_Piece]:
@@ -154,13 +148,13 @@ def _as_documented(said: Mapping[str, Any]) -> Iterator[_Piece]:
     for index, token in enumerate(tokens):
         logprob = _finite(logprobs[index]) if index < len(logprobs) else None
         found = (tops[index] if index < len(tops) else None) or {}
-        yield _Piece(token, None, logprob, _ranked(_chance(UNKNOWN_ID, *each) for each in found.items()), reported=True)
+        yield _Piece(token, None, logprob, _ranked(_chance(UNKNOWN_ID, *each) for each in found.items()))
 
 
 def _chat_like(token: Mapping[str, Any]) -> _Piece:
     found = token.get("top_logprobs") or ()
     top = _ranked(_chance(each.get("id", UNKNOWN_ID), each["token"], each["logprob"]) for each in found)
-    return _Piece(token["token"], token.get("id"), _finite(token["logprob"]), top, reported=True)
+    return _Piece(token["token"], token.get("id"), _finite(token["logprob"]), top)
 
 
 def _chance(id: int, text: str, logprob: float | None) -> TokenChance | None:  # noqa: A002 - the field's name

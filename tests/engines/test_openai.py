@@ -69,7 +69,7 @@ def test_an_address_without_a_path_gets_v1_and_one_with_a_path_is_taken_as_it_is
     ("keys", "words"),
     [
         ({"args": {"server": "ollama"}}, "names the server ollama.*openai, vllm, sglang, llama.cpp"),
-        ({"args": {"temperature": 1}}, "rgs of m has temperature.*takes model and server in args"),
+        ({"args": {"temperature": 1}}, "rgs of m has temperature.*takes model, server, logprobs in args"),
         ({"runtime": "docker", "url": None}, "runtime of m is docker.*runtime: external"),
     ],
 )
@@ -310,10 +310,18 @@ def test_a_character_of_several_tokens_is_text_once() -> None:
     ]
 
 
-@pytest.mark.parametrize("asked", [{"logprobs": True}, {"top_tokens": 2, "temperature": 0.0}])
-def test_what_is_asked_for_is_never_dropped_in_silence(asked: dict[str, Any]) -> None:
-    with pytest.raises(Unsupported, match="reports no"):
-        heard(chunk(" Paris"), **asked)
+def test_top_tokens_are_never_dropped_in_silence() -> None:
+    with pytest.raises(Unsupported, match="reports no top_tokens"):
+        heard(chunk(" Paris"), top_tokens=2, temperature=0.0)
+    assert heard(chunk(" Paris"), logprobs=True) == [TokenEvent(None, " Paris")]
+
+
+def test_a_server_that_refuses_log_probabilities_is_not_asked_for_any() -> None:
+    model = spec(args={"logprobs": False})
+
+    assert body_of(model, logprobs=True) == body_of(model)
+    with pytest.raises(Unsupported, match="logprobs: false"):
+        ENGINE.check(model, ask(top_tokens=2, temperature=0.0))
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
-import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from gateway.runtimes.base import Handle, Launch
 from gateway.runtimes.external import ExternalRuntime
 from tests.runtimes.processes import Ear
 from tests.tgi_double.process import free_port
+from tests.tls import certificate_in, serves_with
 
 
 @asynccontextmanager
@@ -103,20 +103,7 @@ def test_a_server_that_does_not_speak_tls_is_not_https() -> None:
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a file with a key and a certificate for 127.0.0.1 that nobody but itself has signed."""
-    folder = tmp_path_factory.mktemp("certificate")
-    made = ("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1")
-    files = ("-addext", "subjectAltName=IP:127.0.0.1", "-keyout", "key.pem", "-out", "certificate.pem")
-    subprocess.run([*made, *files], cwd=folder, check=True, capture_output=True)
-    both = folder / "both.pem"
-    both.write_text((folder / "key.pem").read_text() + (folder / "certificate.pem").read_text())
-    return both
-
-
-def serves_with(certificate: Path) -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate)
-    return context
+    return certificate_in(tmp_path_factory.mktemp("certificate"))
 
 
 def test_a_certificate_that_nobody_vouches_for_is_refused(certificate: Path) -> None:
