@@ -74,7 +74,7 @@ class ExternalRuntime:
             raise _not_trusted(url, error.verify_message) from None
         except (OSError, UnicodeError) as error:  # a time-out is an OSError too
             raise self._unreachable(url, error) from None
-        writer.close()
+        writer.transport.abort()  # nothing was said, so there is no good-bye to wait for
         with suppress(OSError):
             await writer.wait_closed()
         return port
