@@ -68,7 +68,12 @@ class AiohttpClient:
             # read ~/.netrc too, and send what it finds there.
             headers = {"Accept-Encoding": "identity"}
             self._session = aiohttp.ClientSession(
-                connector=connector, timeout=timeout, headers=headers, auto_decompress=False, trust_env=False
+                connector=connector,
+                timeout=timeout,
+                headers=headers,
+                cookie_jar=aiohttp.DummyCookieJar(),
+                auto_decompress=False,
+                trust_env=False,
             )
         return self._session
 

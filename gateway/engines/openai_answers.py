@@ -32,7 +32,13 @@ UNKNOWN_PROMPT_TOKENS = 0
 # ---- the chunks of an answer ----------------------------------------------------------------------------------------
 
 _FAILED = ("abort", "error")
-_OVER: Mapping[str, FinishReason] = {"length": "length", "stop_sequence": "stop", "eos_token": "eos", "eos": "eos"}
+_OVER: Mapping[str, FinishReason] = {
+    "length": "length",
+    "model_length": "length",
+    "stop_sequence": "stop",
+    "eos_token": "eos",
+    "eos": "eos",
+}
 
 
 class CompletionDecoder:
