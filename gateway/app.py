@@ -30,6 +30,7 @@ from gateway.catalog import Catalog, ModelSpec
 from gateway.catalog_file import load_catalog
 from gateway.engines.base import Engine
 from gateway.engines.llamacpp import LlamaCpp
+from gateway.engines.openai import OpenAi
 from gateway.engines.tgi import Tgi
 from gateway.errors import CatalogError, Forbidden
 from gateway.fleet.fleet import Fleet
@@ -39,6 +40,7 @@ from gateway.fleet.identity import server_name
 from gateway.fleet.journal import Journal
 from gateway.runtimes.base import Launch
 from gateway.runtimes.docker.runtime import DockerRuntime
+from gateway.runtimes.external import ExternalRuntime
 from gateway.runtimes.process import ProcessRuntime
 from gateway.settings import Settings, check_exposure, load_settings, unknown_variables
 from gateway.upstream import AiohttpClient
@@ -91,16 +93,17 @@ def planned(spec: ModelSpec, settings: Settings | None = None) -> Launch | None:
 
 
 def _engines(settings: Settings) -> dict[str, Engine]:
-    return {"tgi": Tgi(settings.hf_token), "llamacpp": LlamaCpp(settings.device)}
+    return {"tgi": Tgi(settings.hf_token), "llamacpp": LlamaCpp(settings.device), "openai": OpenAi()}
 
 
 def compose(settings: Settings, catalog: Catalog) -> FastAPI:
     """Join the parts. Nothing runs until the application's lifespan begins."""
     processes, containers, probe, client = ProcessRuntime(), DockerRuntime(settings.name), HttpProbe(), AiohttpClient()
+    others = ExternalRuntime()
     fleet = Fleet(
         catalog,
         engines=_engines(settings),
-        runtimes={"docker": containers, "process": processes},
+        runtimes={"docker": containers, "process": processes, "external": others},
         probe=probe,
         journal=Journal(time.time),
         gpus=Gpus(settings.gpus or _gpus_of_this_machine()),
@@ -115,7 +118,7 @@ def compose(settings: Settings, catalog: Catalog) -> FastAPI:
                 yield
         finally:
             await fleet.aclose()
-            for part in (client, probe, processes, containers):
+            for part in (client, probe, processes, containers, others):
                 await part.aclose()
 
     app = FastAPI(title="TGI Gateway", version=VERSION, lifespan=lifespan, root_path=settings.root_path)

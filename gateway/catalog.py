@@ -46,7 +46,6 @@ RuntimeName = Literal["docker", "process", "external"]
 PullPolicy = Literal["missing", "always", "never"]
 
 _RUNTIME_OF: dict[str, RuntimeName] = {"tgi": "docker", "llamacpp": "process", "openai": "external"}
-_GPUS_OF = {"tgi": 1, "llamacpp": 0, "openai": 0}
 _SLOTS_OF = {"tgi": 128, "llamacpp": 4, "openai": 64}
 _STOP_GRACE_S_OF = {"tgi": 95.0, "llamacpp": 10.0, "openai": 10.0}  # TGI itself lets requests finish for 90 s
 
@@ -138,8 +137,8 @@ class ModelSpec(BaseModel):
     """`weights` as written. It is set, and `weights` is None, while the package that it names is not installed."""
     weights_sha256: Sha256 | None = None
     """SHA-256 of the weights file, 64 hexadecimal digits; checked once per file. Default: not checked."""
-    gpus: Gpus = Field(default_factory=lambda known: _GPUS_OF[known["engine"]])
-    """How many GPUs, or a list of device ids; 0 is none. Default: 1 for tgi, 0 otherwise."""
+    gpus: Gpus = Field(default_factory=lambda known: int((known["engine"], known["runtime"]) == ("tgi", "docker")))
+    """How many GPUs, or a list of device ids; 0 is none. Default: 1 for tgi in a container, 0 otherwise."""
     gpu_memory_bytes: Bytes | None = Field(default=None, validation_alias="gpu_memory")
     """Memory it takes on each of its GPUs. Default: all of it."""
     memory_bytes: Bytes | None = Field(default=None, validation_alias="memory")
@@ -251,19 +250,26 @@ def _beyond_the_context(said: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 def deferred(spec: ModelSpec) -> list[str]:
     """Return, in words, what `spec` asks for that this version reads but cannot do yet."""
     missing = []
-    if spec.engine == "openai":
-        missing.append("engine openai comes with a later version: this one runs tgi and llamacpp")
-    if spec.runtime == "external":
-        missing.append("runtime external comes with a later version: this one runs containers and processes")
+    if spec.engine == "openai" and spec.runtime != "external":
+        missing.append("engine openai starts no server in this version: it reaches one that runs (runtime external)")
     if spec.replicas > 1:
         missing.append(f"replicas: {spec.replicas} comes with a later version: this one runs one server per model")
-    if spec.engine == "llamacpp":
-        said = [key for key, idle in _NOT_FOR_PROCESSES.items() if getattr(spec, key) != idle]
-        missing += [f"{key.removesuffix('_bytes')} has no effect on a model that runs as a process" for key in said]
+    missing += [f"{key.removesuffix('_bytes')} has no effect on a model that {where}" for key, where in _idle(spec)]
     missing += ["chat_template comes with a later version, with chat"] if spec.chat_template else []
     if spec.runtime == "docker" and spec.gpu_memory_bytes:
         missing.append("gpu_memory comes with a later version: this one gives a model its GPUs whole")
     return missing
+
+
+def _idle(spec: ModelSpec) -> Iterator[tuple[str, str]]:
+    """Yield the keys that change nothing for a model of this engine and runtime, and why."""
+    if spec.engine == "llamacpp":
+        keys, where = _NOT_FOR_PROCESSES, "runs as a process"
+    elif spec.runtime == "external":
+        keys, where = {**_NOT_FOR_OTHERS, **({"args": {}} if spec.engine == "tgi" else {})}, "already runs elsewhere"
+    else:
+        return
+    yield from ((key, where) for key, idle in keys.items() if getattr(spec, key) != idle)
 
 
 _NOT_FOR_PROCESSES: Mapping[str, object] = {
@@ -275,6 +281,7 @@ _NOT_FOR_PROCESSES: Mapping[str, object] = {
     "gpu_memory_bytes": None,
     "memory_bytes": None,
 }
+_NOT_FOR_OTHERS: Mapping[str, object] = {**_NOT_FOR_PROCESSES, "env": {}, "weights_source": None}
 
 
 # ---- all models -----------------------------------------------------------------------------------------------------

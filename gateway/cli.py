@@ -297,12 +297,14 @@ def _what_runs(spec: ModelSpec) -> tuple[str, list[str]]:
     """Return what would be run, and why it cannot be, if so."""
     from gateway.app import planned
 
-    if spec.url or spec.weights_source:
-        return str(spec.url or spec.weights or spec.weights_source), []
+    if spec.weights_source:
+        return str(spec.weights or spec.weights_source), []
     try:
         launch = planned(spec)
     except StartFailed as error:
-        return str(spec.hf_name), [error.detail]
+        return str(spec.url or spec.hf_name), [error.detail]
+    if launch and launch.url:
+        return launch.url, []
     if not launch or not launch.container:
         return str(spec.hf_name), []
     gpus = spec.gpus if isinstance(spec.gpus, int) else ", ".join(spec.gpus)

@@ -154,7 +154,7 @@ def about_catalog(catalog: Catalog) -> Iterator[Finding]:
         yield Finding("catalog", "warning", f"{', '.join(ids)}: {words}", "It may stay.")
     for spec in catalog.models.values():
         try:
-            if spec.runtime == "docker":
+            if spec.runtime != "process":
                 planned(spec)
         except StartFailed as error:
             words, fix = str(error.extra.get("cause", error.detail)), str(error.extra.get("fix", ""))

@@ -21,6 +21,7 @@ from starlette.types import Receive, Scope, Send
 
 from gateway.departure import Departed, Interrupt, interruptible, until_departure
 from gateway.engines.base import Call
+from gateway.engines.keys import without_key
 from gateway.errors import GatewayError, GenerationFailed, GenerationTimeout, UpstreamFailed
 from gateway.fleet.instance import Instance
 from gateway.fleet.life import Lease
@@ -46,6 +47,10 @@ class Answer(Protocol):
 
     @property
     def status(self) -> int: ...
+
+    @property
+    def retry_after_s(self) -> float | None:
+        """When the server wants to be asked again, if it says so."""
 
     def chunks(self) -> AsyncGenerator[bytes, None]: ...
 
@@ -79,7 +84,7 @@ class Exchange:
         Raises:
             Unsupported: the engine cannot do what is asked, so no model is started in vain.
         """
-        instance.engine.check(request)
+        instance.engine.check(instance.spec, request)
         self.instance = instance
         self._request = request
         self._client = client
@@ -130,10 +135,19 @@ class Exchange:
         try:
             async with self._client.post(lease.handle.base_url, call, self._tags) as answer:
                 if answer.status != 200:
-                    raise self.instance.engine.refusal(answer.status, await _start_of(answer))
+                    raise await self._refusal(answer)
                 return await self._events(answer, pace)
         except Broken as error:
             raise self._broken(error, pace) from None
+        except GatewayError as error:
+            raise without_key(error, self.instance.spec) from None
+
+    async def _refusal(self, answer: Answer) -> GatewayError:
+        """Return the error that the answer stands for; where waiting helps, the server's word on how long counts."""
+        error = self.instance.engine.refusal(answer.status, await _start_of(answer))
+        if error.retry_after_s is not None and answer.retry_after_s is not None:
+            error.retry_after_s = answer.retry_after_s
+        return error
 
     async def _events(self, answer: Answer, pace: _Pace) -> Finished:
         """Take events up to the end of the answer; what a server may still send after it is not waited for."""

@@ -11,6 +11,7 @@ from gateway.engines.base import Call
 from gateway.relay import Broken, ConnectFailed
 
 CONNECT_S = 5.0
+LONGEST_RETRY_S = 3600
 
 
 class AiohttpAnswer:
@@ -19,6 +20,7 @@ class AiohttpAnswer:
     def __init__(self, response: aiohttp.ClientResponse) -> None:
         self._response = response
         self.status = response.status
+        self.retry_after_s = _seconds(response.headers.get("Retry-After", ""))
 
     async def chunks(self) -> AsyncGenerator[bytes, None]:
         try:
@@ -62,7 +64,20 @@ class AiohttpClient:
         if self._session is None:
             connector = aiohttp.TCPConnector(limit=0, force_close=True)
             timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S)
+            # A compressed stream would come in lumps. The environment's proxies are not used: with them aiohttp would
+            # read ~/.netrc too, and send what it finds there.
+            headers = {"Accept-Encoding": "identity"}
             self._session = aiohttp.ClientSession(
-                connector=connector, timeout=timeout, auto_decompress=False, trust_env=False
+                connector=connector,
+                timeout=timeout,
+                headers=headers,
+                cookie_jar=aiohttp.DummyCookieJar(),
+                auto_decompress=False,
+                trust_env=False,
             )
         return self._session
+
+
+def _seconds(words: str) -> float | None:
+    """Return the seconds of a `Retry-After`, within reason; one that names a date is not read."""
+    return float(min(int(words), LONGEST_RETRY_S)) if words.isascii() and words.isdigit() else None

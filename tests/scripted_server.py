@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
+WELL = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\nok"
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n"
 
 
@@ -40,22 +42,35 @@ class Conversation:
             pass
 
 
+def refused(status: int, words: str, *headers: str) -> bytes:
+    """Return a refusal in OpenAI's shape."""
+    body = json.dumps({"error": {"message": words}})
+    head = (f"HTTP/1.1 {status} Refused", f"Content-Length: {len(body)}", "Connection: close", *headers)
+    return ("\r\n".join(head) + "\r\n\r\n" + body).encode()
+
+
 Script = Callable[[Conversation], Awaitable[None]]
 
 
 class ScriptedServer:
-    """Plays its script for each request; `left` is set when a caller has gone before the script was over."""
+    """Plays its script for each POST; `left` is set when a caller has gone before the script was over.
+
+    `well` is what each GET, a health check, is answered.
+    """
 
     def __init__(self, script: Script) -> None:
         self._script = script
         self.requests: list[bytes] = []
+        self.checks: list[bytes] = []
+        self.well = WELL
         self.left = asyncio.Event()
 
     async def converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             head = await reader.readuntil(b"\r\n\r\n")
             if head.startswith(b"GET"):
-                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\nok")
+                self.checks.append(head)
+                writer.write(self.well)
                 return
             self.requests.append(head)
             length = next(
@@ -63,7 +78,10 @@ class ScriptedServer:
             )
             body = await reader.readexactly(length)
             await self._play(Conversation(reader, writer, head, body))
-        except (ConnectionError, asyncio.IncompleteReadError):
+        except asyncio.IncompleteReadError as error:
+            if error.partial:  # else it only wanted to know whether somebody listens
+                self.left.set()
+        except ConnectionError:
             self.left.set()
         finally:
             writer.close()
@@ -82,9 +100,11 @@ class ScriptedServer:
 
 
 @asynccontextmanager
-async def scripted(script: Script) -> AsyncIterator[tuple[ScriptedServer, int]]:
+async def scripted(
+    script: Script, certificate: ssl.SSLContext | None = None
+) -> AsyncIterator[tuple[ScriptedServer, int]]:
     """Run a server with this script; yield it and its port."""
     server = ScriptedServer(script)
-    listener = await asyncio.start_server(server.converse, "127.0.0.1", 0)
+    listener = await asyncio.start_server(server.converse, "127.0.0.1", 0, ssl=certificate)
     async with listener:
         yield server, listener.sockets[0].getsockname()[1]

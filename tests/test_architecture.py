@@ -106,8 +106,10 @@ def test_the_rooms_of_the_fleet_and_the_api_have_no_import_cycle() -> None:
 def test_only_the_composition_root_names_concrete_engines_and_runtimes() -> None:
     concrete = {
         "gateway.engines.llamacpp",
+        "gateway.engines.openai",
         "gateway.engines.tgi",
         "gateway.runtimes.docker.runtime",
+        "gateway.runtimes.external",
         "gateway.runtimes.process",
         "gateway.upstream",
     }

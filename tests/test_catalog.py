@@ -642,12 +642,15 @@ def test_catalogs_made_in_python() -> None:
             "hf_name: m, gpu_memory: 3GiB",
             ["gpu_memory comes with a later version: this one gives a model its GPUs whole"],
         ),
+        ("engine: openai, url: 'http://h:1', args: {server: vllm}", []),
         (
-            "engine: openai, url: 'http://h:1'",
-            [
-                "engine openai comes with a later version: this one runs tgi and llamacpp",
-                "runtime external comes with a later version: this one runs containers and processes",
-            ],
+            "engine: openai, runtime: docker",
+            ["engine openai starts no server in this version: it reaches one that runs (runtime external)"],
+        ),
+        ("hf_name: m, runtime: external, url: 'http://h:1'", []),
+        (
+            "hf_name: m, runtime: external, url: 'http://h:1', image: x, gpus: 1, args: {port: 1}",
+            [f"{key} has no effect on a model that already runs elsewhere" for key in ("image", "gpus", "args")],
         ),
         (
             "engine: llamacpp, weights: m, replicas: 2",

@@ -148,7 +148,7 @@ def test_check_shows_what_would_run_where(catalog: Path) -> None:
     image = "ghcr.io/huggingface/text-generation-inference:3.3.5"
     assert cells[2] == ["gpt-2", "tgi", "docker", f"gpt2 in {image}, GPUs: 1"]
     assert cells[3][3:] == ["package:no_such_package/x.gguf", "the package of its weights is not installed"]
-    assert cells[4][:4] == ["far", "openai", "external", "http://10.0.0.5:8080"]
+    assert cells[4][:4] == ["far", "openai", "external", "http://10.0.0.5:8080/v1"]
 
 
 def test_check_says_when_a_weights_file_is_not_there(catalog: Path) -> None:

@@ -64,7 +64,11 @@ class Engine(Protocol):
         """Return what fetches the weights of `spec` ahead of its first start and then ends with 0, if anything does."""
 
     def is_ready(self, status: int, body: bytes) -> bool:
-        """Say whether this answer to a health check means that the server takes requests."""
+        """Say whether this answer to a health check means that the server takes requests.
+
+        Raises:
+            StartFailed: it never will, and waiting is of no use: it does not accept our key, say.
+        """
 
     def is_alive(self, status: int, body: bytes) -> bool:
         """Say whether this answer means that the server works; a busy one does."""
@@ -75,7 +79,7 @@ class Engine(Protocol):
     def diagnose(self, end: Exit) -> Diagnosis:
         """Return why the server ended, from its exit and its last lines."""
 
-    def check(self, request: GenerationRequest) -> None:
+    def check(self, spec: ModelSpec, request: GenerationRequest) -> None:
         """Return if this engine can do what is asked. Asked first, so that no model is started in vain.
 
         Raises:

@@ -96,7 +96,7 @@ class LlamaCpp:
         cause, fix = _silent_end(end)
         return Diagnosis(cause, fix, _evidence(end.last_lines, "embedded server: "))
 
-    def check(self, request: GenerationRequest) -> None:
+    def check(self, spec: ModelSpec, request: GenerationRequest) -> None:  # noqa: ARG002 - the same for all
         _reporting(request)
 
     def call(self, spec: ModelSpec, request: GenerationRequest, secret: str) -> Call:

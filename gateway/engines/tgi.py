@@ -22,6 +22,7 @@ from pydantic import SecretStr
 from gateway.catalog import ModelSpec
 from gateway.engines import tgi_answers, tgi_diagnoses
 from gateway.engines.base import Call, Decoder, Diagnosis
+from gateway.engines.keys import authorization
 from gateway.errors import GatewayError, StartFailed, Unsupported
 from gateway.generation import GenerationRequest
 from gateway.runtimes.base import Container, Exit, Launch, Mount, Progress
@@ -56,6 +57,8 @@ class Tgi:
     def launch(self, spec: ModelSpec, name: str, secret: str) -> Launch:  # noqa: ARG002 - see below
         # No key is given to TGI: it would print it in clear when it starts and show it on its command line, and leave
         # health, metrics and information open all the same. The container is published on loopback only.
+        if spec.runtime == "external":
+            return Launch(name=name, url=spec.url, model=spec.id)
         command, from_flags = _command(_flags(spec))
         return Launch(
             name=name,
@@ -67,6 +70,8 @@ class Tgi:
 
     def download(self, spec: ModelSpec, name: str) -> Launch | None:
         """Return what fetches the model, without its LoRA adapters: those come with the first start."""
+        if spec.runtime == "external":
+            return None
         return Launch(
             name=name,
             command=tuple(_download_command(spec)),
@@ -110,7 +115,7 @@ class Tgi:
     def diagnose(self, end: Exit) -> Diagnosis:
         return tgi_diagnoses.diagnose(end)
 
-    def check(self, request: GenerationRequest) -> None:
+    def check(self, spec: ModelSpec, request: GenerationRequest) -> None:  # noqa: ARG002 - the same for all
         if request.presence_penalty != 0:
             raise Unsupported(
                 "This model's engine has no presence_penalty. Leave it out; repetition_penalty is the nearest it has."
@@ -124,8 +129,9 @@ class Tgi:
             )
 
     def call(self, spec: ModelSpec, request: GenerationRequest, secret: str) -> Call:  # noqa: ARG002 - see `launch`
+        headers = {"Content-Type": "application/json", **authorization(spec)}
         body = {"inputs": request.prompt, "parameters": _parameters(request)}
-        return Call("/generate_stream", json.dumps(body).encode(), {"Content-Type": "application/json"})
+        return Call("/generate_stream", json.dumps(body).encode(), headers)
 
     def decoder(self, request: GenerationRequest) -> Decoder:
         return tgi_answers.StreamDecoder(request)

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from gateway.engines.keys import key_refused
 from gateway.engines.stops import StopTexts
 from gateway.errors import (
     BodyTooLarge,
@@ -135,6 +136,8 @@ def refusal(status: int, body: bytes) -> GatewayError:
     kind, words = _error_in(body)
     if known := _error(kind, words):
         return known
+    if status in (401, 403):
+        return key_refused(status)
     if status == 413:
         return BodyTooLarge(
             "The request is longer than the model's server takes; raise args: {payload-limit: ...} in models.yaml."

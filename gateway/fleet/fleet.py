@@ -10,6 +10,7 @@ from typing import Any
 
 from gateway.catalog import Catalog, ModelSpec, deferred
 from gateway.engines.base import Engine
+from gateway.engines.keys import authorization
 from gateway.errors import GatewayError, ModelNotRunning, NameTaken, RuntimeUnavailable, StartFailed
 from gateway.fleet import refusals
 from gateway.fleet.fetch import Fetch
@@ -87,13 +88,15 @@ class Fleet:
             raise refusals.again(why, why.retry_after_s or LOOK_AGAIN_S)
 
     def running(self, spec: ModelSpec) -> Instance:
-        """Return the instance of a model that was started before.
+        """Return the instance of a model that was started before, to stop it.
 
         Raises:
-            ModelNotRunning: it never was.
+            ModelNotRunning: it never was, or others run its server.
             RuntimeUnavailable: it is not known whether it runs: its runtime does not answer.
         """
         self._refuse_while_unknown(spec)
+        if spec.runtime == "external":
+            raise refusals.not_ours(spec)
         if spec.id not in self._instances:
             raise ModelNotRunning(f"{spec.id} is not running; there is nothing to stop.")
         return self._instances[spec.id]
@@ -220,7 +223,7 @@ class Fleet:
         """Adopt a server that was found, if it is still what the catalog asks for; or else return its removal."""
         spec = self._named(found.name)
         if spec is None or spec.runtime != runtime:
-            self._gpus.claim(found.name, found.gpus)
+            self.gpus.claim(found.name, found.gpus)
             return self._errand(self._remove(runtime, found.name), f"remove {found.name}")
         if found.runs and self._fits(spec, found):
             self._instance_of(spec).adopt(found)
@@ -236,7 +239,7 @@ class Fleet:
                 log.warning("%s: not removed yet: %s", name, error.detail)
                 await asyncio.sleep(LOOK_AGAIN_S)
             else:
-                self._gpus.give_back(name)
+                self.gpus.give_back(name)
                 log.info("%s: removed, because no model of the catalog has it", name)
                 return
 
@@ -291,7 +294,12 @@ class Fleet:
         for words in deferred(spec):
             log.warning("%s: %s", server_name(spec), words)
         health = Health(
-            engine, self._probe, interval_s=spec.health_interval_s, failures=spec.health_failures, rest=self._rest
+            engine,
+            self._probe,
+            interval_s=spec.health_interval_s,
+            failures=spec.health_failures,
+            headers=authorization(spec),
+            rest=self._rest,
         )
         outlives = self.keeps and runtime.outlives
         instance = self._instance(spec, engine, runtime, health, self.journal, self.gpus, outlives=outlives)

@@ -28,6 +28,8 @@ class Gpus:
         Raises:
             NoCapacity: other models have too many of them; says which, and what to do.
         """
+        if spec.runtime == "external":
+            return ()
         if spec.id not in self._taken:
             self._taken[spec.id] = self._named(spec) if isinstance(spec.gpus, tuple) else self._counted(spec)
         return self._taken[spec.id]

@@ -7,7 +7,8 @@ runtime can say that it ended.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import ssl
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Protocol
 
 import httpx
@@ -27,7 +28,7 @@ Rest = Callable[[Handle, float], Awaitable[None]]
 class Probe(Protocol):
     """How a health check reaches a server."""
 
-    async def ask(self, url: str, timeout_s: float) -> Answer | None:
+    async def ask(self, url: str, timeout_s: float, headers: Mapping[str, str]) -> Answer | None:
         """Return status and body, or None if nothing answered within `timeout_s`."""
 
 
@@ -35,12 +36,13 @@ class HttpProbe:
     """Health checks over HTTP."""
 
     def __init__(self) -> None:
-        self._client = httpx.AsyncClient(trust_env=False)
+        # trusts whom the relay's client trusts: this machine's authorities, and not those that come with httpx
+        self._client = httpx.AsyncClient(trust_env=False, verify=ssl.create_default_context())
 
-    async def ask(self, url: str, timeout_s: float) -> Answer | None:
+    async def ask(self, url: str, timeout_s: float, headers: Mapping[str, str]) -> Answer | None:
         try:
             async with asyncio.timeout(timeout_s):
-                response = await self._client.get(url, timeout=timeout_s)
+                response = await self._client.get(url, timeout=timeout_s, headers=headers)
         except (httpx.HTTPError, TimeoutError):
             return None
         return response.status_code, response.content
@@ -57,15 +59,30 @@ async def rest(_: Handle, seconds: float) -> None:
 class Health:
     """The health checks of one model's server."""
 
-    def __init__(self, engine: Engine, probe: Probe, *, interval_s: float, failures: int, rest: Rest = rest) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        probe: Probe,
+        *,
+        interval_s: float,
+        failures: int,
+        headers: Mapping[str, str] | None = None,
+        rest: Rest = rest,
+    ) -> None:
+        """Take what it needs. `headers` go with each check: the key of a server that asks for one."""
         self._engine = engine
         self._probe = probe
         self._interval_s = interval_s
         self._failures = failures
+        self._headers = headers or {}
         self._rest = rest
 
     async def until_ready(self, handle: Handle) -> None:
-        """Return when the server first says that it takes requests. Bounded by the caller."""
+        """Return when the server first says that it takes requests. Bounded by the caller.
+
+        Raises:
+            StartFailed: it says that it never will.
+        """
         began = asyncio.get_running_loop().time()
         while not await self._is_ready(handle):
             loaded_s = asyncio.get_running_loop().time() - began
@@ -92,4 +109,4 @@ class Health:
         return answer is not None and self._engine.is_alive(*answer)
 
     async def _ask(self, handle: Handle) -> Answer | None:
-        return await self._probe.ask(handle.base_url + self._engine.health_path, CHECK_TIMEOUT_S)
+        return await self._probe.ask(handle.base_url + self._engine.health_path, CHECK_TIMEOUT_S, self._headers)

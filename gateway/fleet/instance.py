@@ -490,7 +490,9 @@ class Instance:
 
     def _remember(self, error: GatewayError, life: Life) -> None:
         life.failed = True
-        self._failures = 1 if self._served_long(life) else self._failures + 1
+        # to try again costs nothing where nothing is started, and a provider's long outage is not to be outlasted
+        forgiven = self._served_long(life) or self.spec.runtime == "external"
+        self._failures = 1 if forgiven else self._failures + 1
         self._cool_until = self._loop.time() + pause_after_failure_s(self._failures, served=life.served)
         self._failure = Failure(error, self._journal.now())
 

@@ -8,6 +8,7 @@ from gateway.errors import (
     GatewayError,
     GenerationFailed,
     ModelNotLoaded,
+    ModelNotRunning,
     ModelUnhealthy,
     NoCapacity,
     NotAvailable,
@@ -47,9 +48,16 @@ def queue_full(spec: ModelSpec) -> QueueFull:
     return QueueFull(words, retry_after_s=BUSY_RETRY_S)
 
 
+def not_ours(spec: ModelSpec) -> ModelNotRunning:
+    return ModelNotRunning(
+        f"{spec.id} runs elsewhere (runtime external), at {spec.url}: the gateway neither stops nor restarts it."
+    )
+
+
 def unhealthy(spec: ModelSpec, ailment: str, left_s: float) -> ModelUnhealthy:
+    then = "Its requests are given up" if spec.runtime == "external" else "It is replaced"
     return ModelUnhealthy(
-        f"The server of {spec.id} does not answer: {ailment}. It is replaced unless it recovers within {left_s:.0f} s.",
+        f"The server of {spec.id} does not answer: {ailment}. {then} unless it recovers within {left_s:.0f} s.",
         retry_after_s=max(left_s, 1.0),
     )
 
@@ -91,8 +99,9 @@ def ended(spec: ModelSpec, end: Exit, diagnosis: Diagnosis, *, served: bool) -> 
 
 
 def unhealthy_too_long(spec: ModelSpec, ailment: str) -> GenerationFailed:
+    then = "its requests were given up" if spec.runtime == "external" else "was removed"
     return GenerationFailed(
-        f"The server of {spec.id} did not recover within {spec.unhealthy_timeout_s:g} s and was removed: {ailment}."
+        f"The server of {spec.id} did not recover within {spec.unhealthy_timeout_s:g} s and {then}: {ailment}."
     )
 
 

@@ -549,7 +549,7 @@ def test_what_a_caller_asks_for_is_sent_in_tgi_s_way(asked: dict[str, Any], sent
 )
 def test_what_tgi_cannot_do_is_refused_by_name(asked: dict[str, Any], named: str) -> None:
     with pytest.raises(Unsupported, match=named):
-        ENGINE.check(ask(**asked))
+        ENGINE.check(spec(), ask(**asked))
 
 
 @pytest.mark.parametrize(
@@ -562,7 +562,7 @@ def test_what_tgi_cannot_do_is_refused_by_name(asked: dict[str, Any], named: str
     ],
 )
 def test_what_tgi_can_do_is_let_pass(asked: dict[str, Any]) -> None:
-    ENGINE.check(ask(**asked))
+    ENGINE.check(spec(), ask(**asked))
 
 
 # ---- what is heard ----
@@ -810,7 +810,7 @@ def body(words: str, kind: str) -> bytes:
         (500, body("Incomplete generation", "incomplete_generation"), GenerationFailed, "Incomplete generation"),
         (413, b"Failed to buffer the request body: length limit exceeded", BodyTooLarge, "payload-limit"),
         (503, body("unhealthy", "healthcheck"), UpstreamFailed, "status 503: unhealthy"),
-        (401, b"", UpstreamFailed, "status 401: no reason given"),
+        (401, b"", UpstreamFailed, "status 401.*`api_key`"),
         (400, b"Failed to parse the request body as JSON: my private prompt", UpstreamFailed, "status 400"),
         (404, b"<html>nginx</html>", UpstreamFailed, "status 404: no reason given"),
         (500, b"[]", UpstreamFailed, "status 500"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import httpx
@@ -26,7 +26,7 @@ class Written:
         self.answers = list(answers)
         self.asked_at: list[float] = []
 
-    async def ask(self, url: str, timeout_s: float) -> Answer | None:
+    async def ask(self, url: str, timeout_s: float, headers: Mapping[str, str]) -> Answer | None:
         assert url == "http://127.0.0.1:8080/health"
         assert timeout_s > 0
         self.asked_at.append(asyncio.get_running_loop().time())
@@ -84,15 +84,16 @@ def test_ready_is_noticed_at_once() -> None:
 
 @respx.mock
 def test_the_real_probe_returns_status_and_body_or_nothing() -> None:
-    respx.get("http://server/health").mock(return_value=httpx.Response(503, content=b"busy"))
+    server = respx.get("http://server/health").mock(return_value=httpx.Response(503, content=b"busy"))
     respx.get("http://gone/health").mock(side_effect=httpx.ConnectError("refused"))
     respx.get("http://slow/health").mock(side_effect=httpx.ReadTimeout("slow"))
 
     async def scene() -> None:
         probe = HttpProbe()
-        assert await probe.ask("http://server/health", 1) == (503, b"busy")
-        assert await probe.ask("http://gone/health", 1) is None
-        assert await probe.ask("http://slow/health", 1) is None
+        assert await probe.ask("http://server/health", 1, {"X": "y"}) == (503, b"busy")
+        assert server.calls.last.request.headers["x"] == "y"
+        assert await probe.ask("http://gone/health", 1, {}) is None
+        assert await probe.ask("http://slow/health", 1, {}) is None
         await probe.aclose()
 
     asyncio.run(scene())

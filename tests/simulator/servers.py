@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from random import Random
 from typing import ClassVar
@@ -285,7 +285,7 @@ class SimulatedProbe:
         self._runtime = runtime
         self._was_well: dict[str, bool] = {}
 
-    async def ask(self, url: str, timeout_s: float) -> Answer | None:
+    async def ask(self, url: str, timeout_s: float, headers: Mapping[str, str]) -> Answer | None:
         server = self._runtime.newest(url.removeprefix("sim://").removesuffix("/health"))
         answer = await self._ask(server, timeout_s)
         self._was_well[server.name] = answer is not None and answer[0] == 200
@@ -334,7 +334,7 @@ class SimulatedEngine:
     def diagnose(self, end: Exit) -> Diagnosis:
         return Diagnosis(f"it ended with {end.code}", "Try again.")
 
-    def check(self, request: GenerationRequest) -> None:
+    def check(self, spec: ModelSpec, request: GenerationRequest) -> None:
         pass
 
     def call(self, spec: ModelSpec, request: GenerationRequest, secret: str) -> Call:

@@ -1,0 +1,27 @@
+"""The key of a server that already runs: shown to that server, and to nobody else. Pure."""
+
+from __future__ import annotations
+
+from gateway.catalog import ModelSpec
+from gateway.errors import GatewayError, UpstreamFailed
+
+
+def authorization(spec: ModelSpec) -> dict[str, str]:
+    """Return the header that shows the catalog's `api_key`, if it has one."""
+    return {"Authorization": f"Bearer {spec.api_key.get_secret_value()}"} if spec.api_key else {}
+
+
+def key_refused(status: int) -> UpstreamFailed:
+    """Return what a server's 401 or 403 means to a caller, whose own key it is not. Its words may quote the key."""
+    return UpstreamFailed(
+        f"The model's server does not accept the gateway's key (status {status}). "
+        "Correct `api_key` of this model in models.yaml."
+    )
+
+
+def without_key(error: GatewayError, spec: ModelSpec) -> GatewayError:
+    """Return the same error, in words that do not hold the key: a server may repeat what it was sent."""
+    key = spec.api_key.get_secret_value() if spec.api_key else ""
+    if not key or key not in error.detail:
+        return error
+    return type(error)(error.detail.replace(key, "[key]"), retry_after_s=error.retry_after_s, **error.extra)

@@ -1,0 +1,322 @@
+"""What servers with OpenAI's API answer: the chunks of `POST /v1/completions`, and errors in many shapes. Pure."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from gateway.engines.keys import key_refused
+from gateway.engines.stops import StopTexts
+from gateway.errors import (
+    BodyTooLarge,
+    GatewayError,
+    GenerationFailed,
+    InvalidRequest,
+    PromptTooLong,
+    QueueFull,
+    Unsupported,
+    UpstreamFailed,
+)
+from gateway.generation import Finished, FinishReason, GenerationRequest, TokenChance, TokenEvent
+
+BUSY_RETRY_S = 5.0
+"""What a caller is told to wait where the server does not say."""
+UNKNOWN_ID = -1
+"""Stands for the number of a token: OpenAI's API tells texts only."""
+UNKNOWN_PROMPT_TOKENS = 0
+"""Stands for the prompt's length where the gateway ended the answer: it is told at the end only."""
+
+# ---- the chunks of an answer ----------------------------------------------------------------------------------------
+
+_FAILED = ("abort", "error")
+_OVER: Mapping[str, FinishReason] = {
+    "length": "length",
+    "model_length": "length",
+    "stop_sequence": "stop",
+    "eos_token": "eos",
+    "eos": "eos",
+}
+
+
+class CompletionDecoder:
+    """Reads the chunks of an answer. Lines are cut as bytes, so characters never are.
+
+    A chunk holds any number of tokens: one each where log-probabilities tell them apart, else it counts as one, until
+    the server tells how many there were. It may end at a stop text without saying so: an answer that was asked to end
+    at one, and ended by itself, is taken to have met it, unless the server knows better.
+    """
+
+    def __init__(self, request: GenerationRequest) -> None:
+        self._request = request
+        self._stop = StopTexts(request.stop)
+        self._unread = b""
+        self._tokens = 0
+        self._usage: Mapping[str, Any] = {}
+        self._reason: FinishReason | None = None
+        self._finished = False
+
+    def feed(self, chunk: bytes) -> list[TokenEvent | Finished]:
+        *lines, self._unread = (self._unread + chunk).split(b"\n")
+        return [event for line in lines for event in self._line(line.strip())]
+
+    def _line(self, line: bytes) -> Iterator[TokenEvent | Finished]:
+        field, _, value = line.partition(b":")
+        if self._finished or field != b"data":
+            return  # a comment, which keeps the connection alive, or an empty line
+        try:
+            yield from self._end() if value.strip() == b"[DONE]" else self._chunk(_object_in(value))
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+            raise _not_understood() from error
+
+    def _chunk(self, chunk: dict[str, Any]) -> Iterator[TokenEvent | Finished]:
+        if error := _error_of(chunk):
+            raise self._failure(error)
+        self._usage = chunk.get("usage") or self._usage
+        for choice in chunk["choices"][:1]:
+            yield from self._choice(choice)
+        if self._stop.found or (self._reason and self._usage):
+            yield from self._end()
+
+    def _choice(self, choice: dict[str, Any]) -> Iterator[TokenEvent]:
+        for piece in _pieces(choice):
+            if not self._stop.found:
+                yield self._token(piece)
+        if reason := choice.get("finish_reason"):
+            self._reason = self._reason_of(str(reason), choice)
+
+    def _token(self, piece: _Piece) -> TokenEvent:
+        if self._request.top_tokens and not piece.top:
+            raise Unsupported("This model's server reports no top_tokens, though it was asked to. Leave them out.")
+        self._tokens += 1
+        top = piece.top[: self._request.top_tokens]
+        return TokenEvent(piece.id, self._stop.feed(piece.text), piece.logprob, top)
+
+    def _reason_of(self, said: str, choice: Mapping[str, Any]) -> FinishReason:
+        """Return why the answer ended. vLLM and SGLang also say which stop text it was, if it was one."""
+        if said in _FAILED:
+            raise GenerationFailed(f"The model's server gave the answer up ({said}).")
+        if said in _OVER:
+            return _OVER[said]
+        for key in ("stop_reason", "matched_stop"):
+            if key in choice:
+                return "stop" if isinstance(choice[key], str) else "eos"
+        return "stop" if any(self._request.stop) and said == "stop" else "eos"
+
+    def _end(self) -> Iterator[Finished]:
+        reason = "stop" if self._stop.found else self._reason
+        if reason is None:
+            raise _not_understood()
+        self._finished = True
+        tokens = int(self._usage.get("completion_tokens") or self._tokens)
+        prompt_tokens = int(self._usage.get("prompt_tokens") or UNKNOWN_PROMPT_TOKENS)
+        yield Finished(reason, tokens, prompt_tokens, "" if self._stop.found else self._stop.rest())
+
+    def _failure(self, error: _Error) -> GatewayError:
+        status = error.facts.get("http_status_code") or error.facts.get("code")
+        if self._tokens == 0 and isinstance(status, int) and status >= 400:  # TGI and vLLM: 200 was said too soon
+            return _refusal(status, error)
+        if self._tokens == 0 and (known := _known(error)):
+            return known
+        return GenerationFailed(f"The model's server failed in mid-answer: {error.words}.")
+
+
+class _Piece(NamedTuple):
+    """One token, or what a chunk without log-probabilities holds."""
+
+    text: str
+    id: int | None = None
+    logprob: float | None = None
+    top: tuple[TokenChance, ...] = ()
+
+
+def _pieces(choice: Mapping[str, Any]) -> list[_Piece]:
+    text, said = choice.get("text") or "", choice.get("logprobs") or {}
+    if content := said.get("content"):  # llama.cpp: as in a chat
+        return _with_texts([_chat_like(token) for token in content], text)
+    if said.get("tokens"):
+        return _with_texts(list(_as_documented(said)), text)
+    return [_Piece(text)] if text else []
+
+
+def _with_texts(pieces: list[_Piece], text: str) -> list[_Piece]:
+    """Return the pieces with the chunk's own text: those of tokens that are parts of characters do not add up to it."""
+    if "".join(piece.text for piece in pieces) == text:
+        return pieces
+    return [*(piece._replace(text="") for piece in pieces[:-1]), pieces[-1]._replace(text=text)]
+
+
+def _as_documented(said: Mapping[str, Any]) -> Iterator[_Piece]:
+    tokens: Sequence[str] = said["tokens"]
+    logprobs, tops = said.get("token_logprobs") or [], said.get("top_logprobs") or []
+    for index, token in enumerate(tokens):
+        logprob = _finite(logprobs[index]) if index < len(logprobs) else None
+        found = (tops[index] if index < len(tops) else None) or {}
+        yield _Piece(token, None, logprob, _ranked(_chance(UNKNOWN_ID, *each) for each in found.items()))
+
+
+def _chat_like(token: Mapping[str, Any]) -> _Piece:
+    found = token.get("top_logprobs") or ()
+    top = _ranked(_chance(each.get("id", UNKNOWN_ID), each["token"], each["logprob"]) for each in found)
+    return _Piece(token["token"], token.get("id"), _finite(token["logprob"]), top)
+
+
+def _chance(id: int, text: str, logprob: float | None) -> TokenChance | None:  # noqa: A002 - the field's name
+    known = _finite(logprob)
+    return None if known is None else TokenChance(int(id), str(text), math.exp(min(known, 0.0)), known)
+
+
+def _ranked(chances: Iterator[TokenChance | None]) -> tuple[TokenChance, ...]:
+    """Return the likeliest first. The token that was taken is among them even if it is a less likely one."""
+    return tuple(sorted((chance for chance in chances if chance), key=lambda chance: -chance.logprob))
+
+
+def _finite(logprob: float | None) -> float | None:
+    """Return the logarithm, or None where there is none: JSON cannot express that of 0."""
+    return None if logprob is None or not math.isfinite(logprob) else float(logprob)
+
+
+def _object_in(text: bytes) -> dict[str, Any]:
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise _not_understood()
+    return found
+
+
+def _not_understood() -> GenerationFailed:
+    return GenerationFailed("The model's server sent something that is not OpenAI's protocol; see its log.")
+
+
+# ---- errors ---------------------------------------------------------------------------------------------------------
+
+
+class _Error(NamedTuple):
+    """What a server says of a failure. `words` tell of the server and not of the request, as far as can be told."""
+
+    code: str = ""
+    words: str = "no reason given"
+    facts: Mapping[str, Any] = {}
+
+
+_LENGTH_CODES = {"context_length_exceeded", "exceed_context_size_error"}
+_QUOTA_CODES = {"insufficient_quota", "billing_hard_limit_reached"}
+_TOO_LONG = re.compile(r"(?i)context (?:length|size|window)|longer than the (?:model|maximum)|maximum allowed length")
+_MOST = re.compile(
+    r"(?i)(?:context (?:length|size|window)|allowed length) ?(?:is|of|\()? ?(?P<tokens>\d+)|must be <= (?P<also>\d+)"
+)
+_PROMPT = re.compile(
+    r"(?i)(?P<tokens>\d+) (?:tokens )?(?:in (?:your|the) (?:prompt|messages?)|(?:tokens )?from the input|input tokens|"
+    r"`inputs` tokens)|(?:input(?: length)?|request) \((?P<also>\d+)|prompt has (?P<third>\d+)"
+)
+"""How servers put it: OpenAI, vLLM, SGLang, TGI, llama.cpp."""
+
+
+def refusal(status: int, body: bytes) -> GatewayError:
+    """Return the error that an answer other than 200 stands for."""
+    return _refusal(status, _error_in(body))
+
+
+def _refusal(status: int, error: _Error) -> GatewayError:
+    if status in (401, 403):
+        return key_refused(status)
+    if 300 <= status < 400:
+        return moved(status)
+    if known := _known(error):
+        return known
+    if status == 404:
+        return _nothing_there(error)
+    if status == 413:
+        return BodyTooLarge("The request is longer than the model's server takes; shorten the prompt.")
+    if status in (400, 422):
+        return InvalidRequest(f"The model's server refuses the request: {error.words}.")
+    if status == 402:
+        return _no_quota()
+    if status == 429:
+        return _too_many()
+    retry_after_s = BUSY_RETRY_S if status == 503 else None
+    words = f"The model's server answered with status {status}: {error.words}."
+    return UpstreamFailed(words, retry_after_s=retry_after_s)
+
+
+def moved(status: int) -> UpstreamFailed:
+    """Return what a redirection means. It is not followed: the key would go where the catalog does not say."""
+    return UpstreamFailed(
+        f"The model's server is at another address (status {status}). Correct `url` of this model in models.yaml."
+    )
+
+
+def _known(error: _Error) -> GatewayError | None:
+    """Return what the error stands for, if its code or words tell."""
+    if error.code in _LENGTH_CODES or _TOO_LONG.search(error.words) or "`max_new_tokens` must be <=" in error.words:
+        return _too_long(error)
+    return _no_quota() if error.code in _QUOTA_CODES else None
+
+
+def _too_long(error: _Error) -> PromptTooLong:
+    most = error.facts.get("n_ctx") or _number(_MOST, error.words)
+    prompt = error.facts.get("n_prompt_tokens") or _number(_PROMPT, error.words)
+    if most is None or prompt is None:
+        words = f"The prompt is too long for this model: {error.words}. Shorten it, or ask for fewer new tokens."
+    else:
+        words = (
+            f"The prompt has {prompt} tokens, and this model takes {most} per request, prompt and answer together. "
+            "Shorten the prompt, or ask for fewer new tokens."
+        )
+    return PromptTooLong(words, prompt_tokens=prompt, context_tokens=most)
+
+
+def _number(pattern: re.Pattern[str], words: str) -> int | None:
+    found = pattern.search(words)
+    return next((int(group) for group in found.groups() if group), None) if found else None
+
+
+def _nothing_there(error: _Error) -> UpstreamFailed:
+    return UpstreamFailed(
+        f"The model's server has no such model, or nothing at this address: {error.words}. Correct `url`, or name the "
+        "model as its server does with args: {model: ...} in models.yaml."
+    )
+
+
+def _no_quota() -> UpstreamFailed:
+    return UpstreamFailed("The model's provider refuses: the account has no credit or quota left.")
+
+
+def _too_many() -> QueueFull:
+    return QueueFull(
+        "The model's server takes no more requests for now (its rate limit, or all its slots are busy). Try again "
+        "later, or lower max_concurrency of this model in models.yaml.",
+        retry_after_s=BUSY_RETRY_S,
+    )
+
+
+def _error_in(body: bytes) -> _Error:
+    try:
+        found = json.loads(body)
+    except (ValueError, RecursionError):
+        return _Error()
+    found = found[0] if isinstance(found, list) and found else found  # Google's
+    return (_error_of(found) if isinstance(found, dict) else None) or _Error()
+
+
+def _error_of(found: dict[str, Any]) -> _Error | None:
+    """Return the error that an object stands for, if it is one: OpenAI's, vLLM's older ones, TGI's and FastAPI's."""
+    error = found.get("error") or (found if found.get("object") == "error" or "choices" not in found else None)
+    if error is None:
+        return None
+    if not isinstance(error, dict):
+        return _Error(str(found.get("error_type") or ""), _plain(error))
+    words = error.get("message") or error.get("detail")
+    code = next((str(error[key]) for key in ("code", "type") if error.get(key) in _LENGTH_CODES | _QUOTA_CODES), "")
+    return _Error(code, _plain(words), error)
+
+
+_QUOTES = re.compile(r"'input':|\"input\":|; last read|\binput_value=")
+"""Where words begin to quote the request, which holds the prompt."""
+
+
+def _plain(words: object) -> str:
+    """Return the first line of the server's words, as far as they do not quote the request."""
+    first = _QUOTES.split(str(words or "").strip().partition("\n")[0])[0]
+    return first[:300].rstrip("., {[(") or "no reason given"
