@@ -194,10 +194,19 @@ def _true_or_false(value: object) -> object:
     return value
 
 
+GPU_IDS = "0, 0:1, GPU-... or MIG-..., as `nvidia-smi -L` tells them"
+GPU_ID = "(0|[1-9][0-9]{0,2})(:(0|[1-9][0-9]{0,2}))?|(GPU|MIG)-[A-Za-z0-9/-]{1,99}"
+
+
+def is_gpu_id(text: str) -> bool:
+    """Say whether this names one device of NVIDIA's. `all`, `none` and `void` would mean others than it says."""
+    return re.fullmatch(GPU_ID, text) is not None
+
+
 def _gpus(value: object) -> int | tuple[str, ...]:
     gpus = _gpu_ids(value) if isinstance(value, list | tuple) else _gpu_count(value)
     if gpus is None:
-        raise ValueError("must be a count from 0 to 64, or a list of different device ids such as [0, 1]")
+        raise ValueError(f"must be a count from 0 to 64, or a list of different device ids: {GPU_IDS}")
     return gpus
 
 
@@ -211,15 +220,16 @@ def _gpu_count(value: object) -> int | None:
 
 def _gpu_ids(value: Collection[object]) -> tuple[str, ...] | None:
     ids = tuple(str(gpu) for gpu in value if isinstance(gpu, str | int) and not isinstance(gpu, bool))
-    usable = all(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9:/_-]{0,99}", gpu) for gpu in ids)
+    usable = all(is_gpu_id(gpu) for gpu in ids)
     different = len(set(ids)) == len(value) > 0
     return ids if usable and different else None
 
 
+_GPU_SCHEMA = {"type": ["integer", "string"], "minimum": 0, "maximum": 999, "pattern": f"^({GPU_ID})$"}
 _GPUS_SCHEMA = {
     "anyOf": [
         {"type": "integer", "minimum": 0, "maximum": 64},
-        {"type": "array", "items": {"type": ["integer", "string"]}, "minItems": 1, "uniqueItems": True},
+        {"type": "array", "items": _GPU_SCHEMA, "minItems": 1, "uniqueItems": True},
     ]
 }
 

@@ -223,8 +223,9 @@ def about_gpus(specs: Sequence[ModelSpec], settings: Settings, machine: Machine)
     yield Finding("gpus", "ok", "; ".join(f"{gpu}: {what}" for gpu, what in known.items()))
     wanted = {"GATEWAY_GPUS": tuple(settings.gpus or ())}
     wanted |= {spec.id: spec.gpus for spec in specs if isinstance(spec.gpus, tuple)}
+    numbers = [gpu for gpu in known if gpu.isdecimal()]  # an id in letters may be one that only the engine can judge
     for who, ids in wanted.items():
-        if absent := [gpu for gpu in ids if gpu not in known]:
+        if absent := [gpu for gpu in ids if gpu.isdecimal() and gpu not in numbers and numbers]:
             words = f"{who} names GPUs that are not there: {', '.join(absent)}"
             yield Finding("gpus", "problem", words, f"Correct it; there are {', '.join(known)}.")
     for spec in specs:
@@ -351,7 +352,7 @@ def _look_at_machine(settings: Settings, engine: EngineSeen) -> Machine:
 def _gpus() -> dict[str, str]:
     """Return the GPUs by id: as `nvidia-smi -L` lists them, or else those that have a device file."""
     with suppress(OSError, subprocess.SubprocessError):
-        command = ["nvidia-smi", "--query-gpu=index,name,memory.total", "--format=csv,noheader"]
+        command = ["nvidia-smi", "--query-gpu=index,uuid,name,memory.total", "--format=csv,noheader"]
         said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=ANSWER_S)  # noqa: S603
         rows = (row.partition(", ") for row in said.stdout.splitlines())
         return {index: about for index, _, about in rows if about}

@@ -15,7 +15,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from gateway.catalog_values import Bytes, did_you_mean, faults, parse_bytes
+from gateway.catalog_values import GPU_IDS, Bytes, did_you_mean, faults, is_gpu_id, parse_bytes
 from gateway.errors import CatalogError
 
 _PREFIX = "GATEWAY_"
@@ -54,8 +54,8 @@ def _gpu_memory(value: object) -> object:
     gpus = {}
     for part in value.split(","):
         gpu, equals, memory = part.strip().partition("=")
-        if not equals or not re.fullmatch(r"[A-Za-z0-9:/_-]+", gpu) or gpu in gpus:
-            raise ValueError("must be different GPUs with their memory, such as 0=24GiB,1=24GiB")
+        if not equals or not is_gpu_id(gpu) or gpu in gpus:
+            raise ValueError(f"must be different GPUs ({GPU_IDS}) with their memory, such as 0=24GiB,1=24GiB")
         gpus[gpu] = parse_bytes(memory)
     return gpus
 

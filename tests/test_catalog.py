@@ -179,7 +179,10 @@ NO_DURATION = "must be a duration such as 90s, 15m, 2h or 500ms (a bare number i
 DURATION_BOUNDS = "must be above 0 and at most 8760h"
 NO_SIZE = "must be a size such as 14GiB, 512MiB or 2GB (a bare number is bytes)"
 SIZE_BOUNDS = "must be at least 1 byte and at most 1024TiB"
-NO_GPUS = "must be a count from 0 to 64, or a list of different device ids such as [0, 1]"
+NO_GPUS = (
+    "must be a count from 0 to 64, or a list of different device ids: "
+    "0, 0:1, GPU-... or MIG-..., as `nvidia-smi -L` tells them"
+)
 NO_LINE = "must be one line of text, at most 1000 characters, without spaces around it"
 NO_URL = "must be an address such as http://10.0.0.5:8080, without query"
 NO_TEXT = "must be text: put it in quotes"
@@ -216,6 +219,14 @@ LIST_IT = "list it under the `aliases` of the one that shall answer to it"
         ("gpus: []", f"gpus: {NO_GPUS}"),
         ("gpus: [0, 0]", f"gpus: {NO_GPUS}"),
         ("gpus: [0, true]", f"gpus: {NO_GPUS}"),
+        ("gpus: [all]", f"gpus: {NO_GPUS}"),
+        ("gpus: [none]", f"gpus: {NO_GPUS}"),
+        ("gpus: [void]", f"gpus: {NO_GPUS}"),
+        ("gpus: [-1]", f"gpus: {NO_GPUS}"),
+        ("gpus: ['00']", f"gpus: {NO_GPUS}"),
+        ("gpus: ['0:']", f"gpus: {NO_GPUS}"),
+        ("gpus: ['0,1']", f"gpus: {NO_GPUS}"),
+        ("gpus: [GPU-]", f"gpus: {NO_GPUS}"),
         ("replicas: 0", "replicas: must be at least 1"),
         ("replicas: 65", "replicas: must be at most 64"),
         ("replicas: 1.5", "replicas: must be a whole number"),
@@ -417,6 +428,12 @@ models:
     spec = load(tmp_path, text).models["b"]
 
     assert (spec.hf_name, spec.idle_timeout_s) == ("b", 60)
+
+
+def test_gpu_ids_as_nvidia_smi_tells_them(tmp_path: Path) -> None:
+    ids = ("0", "12", "0:1", "GPU-8e0d3a4b-1c2d", "MIG-5f6e7d8c-9b0a", "MIG-GPU-8e0d3a4b/1/0")
+
+    assert one(tmp_path, f"gpus: {json.dumps(ids)}").gpus == ids
 
 
 def test_values_as_a_person_writes_them(tmp_path: Path) -> None:

@@ -143,6 +143,9 @@ def test_a_model_without_gpus_needs_no_toolkit() -> None:
         (["5"], {"0": 1}, {}, "problem: gpt-2 names GPUs that are not there: 5"),
         (2, {"0": 1, "1": 1}, {}, None),
         (["0"], None, MACHINE.gpus, None),
+        (["GPU-4a", "MIG-5b", "0:1"], None, MACHINE.gpus, None),
+        (1, {"GPU-4a": 1}, MACHINE.gpus, None),
+        (["0"], {"GPU-4a": 1}, {}, None),
     ],
 )
 def test_gpus(gpus: Any, known: dict[str, int] | None, seen: dict[str, str], words: str | None) -> None:
@@ -289,3 +292,18 @@ def test_a_real_engine_is_well(models: Path) -> None:
     assert (engine.level, engine.words.startswith("Docker Engine ")) == ("ok", True)
     assert {"disk", "images", "token"} <= {each.about for each in found}
     assert "problem" not in {each.level for each in found}
+
+
+def test_gpus_are_listed_with_the_ids_that_a_catalog_may_name(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text(
+        "#!/bin/sh\n"
+        '[ "$1" = --query-gpu=index,uuid,name,memory.total ] && echo "0, GPU-8e0d3a4b, NVIDIA A10, 23028 MiB"\n'
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    _, machine = doctor.look(Settings(catalog=models), catalog(), {})
+
+    assert machine.gpus == {"0": "GPU-8e0d3a4b, NVIDIA A10, 23028 MiB"}

@@ -109,6 +109,17 @@ def test_frozen() -> None:
         load_settings({}).port = 1
 
 
+NO_GPUS = (
+    "must be different GPUs (0, 0:1, GPU-... or MIG-..., as `nvidia-smi -L` tells them) with their memory, "
+    "such as 0=24GiB,1=24GiB"
+)
+
+
+@pytest.mark.parametrize("gpu", ["all", "none", "void", "", "-1", "00", "cuda:0", "nvidia.com/gpu=0"])
+def test_a_word_is_no_gpu(gpu: str) -> None:
+    assert complaints({"GATEWAY_GPUS": f"{gpu}=24GiB"}) == [f"GATEWAY_GPUS: {NO_GPUS}"]
+
+
 def test_all_complaints_at_once() -> None:
     environ = {
         "GATEWAY_HOST": "a b",
@@ -130,7 +141,7 @@ def test_all_complaints_at_once() -> None:
         "GATEWAY_ON_EXIT: must be 'keep' or 'stop'",
         "GATEWAY_ALLOW_INSECURE: must be true or false",
         "GATEWAY_MAX_BODY: must be a size such as 14GiB, 512MiB or 2GB (a bare number is bytes)",
-        "GATEWAY_GPUS: must be different GPUs with their memory, such as 0=24GiB,1=24GiB",
+        f"GATEWAY_GPUS: {NO_GPUS}",
         "GATEWAY_CORS_ORIGINS: must be origins such as https://chat.example.org, separated by commas, or *",
         "GATEWAY_LOG_FORMAT: must be 'text' or 'json'",
         "GATEWAY_ROOT_PATH: must be a path such as /llm",

@@ -78,10 +78,10 @@ class Door:
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
+            engine_writer.transport.abort()  # first: what follows may be cancelled
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            engine_writer.transport.abort()
 
     async def _move(
         self, source: asyncio.StreamReader, target: asyncio.StreamWriter, loses: asyncio.Event, *, back: bool = False

@@ -13,6 +13,7 @@ import pytest
 
 from gateway.errors import StartFailed
 from gateway.runtimes.base import Exit, Mount
+from gateway.runtimes.docker.containers import read
 from gateway.runtimes.docker.launch import READ_ONLY, Plan
 from gateway.runtimes.docker.place import Place, host_name
 from tests.runtimes.containers import (
@@ -242,6 +243,91 @@ def test_out_of_memory_is_told_as_such(bench: Bench) -> None:
     play(scenario())
 
 
+# ---- renamed by somebody else ----
+
+
+def test_a_renamed_server_is_stopped_by_the_name_it_was_started_with(bench: Bench) -> None:
+    async def scenario() -> None:
+        async with opened(bench) as runtime:
+            handle, _ = await start_and_hear(runtime, bench.launch(POLITE))
+            bench.container().rename(bench.name("renamed"))
+            await runtime.stop(handle.name, grace_s=20)
+            assert (await runtime.ended(handle)).code == 7
+            assert containers(bench) == []
+
+    play(scenario())
+
+
+def test_a_new_start_removes_a_renamed_server(bench: Bench) -> None:
+    async def scenario() -> None:
+        async with opened(bench) as runtime:
+            await start_and_hear(runtime, bench.launch(POLITE))
+            bench.container().rename(bench.name("renamed"))
+            newer, _ = await start_and_hear(runtime, bench.launch(POLITE))
+            assert containers(bench) == [bench.name()]
+            assert bench.container().short_id == newer.ref
+
+    play(scenario())
+
+
+def test_the_next_gateway_finds_and_adopts_a_renamed_server_by_its_own_name(bench: Bench) -> None:
+    async def scenario() -> None:
+        first = bench.runtime()
+        handle, _ = await start_and_hear(first, bench.launch(POLITE, port=80))
+        await first.aclose()
+        bench.container().rename(bench.name("renamed"))
+        async with opened(bench) as second:
+            (found,) = await second.find()
+            assert (found.name, found.runs) == (handle.name, True)
+            assert await second.adopt(found, Ear()) == handle
+            await second.stop(handle.name, grace_s=20)
+            assert (await second.ended(handle)).code == 7
+
+    play(scenario())
+
+
+def test_of_two_containers_of_one_server_the_one_that_runs_is_adopted_and_the_other_removed(bench: Bench) -> None:
+    async def scenario() -> None:
+        first = bench.runtime()
+        handle, _ = await start_and_hear(first, bench.launch(POLITE))
+        await first.aclose()
+        running = bench.container()
+        bench.client.containers.create(bench.image, ["sh"], name=bench.name("twin"), labels=running.labels)
+        async with opened(bench) as second:
+            (found,) = await second.find()
+            assert found.runs
+            assert await second.adopt(found, Ear()) == handle
+            assert containers(bench) == [handle.name]
+
+    play(scenario())
+
+
+def test_stop_removes_every_container_of_the_server(bench: Bench) -> None:
+    async def scenario() -> None:
+        async with opened(bench) as runtime:
+            handle, _ = await start_and_hear(runtime, bench.launch(POLITE))
+            bench.client.containers.create(
+                bench.image, ["sh"], name=bench.name("twin"), labels=bench.container().labels
+            )
+            await runtime.stop(handle.name, grace_s=20)
+            assert containers(bench) == []
+
+    play(scenario())
+
+
+def test_a_server_that_was_given_anothers_name_is_not_taken_for_it(bench: Bench) -> None:
+    async def scenario() -> None:
+        async with opened(bench) as runtime:
+            await start_and_hear(runtime, bench.launch(POLITE))
+            bench.container().rename(bench.name("other"))
+            with pytest.raises(StartFailed, match="is taken"):
+                await runtime.start(bench.launch(POLITE, "other"), Ear())
+            await runtime.stop(bench.name("other"), grace_s=0)
+            assert [found.name for found in await runtime.find()] == [bench.name()]
+
+    play(scenario())
+
+
 # ---- what it may and what it may not ----
 
 
@@ -266,6 +352,7 @@ def test_a_container_is_hardened_published_on_loopback_only_and_kept_by_nobody(b
             labels = {key: value for key, value in config["Labels"].items() if not key.endswith("generation")}
             assert labels == {
                 "tgi-gateway.owner": bench.owner,
+                "tgi-gateway.name": handle.name,
                 "tgi-gateway.model": "m",
                 "tgi-gateway.fingerprint": "f",
                 "tgi-gateway.gpus": "",
@@ -352,6 +439,20 @@ def test_a_directory_that_is_not_there_is_not_made(bench: Bench, tmp_path: Path)
             assert str(missing) in failed.value.extra["evidence"][0]
             await runtime.stop(bench.name(), grace_s=0)
             assert not missing.exists()
+
+    play(scenario())
+
+
+@pytest.mark.parametrize("targets", [("/data", "/data"), ("/proc",), ("/proc/x",), ("/",), ("/dev",)])
+def test_a_target_that_cannot_be_is_told_as_such(bench: Bench, tmp_path: Path, targets: tuple[str, ...]) -> None:
+    mounts = tuple(Mount(str(tmp_path), target) for target in targets)
+
+    async def scenario() -> None:
+        async with opened(bench) as runtime:
+            with pytest.raises(StartFailed) as failed:
+                await runtime.start(bench.launch(SLEEP, mounts=mounts), Ear())
+            assert "`volumes` in models.yaml" in failed.value.extra["fix"]
+            assert "target" in failed.value.extra["fix"]
 
     play(scenario())
 
@@ -569,9 +670,19 @@ def test_in_a_network_nothing_is_published_and_long_names_get_an_alias(bench: Be
         networks = made.attrs["NetworkSettings"]["Networks"]
         assert list(networks) == [network.name]
         assert host_name(launch.name) in networks[network.name]["Aliases"]
+        made.rename(bench.name("renamed"))
+        made.reload()
+        seen = read(made.attrs)
+        address = made.attrs["NetworkSettings"]["Networks"][network.name]["IPAddress"]
+        assert plan.place.base_url(seen, 80, None) == (f"http://{address}:80", 80)
         made.remove(force=True)
     finally:
         network.remove()
+
+
+def containers(bench: Bench) -> list[str]:
+    """Return the names of all containers that carry the owner's name."""
+    return sorted(each.split()[1] for each in bench.leftovers() if each.startswith("container"))
 
 
 async def until_answers(port: int | None) -> None:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 
 from gateway.errors import NameTaken
-from gateway.runtimes.docker.ownership import HOLDER, LOCK, this_process
+from gateway.runtimes.docker.ownership import HOLDER, LOCK, start_time, this_process
 from gateway.runtimes.docker.runtime import DockerRuntime
-from tests.runtimes.containers import SLEEP, Bench, bench_of, opened, play
+from tests.runtimes.containers import POLITE, SLEEP, Bench, bench_of, opened, play, start_and_hear
+from tests.runtimes.processes import Ear, until
 
 pytestmark = pytest.mark.docker
 
@@ -138,6 +141,71 @@ def test_a_gateway_that_was_killed_loses_its_name_to_the_next(bench: Bench) -> N
     play(taken_over())
 
 
+def remove_lock(bench: Bench) -> None:
+    """Do what `docker volume prune` does to the only lock there is."""
+    (lock,) = bench.client.volumes.list(filters={"name": bench.owner})
+    lock.remove()
+
+
+def test_a_lock_that_was_pruned_is_made_again_and_keeps_the_name(bench: Bench) -> None:
+    async def scenario() -> None:
+        async with opened(bench, renew_s=0.1) as first:
+            await first.find()
+            held = locks(bench)
+            remove_lock(bench)
+            await until(lambda: locks(bench) == held)
+            second = bench.runtime()
+            with pytest.raises(NameTaken):
+                await second.find()
+            await second.aclose()
+            assert await first.find() == []
+
+    play(scenario())
+
+
+def test_whoever_lost_the_lock_yields_to_another_that_took_the_name_meanwhile(bench: Bench) -> None:
+    async def scenario() -> None:
+        async with opened(bench, renew_s=0.1) as first:
+            handle, _ = await start_and_hear(first, bench.launch(POLITE))
+            (own,) = bench.client.volumes.list(filters={"name": bench.owner})
+            other = leave_lock(bench, json.dumps(asdict(this_process(None))))
+            assert [found.name for found in await first.find()] == [handle.name]  # it held the name first
+            own.remove()
+            await until_refused(first, other)
+            for touch in (first.stop(handle.name, grace_s=0), first.start(bench.launch(POLITE), Ear())):
+                with pytest.raises(NameTaken):
+                    await touch
+            bench.client.volumes.get(other).remove()
+            await until(lambda: locks(bench))
+            await first.stop(handle.name, grace_s=20)
+
+    play(scenario())
+
+
+async def until_refused(runtime: DockerRuntime, lock: str) -> None:
+    """Return once the runtime says that the name is another's, whose lock this is."""
+    async with asyncio.timeout(20):
+        while (refused := await refusal(runtime)) is None:
+            await asyncio.sleep(0.05)
+    assert lock in refused.detail
+
+
+async def refusal(runtime: DockerRuntime) -> NameTaken | None:
+    try:
+        await runtime.find()
+    except NameTaken as refused:
+        return refused
+    return None
+
+
+def test_a_process_that_proc_does_not_show_lives_as_long_as_it_can_be_signalled(tmp_path: Path) -> None:
+    hidden = tmp_path / "proc"
+    hidden.mkdir()
+    assert start_time(os.getpid(), hidden) == ""
+    assert start_time(NOBODY_PID, hidden) is None
+    assert start_time(os.getpid())
+
+
 def lives(bench: Bench, holder: str) -> bool:
     """Say whether a lock with this holder keeps the name from us."""
     left = leave_lock(bench, holder)
@@ -161,6 +229,7 @@ def test_who_cannot_be_judged_counts_as_alive_and_who_is_known_dead_does_not(ben
         "us": (us, True),
         "a dead process": (replace(us, pid=NOBODY_PID), False),
         "another process with our number": (replace(us, start_time="1"), False),
+        "one whose start is not known": (replace(us, start_time=""), True),
         "another boot": (replace(us, boot_id="other"), False),
         "another namespace": (replace(us, pid_namespace=1), True),
         "a container that is gone": (replace(us, pid_namespace=1, container_id="c" * 64), False),

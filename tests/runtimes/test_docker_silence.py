@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -16,6 +17,18 @@ from tests.runtimes.docker_door import Door
 from tests.runtimes.processes import Ear, until
 
 pytestmark = pytest.mark.docker
+
+ASK_AND_LEAVE = """
+import asyncio, sys
+from gateway.runtimes.docker.runtime import DockerRuntime
+async def leave():
+    runtime = DockerRuntime("nobody", base_url=sys.argv[1], timeout_s=600)
+    asked = asyncio.create_task(runtime.find())
+    await asyncio.sleep(0.2)
+    await runtime.aclose()
+    await asyncio.wait([asked])
+asyncio.run(leave())
+"""
 
 
 @pytest.fixture(scope="module")
@@ -139,3 +152,53 @@ def test_a_cancelled_start_on_a_silent_engine_is_known_before_it_ends(bench: Ben
             assert await runtime.find() == []
 
     play(scenario())
+
+
+@pytest.mark.parametrize("busy", ["idle", "find", "start", "stop"])
+def test_a_gateway_leaves_in_seconds_while_the_engine_hangs(bench: Bench, tmp_path: Path, busy: str) -> None:
+    deeds: dict[str, Callable[[DockerRuntime], Awaitable[object]]] = {
+        "idle": lambda _: asyncio.sleep(0),
+        "find": lambda runtime: runtime.find(),
+        "start": lambda runtime: runtime.start(bench.launch(POLITE, "other"), Ear()),
+        "stop": lambda runtime: runtime.stop(bench.name(), grace_s=60),
+    }
+
+    async def scenario() -> None:
+        async with Door(tmp_path / "door.sock").serving() as door:
+            runtime = bench.runtime(base_url=door.url, timeout_s=600)
+            await start_and_hear(runtime, bench.launch(POLITE))
+            door.hang()
+            work = asyncio.ensure_future(deeds[busy](runtime))
+            await asyncio.wait([work], timeout=0.2)
+            async with asyncio.timeout(10):
+                await runtime.aclose()
+                await asyncio.gather(work, return_exceptions=True)
+
+    play(scenario())
+
+
+def test_a_process_ends_while_a_call_hangs(bench: Bench, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with Door(tmp_path / "door.sock").serving() as door:
+            door.hang()
+            program = await asyncio.create_subprocess_exec(sys.executable, "-c", ASK_AND_LEAVE, door.url)
+            async with asyncio.timeout(30):
+                assert await program.wait() == 0
+
+    play(scenario())
+
+
+def test_many_different_questions_keep_few_connections_open(bench: Bench) -> None:
+    async def scenario() -> None:
+        async with opened(bench) as runtime:
+            await runtime.find()
+            before = open_files()
+            for number in range(30):
+                await runtime.stop(f"never heard of {number}", grace_s=0)
+            assert open_files() <= before + 2
+
+    play(scenario())
+
+
+def open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))

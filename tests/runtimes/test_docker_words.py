@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from typing import Any
 
 import pytest
 
@@ -10,8 +11,9 @@ from gateway.runtimes.base import Container, Launch, Progress
 from gateway.runtimes.docker.container_log import Frames, unix_time
 from gateway.runtimes.docker.containers import Seen
 from gateway.runtimes.docker.failures import how_it_ended, is_port_taken, not_started
-from gateway.runtimes.docker.images import Layers, why_not_pulled
+from gateway.runtimes.docker.images import NAME, Layers, why_not_pulled
 from gateway.runtimes.docker.place import Place, host_name
+from gateway.runtimes.docker.runtime import found_in
 from gateway.runtimes.docker.watch import End
 
 LAUNCH = Launch("tgi-model", container=Container("registry/image:1"), gpus=("7",))
@@ -49,6 +51,8 @@ def seen(
         ("nvidia-container-cli: initialization error: nvml error: driver not loaded", "nvidia-smi"),
         ("failed to inject CDI devices: unresolvable CDI devices nvidia.com/gpu=7", "GATEWAY_GPUS"),
         ('invalid mount config for type "bind": bind source path does not exist: /x', "does not exist"),
+        ("Duplicate mount point: /data", "/run/tgi-gateway-secrets"),
+        ('create a b: "a b" includes invalid characters for a local volume name', "`volumes` in models.yaml"),
         ("invalid mount config for type \"volume\": invalid mount path: 'x'", "volumes"),
         ("write /var/lib/docker/x: no space left on device", "disk is full"),
         ('exec: "docker-init": executable file not found in $PATH', "tini"),
@@ -142,35 +146,85 @@ def test_an_end_is_told_in_words(end: End, by_gateway: bool, expected: tuple[int
     assert how_it_ended(end, by_gateway=by_gateway) == expected
 
 
+# ---- lists ----
+
+
+@pytest.mark.parametrize(
+    ("listed", "name"),
+    [
+        ({"Names": ["/renamed"], "Labels": {"tgi-gateway.name": "tgi-model"}}, "tgi-model"),
+        ({"Names": ["/other/link", "/tgi-model"], "Labels": {}}, "tgi-model"),
+        ({"Names": None, "Labels": {"tgi-gateway.name": "tgi-model"}}, "tgi-model"),
+        ({"Names": None, "Labels": {}}, "abc"),
+        ({"Names": [], "Labels": {}, "Created": None, "State": None}, "abc"),
+        ({"Names": ["/other/link"], "Labels": {}, "Created": 2**40}, "abc"),
+    ],
+)
+def test_a_container_is_known_by_its_label_whatever_the_engine_lists_of_it(listed: dict[str, Any], name: str) -> None:
+    assert found_in({"Id": "abc", "Created": 1, "State": "exited", **listed}).name == name
+
+
 # ---- pulls ----
 
 
 def test_the_progress_of_a_pull_is_the_sum_of_its_layers() -> None:
     layers = Layers()
 
-    def hear(layer: str, status: str, current: int | None = None, total: int | None = None) -> Progress | None:
+    def hear(layer: str, status: str, current: int | None = None, total: int | None = None) -> Progress:
         detail = {} if current is None else {"current": current, "total": total}
         return layers.hear({"id": layer, "status": status, "progressDetail": detail})
 
-    assert hear("1.0", "Pulling from library/x") is None
-    assert hear("a", "Already exists") is None
+    assert hear("1.0", "Pulling from library/x") == Progress("pulling")
+    assert hear("a", "Already exists") == Progress("pulling")
     assert hear("b", "Pulling fs layer") == Progress("pulling", 0.0, None, "bytes")
-    assert hear("c", "Pulling fs layer") is None  # nothing new
+    assert hear("c", "Pulling fs layer") == Progress("pulling", 0.0, None, "bytes")
     assert hear("b", "Downloading", 10, 100) == Progress("pulling", 10.0, None, "bytes")  # c is not known yet
     assert hear("c", "Downloading", 5, 50) == Progress("pulling", 15.0, 150.0, "bytes")
-    assert hear("c", "Retrying in 5 seconds") is None  # no progress, so no sign of life
+    assert hear("c", "Retrying in 5 seconds") == Progress("pulling", 15.0, 150.0, "bytes")
     assert hear("b", "Download complete") == Progress("pulling", 105.0, 150.0, "bytes")
-    assert hear("b", "Extracting", 60, 100) is None  # the rest still comes
+    assert hear("b", "Extracting", 60, 100) == Progress("pulling", 105.0, 150.0, "bytes")  # the rest still comes
     assert hear("c", "Verifying Checksum") == Progress("extracting", 60.0, 150.0, "bytes")
     assert hear("b", "Pull complete") == Progress("extracting", 100.0, 150.0, "bytes")
     assert hear("c", "Pull complete") == Progress("extracting", 150.0, 150.0, "bytes")
-    assert hear("", "Status: Downloaded newer image for x") is None
+    assert hear("", "Status: Downloaded newer image for x") == Progress("extracting", 150.0, 150.0, "bytes")
 
 
 def test_a_layer_that_comes_at_once_has_no_size_to_tell() -> None:
     layers = Layers()
     layers.hear({"id": "a", "status": "Pulling fs layer"})
     assert layers.hear({"id": "a", "status": "Download complete"}) == Progress("extracting", 0.0, 0.0, "bytes")
+
+
+def test_a_layer_that_counts_seconds_while_it_is_extracted_is_heard_each_time() -> None:
+    layers = Layers()
+    layers.hear({"id": "a", "status": "Downloading", "progressDetail": {"current": 5, "total": 50}})
+    for seconds in (1, 2, 3):
+        told = layers.hear({"id": "a", "status": "Extracting", "progressDetail": {"current": seconds, "units": "s"}})
+        assert told == Progress("extracting", 0.0, 50.0, "bytes")
+    assert layers.hear({"id": "a", "status": "Extracting"}) == told
+
+
+@pytest.mark.parametrize(
+    ("image", "is_one"),
+    [
+        ("ghcr.io/huggingface/text-generation-inference:3.3.4", True),
+        ("localhost:5000/a/b_c__d-e--f.g@sha256:" + "0" * 64, True),
+        ("x", True),
+        ("[::1]:5000/x:A_b", True),
+        ("sha256:" + "0" * 64, True),
+        ("UPPER", False),
+        ("x/../../y", False),
+        ("http://registry/x", False),
+        ("x//y", False),
+        ("x:", False),
+        ("x?y", False),
+        ("-x", False),
+        ("x\n", False),
+        ("", False),
+    ],
+)
+def test_what_can_be_the_name_of_an_image(image: str, is_one: bool) -> None:
+    assert (NAME.fullmatch(image) is not None) is is_one
 
 
 # ---- logs and names ----

@@ -10,6 +10,8 @@ from typing import Any
 from gateway.runtimes.docker.engine import Engine, Refused
 
 OWNER = "tgi-gateway.owner"
+NAME = "tgi-gateway.name"
+"""The name of the server, whatever somebody else calls its container since."""
 MODEL = "tgi-gateway.model"
 FINGERPRINT = "tgi-gateway.fingerprint"
 GENERATION = "tgi-gateway.generation"
@@ -38,6 +40,11 @@ class Seen:
     """The port of this machine that leads to it."""
     addresses: Mapping[str, str]
     """Its IP address in each network that it is connected to."""
+
+    @property
+    def server(self) -> str:
+        """The name of the server that it was made for."""
+        return self.labels.get(NAME) or self.name
 
     @property
     def runs(self) -> bool:
@@ -82,9 +89,10 @@ def read(inspected: Mapping[str, Any]) -> Seen:
         out_of_memory=bool(state.get("OOMKilled")),
         stop_signal=config.get("StopSignal") or signal.SIGTERM.name,
         published=_published(network.get("Ports") or {}),
-        addresses={name: end.get("IPAddress", "") for name, end in (network.get("Networks") or {}).items()},
+        addresses={name: end.get("IPAddress") or "" for name, end in (network.get("Networks") or {}).items()},
     )
 
 
 def _published(ports: Mapping[str, list[dict[str, str]] | None]) -> int | None:
-    return next((int(binding["HostPort"]) for bindings in ports.values() for binding in bindings or ()), None)
+    bound = (binding.get("HostPort") for bindings in ports.values() for binding in bindings or ())
+    return next((int(port) for port in bound if port), None)

@@ -1,8 +1,9 @@
 """A local Docker Engine: its verbs through the SDK, its long answers as streams, its failures in our words.
 
-The SDK blocks, so its calls run in threads of their own: what is slow elsewhere never keeps a `stop` waiting. What
-goes on for long (events, a followed log, a pull) holds no thread: it is read on the event loop, over a connection of
-its own, and ends at once when its reader is cancelled.
+The SDK blocks, so each call runs in a thread of its own: what is slow elsewhere never keeps a `stop` waiting, and a
+call that hangs keeps nobody from leaving, the process neither. What goes on for long (events, a followed log, a pull)
+holds no thread: it is read on the event loop, over a connection of its own, and ends at once when its reader is
+cancelled.
 
 Three kinds of failure are told apart. `Silent`: no answer came, so nothing is known, and asking again may help.
 `Refused`: the engine said no, with a status and a reason. Any other `RuntimeUnavailable`: asking again is of no use.
@@ -14,10 +15,10 @@ import asyncio
 import json
 import os
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, closing
-from typing import TypeVar
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, closing, contextmanager, suppress
+from functools import partial
+from typing import Any, TypeVar
 from urllib.parse import SplitResult, urlsplit
 
 import aiohttp
@@ -30,14 +31,17 @@ from tenacity import AsyncRetrying, retry_if_exception, stop_after_delay, wait_r
 from gateway.errors import RuntimeUnavailable
 
 T = TypeVar("T")
+Call = Callable[[APIClient], T]
 
 DEFAULT_URL = "unix:///var/run/docker.sock"
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
-THREADS = 16
+CALLS = 16
+"""How many may be under way at once."""
 TIMEOUT_S = 30.0
 """How long one call may take before nothing is known about it."""
 PATIENCE_S = 60.0
 """How long a call is repeated before an engine that used to answer is given up."""
+LET_GO = "The gateway has let go of the Docker Engine."
 SEE_DOCTOR = "`gateway doctor` looks closer."
 
 
@@ -62,34 +66,31 @@ class Engine:
         self._timeout_s = timeout_s
         self._patience_s = patience_s
         self._clients = _Clients(self.url, timeout_s)
-        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="docker")
+        self._free = asyncio.Semaphore(CALLS)
+        self._answers: set[asyncio.Future[Any]] = set()
         self._session: aiohttp.ClientSession | None = None
         self._answered = False
         self._closed = False
 
-    async def ask(self, call: Callable[[APIClient], T]) -> T:
+    async def ask(self, call: Call[T]) -> T:
         """Return what `call` returns, asking again while the engine is silent. `call` must bear to be repeated.
 
-        An engine that has never answered is not waited for. Cancelled, it returns once its call is over.
+        An engine that has never answered is not waited for. Cancelled, it returns at once, whatever becomes of the
+        call: only for what changes nothing.
 
         Raises:
             Refused: the engine's own no.
             RuntimeUnavailable: no answer came in time, or there is no engine that could give one.
         """
-        attempts = AsyncRetrying(
-            retry=retry_if_exception(self._may_answer_yet),
-            wait=wait_random_exponential(multiplier=0.2, max=2),
-            stop=stop_after_delay(self._patience_s),
-            reraise=True,
-        )
-        return await attempts(self.ask_once, call)
+        return await self._patiently(self.ask_once, call)
 
-    async def ask_once(self, call: Callable[[APIClient], T]) -> T:
+    async def ask_once(self, call: Call[T]) -> T:
         """As `ask`, but Silent as soon as one answer has not come."""
-        if self._closed:
-            raise RuntimeUnavailable("The gateway has let go of the Docker Engine.")
-        loop = asyncio.get_running_loop()
-        return await _known(loop.run_in_executor(self._threads, self._call, call))
+        return await (await self._begin(call))
+
+    async def do(self, call: Call[T]) -> T:
+        """As `ask`, for what changes something: cancelled, it returns once it is known what became of it."""
+        return await self._patiently(self._do_once, call)
 
     @asynccontextmanager
     async def stream(
@@ -109,22 +110,67 @@ class Engine:
         except (aiohttp.ClientError, OSError) as error:
             raise Silent(_why_silent(self.url, error, self._timeout_s)) from error
 
+    def abandon(self) -> None:
+        """Wait no longer for any call that is under way: what becomes of it is left open. More can be asked."""
+        for answer in self._answers:
+            if not answer.done():
+                answer.set_exception(RuntimeUnavailable(LET_GO))
+                answer.exception()  # seen, so that the loop does not complain if nobody waits any more
+
     async def aclose(self) -> None:
-        """Close every connection. Nothing can be asked afterwards."""
+        """Close every connection. Nothing can be asked afterwards, and what hangs is left alone."""
         self._closed = True
+        self.abandon()
         if self._session:
             await self._session.close()
             await asyncio.sleep(0)  # a transport closes in the next turn of the loop
-        self._threads.shutdown(wait=False, cancel_futures=True)
         self._clients.close()
+
+    async def _patiently(self, verb: Callable[[Call[T]], Awaitable[T]], call: Call[T]) -> T:
+        attempts = AsyncRetrying(
+            retry=retry_if_exception(self._may_answer_yet),
+            wait=wait_random_exponential(multiplier=0.2, max=2),
+            stop=stop_after_delay(self._patience_s),
+            reraise=True,
+        )
+        return await attempts(verb, call)
+
+    async def _do_once(self, call: Call[T]) -> T:
+        return await _known(await self._begin(call))
+
+    async def _begin(self, call: Call[T]) -> asyncio.Future[T]:
+        """Begin a call once fewer than `CALLS` are under way. Its thread may hang, so it is none that is waited for."""
+        if not self._closed:
+            await self._free.acquire()
+        if self._closed:
+            raise RuntimeUnavailable(LET_GO)
+        answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._answers.add(answer)
+        threading.Thread(target=self._work, args=(call, answer), name="docker", daemon=True).start()
+        return answer
+
+    def _work(self, call: Call[T], answer: asyncio.Future[T]) -> None:
+        try:
+            tell: Callable[[], None] = partial(answer.set_result, self._call(call))
+        except Exception as error:  # whoever waits for the answer gets it
+            tell = partial(answer.set_exception, error)
+        with suppress(RuntimeError):  # the loop has ended, and nobody waits
+            answer.get_loop().call_soon_threadsafe(self._over, answer, tell)
+
+    def _over(self, answer: asyncio.Future[Any], tell: Callable[[], None]) -> None:
+        self._free.release()
+        self._answers.discard(answer)
+        if not answer.done():
+            tell()
 
     def _may_answer_yet(self, error: BaseException) -> bool:
         return isinstance(error, Silent) and self._answered
 
-    def _call(self, call: Callable[[APIClient], T]) -> T:
-        """Call in one of our threads; no error of the SDK's gets out of here."""
+    def _call(self, call: Call[T]) -> T:
+        """Call in a thread; no error of the SDK's gets out of here."""
         try:
-            result = call(self._clients.mine())
+            with self._clients.one() as client:
+                result = call(client)
         except APIError as error:
             self._answered = True
             raise Refused(error.status_code or 500, str(error.explanation or error)) from error
@@ -149,7 +195,7 @@ class Engine:
 
 
 class _Clients:
-    """The SDK's clients, one a thread: nobody promises that two threads may use one.
+    """The SDK's clients, each lent to one thread at a time: nobody promises that two may use one.
 
     Each asks the engine for its API version when it is made. After a failure all are made anew, because
     the engine that comes back may be another version.
@@ -158,13 +204,14 @@ class _Clients:
     def __init__(self, url: str, timeout_s: float) -> None:
         self._url = url
         self._timeout_s = timeout_s
-        self._local = threading.local()
         self._lock = threading.Lock()
-        self._all: set[APIClient] = set()
+        self._idle: list[APIClient] = []
         self._generation = 0
+        self._closed = False
 
-    def mine(self) -> APIClient:
-        """Return this thread's client.
+    @contextmanager
+    def one(self) -> Iterator[APIClient]:
+        """Lend a client.
 
         Raises:
             RuntimeUnavailable: the address is none that we support.
@@ -172,42 +219,46 @@ class _Clients:
         """
         if words := why_not_supported(self._url):
             raise RuntimeUnavailable(words)
-        if getattr(self._local, "generation", None) != self._generation:
-            self._drop_mine()
-            generation = self._generation
-            self._local.client = self._new()
-            self._local.generation = generation
-        client: APIClient = self._local.client
-        return client
+        generation = self._generation
+        client = self._take() or self._new()
+        try:
+            yield client
+        finally:
+            self._give_back(client, generation)
 
     def renew(self) -> None:
-        self._generation += 1
+        """Close all that are idle; the others are closed when they come back."""
+        with self._lock:
+            self._generation += 1
+            idle, self._idle = self._idle, []
+        for client in idle:
+            client.close()
 
     def close(self) -> None:
+        self._closed = True
+        self.renew()
+
+    def _take(self) -> APIClient | None:
         with self._lock:
-            for client in self._all:
-                client.close()
-            self._all.clear()
+            return self._idle.pop() if self._idle else None
+
+    def _give_back(self, client: APIClient, generation: int) -> None:
+        with self._lock:
+            if keep := generation == self._generation and not self._closed:
+                self._idle.append(client)
+        if not keep:
+            client.close()
 
     def _new(self) -> APIClient:
         """Make a client that speaks the engine's own version; the one that asks for it is closed in any case."""
         with closing(self._client(DEFAULT_DOCKER_API_VERSION)) as asking:
             version = str(asking.version(api_version=False)["ApiVersion"])
-        client = self._client(version)
-        with self._lock:
-            self._all.add(client)
-        return client
+        return self._client(version)
 
     def _client(self, version: str) -> APIClient:
-        return APIClient(base_url=self._url, version=version, timeout=self._timeout_s)  # type: ignore[arg-type]
-
-    def _drop_mine(self) -> None:
-        client = getattr(self._local, "client", None)
-        if client is not None:
-            self._local.generation = None
-            client.close()
-            with self._lock:
-                self._all.discard(client)
+        client = APIClient(base_url=self._url, version=version, timeout=self._timeout_s)  # type: ignore[arg-type]
+        client.headers["Connection"] = "close"  # else it keeps one open for each of the last 25 paths asked for
+        return client
 
 
 def why_not_supported(url: str) -> str | None:

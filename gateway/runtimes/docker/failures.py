@@ -7,6 +7,7 @@ import signal
 from gateway.errors import StartFailed
 from gateway.runtimes.base import Launch
 from gateway.runtimes.docker.containers import Seen
+from gateway.runtimes.docker.launch import SECRETS
 from gateway.runtimes.docker.watch import End
 
 PORT_TAKEN = (
@@ -24,7 +25,7 @@ def is_port_taken(words: str) -> bool:
 def not_started(launch: Launch, words: str) -> StartFailed:
     """Return why no server came of `launch`, given the engine's words."""
     image = launch.container.image if launch.container else ""
-    facts = {"image": image, "gpus": ", ".join(launch.gpus) or "none", "name": launch.name, "words": words}
+    facts = {"image": image, "gpus": ", ".join(launch.gpus) or "none", "secrets": SECRETS}
     for signs, cause, fix in _DIAGNOSES:
         if all(sign in words.lower() for sign in signs):
             return _failed(cause.format(**facts), fix.format(**facts), words)
@@ -33,7 +34,7 @@ def not_started(launch: Launch, words: str) -> StartFailed:
 
 def foreign(seen: Seen, name: str) -> StartFailed:
     """Return what to say of a container that has our name and is not ours."""
-    cause = f"The name {name} is taken: container {seen.short_id} ({seen.status}) has it, and is not this gateway's"
+    cause = f"The name {name} is taken: container {seen.short_id} ({seen.status}) has it, and is not its server"
     fix = f"Rename it (`docker rename {name} NEW`) or remove it (`docker rm --force {name}`)."
     return StartFailed(f"{cause}. {fix}", cause=cause, fix=fix)
 
@@ -75,6 +76,8 @@ _TOOLKIT_FIX = (
     "Install the package nvidia-container-toolkit, run `nvidia-ctk runtime configure --runtime=docker`, "
     "and restart the engine (`systemctl restart docker`)."
 )
+_NO_TARGET = "Nothing can be mounted where one of the volumes is to be: not on /, /proc or /dev"
+_TARGET_FIX = "Correct the target of `volumes` in models.yaml: a directory of the server's own, such as /data."
 _DIAGNOSES = (
     (
         ("could not select device driver", "gpu"),
@@ -93,6 +96,20 @@ _DIAGNOSES = (
         ("bind source path does not exist",),
         "A directory that is to be mounted does not exist on the Docker Engine's machine",
         "Make it, or correct `volumes` in models.yaml.",
+    ),
+    (
+        ("duplicate mount point",),
+        "Two volumes have one target",
+        "Give each of `volumes` in models.yaml a target of its own; {secrets} is the gateway's.",
+    ),
+    (("not of type proc",), _NO_TARGET, _TARGET_FIX),
+    (("inside /proc",), _NO_TARGET, _TARGET_FIX),
+    (("destination can't be",), _NO_TARGET, _TARGET_FIX),
+    (("/dev/null", "no such file"), _NO_TARGET, _TARGET_FIX),
+    (
+        ("invalid characters for a local volume name",),
+        "A volume has a name that none can have",
+        "Correct `volumes` in models.yaml: an absolute path, or a name of letters, digits and ._- as source.",
     ),
     (
         ("invalid mount",),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,13 @@ from gateway.errors import RuntimeUnavailable, StartFailed
 from gateway.runtimes.base import Progress, PullPolicy
 from gateway.runtimes.docker.engine import Engine, Refused
 
+_LABEL = "[a-zA-Z0-9](?:[a-zA-Z0-9-]*[a-zA-Z0-9])?"
+_REGISTRY = rf"(?:{_LABEL}(?:\.{_LABEL})*|\[[a-fA-F0-9:]+\])(?::[0-9]+)?"
+_PART = "[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*"
+_TAG, _DIGEST = r"[a-zA-Z0-9_][a-zA-Z0-9_.-]{0,127}", "[a-z0-9]+(?:[.+_-][a-z0-9]+)*:[a-fA-F0-9]{32,}"
+NAME = re.compile(rf"(?:{_REGISTRY}/)?{_PART}(?:/{_PART})*(?::{_TAG})?(?:@{_DIGEST})?|sha256:[a-f0-9]{{64}}")
+"""The grammar of an image's name, as github.com/distribution/reference has it; or an image's id."""
+
 Report = Callable[[Progress], None]
 Image = Mapping[str, Any]
 """What the engine's `inspect` says of an image."""
@@ -24,12 +32,15 @@ Image = Mapping[str, Any]
 async def ensure(engine: Engine, image: str, policy: PullPolicy, report: Report) -> Image:
     """Return the image, pulled if `policy` says so. Phases `pulling` and `extracting` are reported in bytes.
 
-    Waits as long as the pull goes on; cancelled, the pull is called off. Nothing is reported while nothing comes.
+    Waits as long as the pull goes on; cancelled, the pull is called off. Whatever the engine says is a sign of life,
+    and reported even if it tells nothing new; nothing is reported while nothing comes.
 
     Raises:
         StartFailed: it cannot be had; the words say why, and what to do.
         RuntimeUnavailable: the engine does not answer.
     """
+    if not NAME.fullmatch(image):  # it would become a part of a path
+        raise why_not_pulled(image, "invalid reference format")
     found = await _find(engine, image)
     if found and policy != "always":
         return found
@@ -66,7 +77,7 @@ async def _pull(engine: Engine, image: str, report: Report) -> None:
                 _hear(image, json.loads(line), layers, report)
     except Refused as refused:
         raise why_not_pulled(image, refused.words) from refused
-    except ValueError as error:
+    except (ValueError, AttributeError, TypeError) as error:
         raise RuntimeUnavailable(
             f"The Docker Engine told the progress of a pull in words of its own: {error}."
         ) from error
@@ -75,8 +86,7 @@ async def _pull(engine: Engine, image: str, report: Report) -> None:
 def _hear(image: str, message: Mapping[str, Any], layers: Layers, report: Report) -> None:
     if words := message.get("error"):
         raise why_not_pulled(image, str(words))
-    if progress := layers.hear(message):
-        report(progress)
+    report(layers.hear(message))
 
 
 def _credentials(client: APIClient, image: str, repository: str) -> dict[str, str]:
@@ -104,19 +114,14 @@ class Layers:
 
     def __init__(self) -> None:
         self._layers: dict[str, _Layer] = {}
-        self._told: Progress | None = None
 
-    def hear(self, message: Mapping[str, Any]) -> Progress | None:
-        """Return how far the pull has come if this message of the engine's tells anything new."""
+    def hear(self, message: Mapping[str, Any]) -> Progress:
+        """Return how far the pull has come with this message of the engine's."""
         self._take(message.get("id", ""), message.get("status", ""), message.get("progressDetail") or {})
-        progress = self._progress()
-        if progress == self._told:
-            return None
-        self._told = progress
-        return progress
+        return self._progress()
 
     def _take(self, layer_id: str, status: str, detail: Mapping[str, Any]) -> None:
-        current, total = detail.get("current", 0), detail.get("total")
+        current, total = detail.get("current") or 0, detail.get("total")
         match status:
             case "Pulling fs layer" | "Waiting":
                 self._layers.setdefault(layer_id, _Layer())
@@ -127,9 +132,9 @@ class Layers:
                 layer.downloaded, layer.size = current, total or layer.size
             case "Verifying Checksum" | "Download complete":
                 self._downloaded(layer_id)
-            case "Extracting" if "units" not in detail:  # else it counts seconds
-                self._downloaded(layer_id)
-                self._layers[layer_id].extracted = current
+            case "Extracting":
+                layer = self._downloaded(layer_id)
+                layer.extracted = layer.extracted if "units" in detail else current  # it may count seconds
             case "Pull complete":
                 layer = self._downloaded(layer_id)
                 layer.extracted = layer.size or 0
@@ -140,10 +145,10 @@ class Layers:
         layer.downloaded, layer.complete = layer.size, True
         return layer
 
-    def _progress(self) -> Progress | None:
+    def _progress(self) -> Progress:
         layers = self._layers.values()
         if not layers:
-            return None
+            return Progress("pulling")
         sizes = [layer.size for layer in layers if layer.size is not None]
         total = float(sum(sizes)) if len(sizes) == len(layers) else None  # not the whole truth before all are known
         if all(layer.complete for layer in layers):

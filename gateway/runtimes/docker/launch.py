@@ -13,7 +13,7 @@ from docker.types import DeviceRequest, LogConfig
 from docker.types import Mount as EngineMount
 
 from gateway.runtimes.base import Container, Launch, Mount
-from gateway.runtimes.docker.containers import FINGERPRINT, GENERATION, GPUS, MODEL, OWNER, PORT
+from gateway.runtimes.docker.containers import FINGERPRINT, GENERATION, GPUS, MODEL, NAME, OWNER, PORT
 from gateway.runtimes.docker.images import Image
 from gateway.runtimes.docker.place import Place, host_name
 from gateway.runtimes.docker.ports import HOST
@@ -63,6 +63,7 @@ class Plan:
     def _labels(self) -> dict[str, str]:
         return {
             OWNER: self.owner,
+            NAME: self.launch.name,
             MODEL: self.launch.model,
             FINGERPRINT: self.launch.fingerprint,
             GENERATION: self.generation,
@@ -71,8 +72,9 @@ class Plan:
         }
 
     def _networking(self, client: APIClient) -> Any:
+        """Give it a name in the network that it keeps, even if somebody renames the container while it serves."""
         alias = host_name(self.launch.name)
-        if not self.place.by_name or alias == self.launch.name:
+        if not self.place.by_name:
             return None
         return client.create_networking_config(
             {self.place.network: client.create_endpoint_config(aliases=[alias])}  # type: ignore[arg-type]

@@ -54,8 +54,9 @@ class Place:
             return f"http://{HOST}:{published}", published
         if self.network not in seen.addresses:
             raise _out_of_reach(seen, f"it is not in the gateway's network {self.network}")
-        name = host_name(seen.name)
-        host = name if self.by_name else seen.addresses[self.network] or name  # one that has ended has no address
+        name, address = host_name(seen.server), seen.addresses[self.network]
+        sure = self.by_name and seen.name == seen.server  # if it was renamed, another may have its name
+        host = name if sure else address or name  # one that has ended has no address
         return f"http://{host}:{port}", port
 
 

@@ -1,16 +1,15 @@
 """Runtime `docker`: a server is a container on the Docker Engine of this machine, and may outlive the gateway.
 
-The engine is the only memory. A container is found again by its name and by the label that says whose it is; so a lost
-answer, a cancelled start or a crash of the gateway leaves nothing that the next look would not find, and a container
-that is somebody else's is never touched. Calls for one name take turns.
+The engine is the only memory. A container is found again by labels that say whose it is and which server, whatever
+somebody else calls it since; so a lost answer, a cancelled start or a crash of the gateway leaves nothing that the next
+look would not find, and a container that is somebody else's is never touched. Calls for one name take turns.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import suppress
 from typing import Any, ClassVar
 
@@ -18,17 +17,15 @@ from gateway.errors import RuntimeUnavailable, StartFailed
 from gateway.runtimes.base import Exit, Found, Handle, Launch, Listener
 from gateway.runtimes.docker import images
 from gateway.runtimes.docker.container_log import CATCH_UP_S, ContainerLog
-from gateway.runtimes.docker.containers import FINGERPRINT, GENERATION, GPUS, OWNER, PORT, RUNS, Seen, look
+from gateway.runtimes.docker.containers import FINGERPRINT, GENERATION, GPUS, NAME, OWNER, PORT, RUNS, Seen, look
 from gateway.runtimes.docker.engine import PATIENCE_S, TIMEOUT_S, Engine, Refused
 from gateway.runtimes.docker.failures import foreign, how_it_ended, is_port_taken, not_started
 from gateway.runtimes.docker.launch import SECRETS, Plan, secrets_archive
-from gateway.runtimes.docker.ownership import Ownership
+from gateway.runtimes.docker.ownership import RENEW_S, Ownership
 from gateway.runtimes.docker.place import Place, find_place
 from gateway.runtimes.docker.ports import Ports
 from gateway.runtimes.docker.watch import Watch
 from gateway.runtimes.files import FileChecks
-
-log = logging.getLogger(__name__)
 
 FIRST_PORT = 8080
 LAST_LINES = 200
@@ -57,14 +54,16 @@ class DockerRuntime:
         first_port: int = FIRST_PORT,
         timeout_s: float = TIMEOUT_S,
         patience_s: float = PATIENCE_S,
+        renew_s: float = RENEW_S,
     ) -> None:
         """Touch nothing yet: the engine at `base_url` (else DOCKER_HOST, else the usual socket) may be absent.
 
         One call of the engine may take `timeout_s`; it is repeated for `patience_s` before the engine is given up.
+        That the name is still ours is made sure of every `renew_s`.
         """
         self._owner = owner
         self._engine = Engine(base_url, timeout_s=timeout_s, patience_s=patience_s)
-        self._ownership = Ownership(self._engine, owner)
+        self._ownership = Ownership(self._engine, owner, renew_s=renew_s)
         self._watch = Watch(self._engine, owner)
         self._ports = Ports(first_port)
         self._files = FileChecks()
@@ -75,21 +74,24 @@ class DockerRuntime:
         self._servers: dict[str, _Server] = {}
 
     async def find(self) -> list[Found]:
+        """As the contract has it. Of several containers of one server only the newest that runs is told."""
         await self._prepare()
-        filters = {"label": f"{OWNER}={self._owner}"}
-        listed: list[dict[str, Any]] = await self._engine.ask(
-            lambda client: client.containers(all=True, filters=filters)
-        )
-        return [_found(each) for each in listed if (each.get("Labels") or {}).get(OWNER) == self._owner]
+        found: dict[str, Found] = {}
+        for each in map(found_in, await self._list()):
+            if each.name not in found or (each.runs and not found[each.name].runs):
+                found[each.name] = each
+        return list(found.values())
 
     async def adopt(self, found: Found, listener: Listener) -> Handle:
+        """As the contract has it. Any other container of that server is removed."""
         place = await self._prepare()
         async with self._turn(found.name):
-            seen = await self._look(found.name)
-            same = seen is not None and self._is_ours(seen) and seen.labels.get(FINGERPRINT, "") == found.fingerprint
-            if seen is None or not seen.runs or not same:
+            older = await self._look(found.name)
+            same = (each for each in older if each.runs and each.labels.get(FINGERPRINT, "") == found.fingerprint)
+            if (seen := next(same, None)) is None:
                 raise StartFailed(f"{found.name} is gone: it ended, or another took its place, since it was found.")
             handle = _handle(place, seen, seen.published)
+            await self._remove_all((each for each in older if each is not seen), OLDER_GRACE_S)
             if seen.published:
                 self._ports.take_over(found.name, seen.published)
             return self._serve(seen, handle, listener)
@@ -122,9 +124,7 @@ class DockerRuntime:
             start.cancel()
         await self._prepare()
         async with self._turn(name):
-            seen = await self._look(name)
-            if seen and self._is_ours(seen):
-                await self._remove(seen, grace_s)
+            await self._remove_all(await self._look(name), grace_s)
             self._ports.free(name)
 
     async def logs(self, name: str, *, lines: int, follow: bool) -> AsyncIterator[str]:
@@ -133,17 +133,17 @@ class DockerRuntime:
                 yield line
 
     async def aclose(self) -> None:
-        """Let go of the engine, and of the right to the name. Containers stay as they are."""
+        """Let go of the engine, and of the right to the name. Containers stay as they are.
+
+        An engine that hangs is not waited for: what it was doing goes on, and is found by the next gateway.
+        """
+        await self._watch.aclose()
         for start in (starts := list(self._starts.values())):
             start.cancel()
+        self._engine.abandon()
         await asyncio.gather(*starts, return_exceptions=True)
-        for server in self._servers.values():
-            await server.aclose()
-        await self._watch.aclose()
-        try:
-            await self._ownership.give_back()
-        except RuntimeUnavailable as error:
-            log.warning("The lock on the name %s stays for the next gateway to remove: %s", self._owner, error)
+        await asyncio.gather(*(server.aclose() for server in self._servers.values()))
+        await self._ownership.give_back()
         await self._engine.aclose()
         await self._files.aclose()
 
@@ -159,8 +159,22 @@ class DockerRuntime:
     def _turn(self, name: str) -> asyncio.Lock:
         return self._turns.setdefault(name, asyncio.Lock())
 
-    async def _look(self, name: str) -> Seen | None:
-        return await look(self._engine, name)
+    async def _list(self, name: str | None = None) -> list[dict[str, Any]]:
+        """Return what the engine lists of our containers, the newest first; with `name`, only those of that server."""
+        labels = [f"{OWNER}={self._owner}", *([f"{NAME}={name}"] if name else [])]
+        listed: list[dict[str, Any]] = await self._engine.ask(
+            lambda client: client.containers(all=True, filters={"label": labels})
+        )
+        ours = [each for each in listed if (each.get("Labels") or {}).get(OWNER) == self._owner]
+        return sorted(ours, key=_made_at, reverse=True)
+
+    async def _look(self, name: str) -> list[Seen]:
+        """Return all containers of this server, the newest first, whatever they are called now."""
+        server = self._servers.get(name)
+        ids = [each["Id"] for each in await self._list(name)] + ([server.container_id] if server else [])
+        looks = [await look(self._engine, reference) for reference in dict.fromkeys([*ids, name])]
+        seen = {each.id: each for each in looks if each and self._is_ours(each) and each.server == name}
+        return list(seen.values())
 
     def _is_ours(self, seen: Seen) -> bool:
         return seen.labels.get(OWNER) == self._owner
@@ -180,12 +194,15 @@ class DockerRuntime:
             return self._serve(seen, _handle(place, seen, published), listener)
 
     async def _make_way(self, name: str) -> None:
-        """Remove an older container of ours, whatever state it is in."""
-        seen = await self._look(name)
-        if seen and not self._is_ours(seen):
+        """Remove older containers of this server, whatever state they are in.
+
+        Raises:
+            StartFailed: the name is taken by one that is not this server's.
+        """
+        await self._remove_all(await self._look(name), OLDER_GRACE_S)
+        self._ports.free(name)
+        if seen := await look(self._engine, name):
             raise foreign(seen, name)
-        if seen:
-            await self._remove(seen, OLDER_GRACE_S)
 
     async def _plan(self, launch: Launch, place: Place, listener: Listener) -> Plan:
         container = launch.container
@@ -205,7 +222,7 @@ class DockerRuntime:
             container_id = await self._create(plan, port)
             try:
                 await self._hand_over_secrets(plan, container_id)
-                await self._engine.ask(lambda client, made=container_id: client.start(made))  # type: ignore[misc]
+                await self._engine.do(lambda client, made=container_id: client.start(made))  # type: ignore[misc]
             except Refused as refused:
                 if port is None or not is_port_taken(refused.words):
                     raise not_started(plan.launch, refused.words) from refused
@@ -215,7 +232,7 @@ class DockerRuntime:
 
     async def _create(self, plan: Plan, port: int | None) -> str:
         try:
-            return await self._engine.ask(lambda client: plan.create(client, port))
+            return await self._engine.do(lambda client: plan.create(client, port))
         except Refused as refused:
             made = await self._already_made(plan) if refused.http_status == 409 else None
             if made is None:
@@ -227,7 +244,7 @@ class DockerRuntime:
         name = plan.launch.name
         with suppress(TimeoutError):
             async with asyncio.timeout(MAKE_S):
-                while (seen := await self._look(name)) is None:  # noqa: ASYNC110 - only the engine knows, and takes the name first
+                while (seen := await look(self._engine, name)) is None:  # noqa: ASYNC110 - only the engine knows, and takes the name first
                     await asyncio.sleep(AGAIN_S)
                 if seen.labels.get(GENERATION) == plan.generation:
                     return seen.id
@@ -238,7 +255,7 @@ class DockerRuntime:
     async def _hand_over_secrets(self, plan: Plan, container_id: str) -> None:
         if plan.container.secrets:
             archive = secrets_archive(plan.container.secrets)
-            await self._engine.ask(lambda client: client.put_archive(container_id, SECRETS, archive))
+            await self._engine.do(lambda client: client.put_archive(container_id, SECRETS, archive))
 
     def _serve(self, seen: Seen, handle: Handle, listener: Listener) -> Handle:
         """Watch a container from now on, as the server of its name."""
@@ -246,6 +263,10 @@ class DockerRuntime:
         return handle
 
     # The way down
+
+    async def _remove_all(self, containers: Iterable[Seen], grace_s: float) -> None:
+        for seen in containers:
+            await self._remove(seen, grace_s)
 
     async def _remove(self, seen: Seen, grace_s: float) -> None:
         """End a container of ours if it runs, and remove it with its volumes that have no name."""
@@ -255,7 +276,6 @@ class DockerRuntime:
         elif server:  # it takes down how it ended, which cannot be asked afterwards
             await asyncio.wait([server.life], timeout=CATCH_UP_S)
         await self._delete(seen.id)
-        self._ports.free(seen.name)
 
     async def _end(self, seen: Seen, grace_s: float) -> None:
         """Ask a container to leave, kill it after `grace_s` seconds, and return when it has ended."""
@@ -277,7 +297,7 @@ class DockerRuntime:
     async def _try(self, call: Any) -> None:
         """Ask for something that the engine refuses if it is so already."""
         with suppress(Refused):
-            await self._engine.ask(call)
+            await self._engine.do(call)
 
     async def _ends_within(self, seen: Seen, bound_s: float) -> bool:
         if server := self._server_of(seen):
@@ -306,13 +326,13 @@ class DockerRuntime:
     async def _delete_once(self, container_id: str) -> Refused | None:
         """Ask for its removal; return why not, if so. It may be gone, on its way, or held by something for a moment."""
         try:
-            await self._engine.ask(lambda client: client.remove_container(container_id, v=True, force=True))
+            await self._engine.do(lambda client: client.remove_container(container_id, v=True, force=True))
         except Refused as refused:
             return refused
         return None
 
     def _server_of(self, seen: Seen) -> _Server | None:
-        server = self._servers.get(seen.name)
+        server = self._servers.get(seen.server)
         return server if server and server.container_id == seen.id else None
 
 
@@ -348,20 +368,30 @@ class _Server:
         self._paused = now.paused
 
 
-def _found(listed: dict[str, Any]) -> Found:
+def found_in(listed: dict[str, Any]) -> Found:
+    """Read what the engine lists of one container."""
     labels = listed["Labels"]
-    name = next(name for name in listed["Names"] if name.count("/") == 1)  # the others are links to it
     gpus = labels.get(GPUS, "")
     return Found(
-        name=name.removeprefix("/"),
+        name=labels.get(NAME) or _plain_name(listed),
         fingerprint=labels.get(FINGERPRINT, ""),
-        made_at=float(listed["Created"]),
+        made_at=_made_at(listed),
         gpus=tuple(gpus.split(",")) if gpus else (),
-        runs=listed["State"] in RUNS,
+        runs=listed.get("State") in RUNS,
     )
+
+
+def _plain_name(listed: dict[str, Any]) -> str:
+    """Return its name, or its id if it has none. Those with another / in them are links to it."""
+    plain = (name for name in listed.get("Names") or () if name.count("/") == 1)
+    return str(next(plain, listed["Id"])).removeprefix("/")
+
+
+def _made_at(listed: dict[str, Any]) -> float:
+    return float(listed.get("Created") or 0)
 
 
 def _handle(place: Place, seen: Seen, published: int | None) -> Handle:
     inside = seen.labels.get(PORT)
     base_url, port = place.base_url(seen, int(inside), published) if inside else ("", None)
-    return Handle(seen.name, base_url, port, seen.short_id)
+    return Handle(seen.server, base_url, port, seen.short_id)

@@ -70,7 +70,7 @@ class Watch:
         with self._news_of(seen.id) as news:
             while True:
                 news.fresh.clear()
-                now = await self._known(seen.id)
+                now = await self._known(seen.id, news)
                 restarted = now is not None and now.started_at != seen.started_at
                 if now is None or not now.runs or restarted:
                     return End(now, restarted, news.out_of_memory, news.engine_went)
@@ -95,11 +95,13 @@ class Watch:
             if not watchers and self._watchers.get(container_id) is watchers:
                 del self._watchers[container_id]
 
-    async def _known(self, container_id: str) -> Seen | None:
+    async def _known(self, container_id: str, news: News) -> Seen | None:
         """Look at a container until the engine says what it is."""
         while True:
-            with suppress(RuntimeUnavailable):
+            try:
                 return await look(self._engine, container_id, patiently=False)
+            except RuntimeUnavailable:
+                news.engine_went = True
             await _a_moment()
 
     async def _follow(self) -> None:
