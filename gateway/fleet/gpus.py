@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator
 from itertools import count, islice
 
 from gateway.catalog import ModelSpec
-from gateway.errors import NoCapacity
+from gateway.errors import NoCapacity, StartFailed
 
 BUSY_RETRY_S = 30.0
 
@@ -27,6 +27,7 @@ class Gpus:
 
         Raises:
             NoCapacity: other models have too many of them; says which, and what to do.
+            StartFailed: it names a GPU that there is not.
         """
         if spec.runtime == "external":
             return ()
@@ -51,9 +52,20 @@ class Gpus:
 
     def _named(self, spec: ModelSpec) -> tuple[str, ...]:
         assert isinstance(spec.gpus, tuple)
+        self._must_be_there(spec, [gpu for gpu in spec.gpus if gpu.isdigit()])
         if any(gpu in self.holders() for gpu in spec.gpus):
             raise self._in_use(spec, f"GPU {', '.join(spec.gpus)}")
         return spec.gpus
+
+    def _must_be_there(self, spec: ModelSpec, numbers: Collection[str]) -> None:
+        """Only numbers can be judged: an inventory by number does not tell the names (`GPU-...`) of the same GPUs."""
+        known = self.inventory
+        if missing := [gpu for gpu in numbers if known is not None and gpu not in known]:
+            cause = (
+                f"{spec.id} is to have GPU {', '.join(missing)}, which is not there: there are {', '.join(known or ())}"
+            )
+            fix = "Correct `gpus` of this model in models.yaml, or GATEWAY_GPUS."
+            raise StartFailed(f"{cause}. {fix}", cause=cause, fix=fix)
 
     def _counted(self, spec: ModelSpec) -> tuple[str, ...]:
         assert isinstance(spec.gpus, int)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from gateway.catalog import ModelSpec
-from gateway.errors import NoCapacity
+from gateway.errors import NoCapacity, StartFailed
 from gateway.fleet.gpus import Gpus
 
 
@@ -58,3 +58,10 @@ def test_the_gpus_of_a_server_that_was_found_are_its_own() -> None:
 
 def test_a_model_may_name_a_gpu_that_the_inventory_lacks() -> None:
     assert Gpus(["0"]).take(model("a", ["GPU-3f2a"])) == ("GPU-3f2a",)
+
+
+def test_a_gpu_that_is_not_there_is_told_at_once() -> None:
+    with pytest.raises(StartFailed, match="GPU 7, which is not there: there are 0, 1"):
+        Gpus(["0", "1"]).take(model("a", ["0", "7"]))
+
+    assert Gpus(None).take(model("a", ["7"])) == ("7",)
