@@ -13,11 +13,14 @@ from contextlib import asynccontextmanager
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 from gateway.api import problems
 from gateway.api.api_server import api_server_router
+from gateway.api.authorization import Authorization
 from gateway.api.autotrain import autotrain_router
 from gateway.api.generate import generate_router
 from gateway.api.inference import inference_router
@@ -38,6 +41,7 @@ from gateway.fleet.gpus import Gpus
 from gateway.fleet.health import HttpProbe
 from gateway.fleet.identity import server_name
 from gateway.fleet.journal import Journal
+from gateway.keys import load_keys
 from gateway.runtimes.base import Launch
 from gateway.runtimes.docker.runtime import DockerRuntime
 from gateway.runtimes.external import ExternalRuntime
@@ -48,6 +52,12 @@ from gateway.upstream import AiohttpClient
 log = logging.getLogger(__name__)
 
 VERSION = version("tgi-gateway")
+CORS: dict[str, Any] = {
+    "allow_methods": ["GET", "HEAD", "POST"],
+    "allow_headers": ["Authorization", "Content-Type", "Prefer", "X-Request-ID"],
+    "expose_headers": ["X-Request-ID", "Retry-After"],
+}
+"""What a page of an allowed origin may send, and read of the answer."""
 
 
 def create_app(settings: Settings | None = None, environ: Mapping[str, str] = os.environ) -> FastAPI:
@@ -97,7 +107,12 @@ def _engines(settings: Settings) -> dict[str, Engine]:
 
 
 def compose(settings: Settings, catalog: Catalog) -> FastAPI:
-    """Join the parts. Nothing runs until the application's lifespan begins."""
+    """Join the parts. Nothing runs until the application's lifespan begins.
+
+    Raises:
+        CatalogError: the file of keys cannot be used.
+    """
+    keys = load_keys(settings.api_keys_file) if settings.api_keys_file else None
     processes, containers, probe, client = ProcessRuntime(), DockerRuntime(settings.name), HttpProbe(), AiohttpClient()
     others = ExternalRuntime()
     fleet = Fleet(
@@ -135,9 +150,14 @@ def compose(settings: Settings, catalog: Catalog) -> FastAPI:
         overview_router(fleet, reports),
     ):
         app.include_router(router)
-    app.add_middleware(PlainPaths)
+    # the last one added comes first
     app.add_middleware(BodyLimit, most_bytes=settings.max_body_bytes, closing=lambda: fleet.closing)
-    if not settings.allow_insecure:
+    if keys is not None:
+        app.add_middleware(Authorization, keys=keys)
+    app.add_middleware(PlainPaths)
+    if settings.cors_origins:  # before the keys: a browser asks without one whether it may send one
+        app.add_middleware(CORSMiddleware, allow_origins=settings.cors_origins, **CORS)
+    if keys is None and not settings.allow_insecure:
         app.add_middleware(LoopbackOnly, refusal=_not_for_you)
     app.add_middleware(RequestLog)
     app.add_middleware(PlainRefusal)
@@ -152,8 +172,8 @@ def _gpus_of_this_machine() -> list[str] | None:
 
 def _not_for_you() -> Forbidden:
     return Forbidden(
-        "This gateway has no keys, so it answers on loopback only. Set GATEWAY_ALLOW_INSECURE=true to serve "
-        "other machines without any protection."
+        "This gateway has no keys, so it answers on loopback only. Give it some (`gateway keys add`, and "
+        "GATEWAY_API_KEYS_FILE); or set GATEWAY_ALLOW_INSECURE=true to serve other machines without any protection."
     )
 
 

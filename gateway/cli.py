@@ -186,9 +186,9 @@ def main() -> None:
                                                         in another terminal: one answer, starting the model
       gateway models                                    what runs, and what has failed
 
-    All commands but `serve` and `check` talk to a gateway that runs: at --url, at GATEWAY_URL, or on this machine's
-    port 8000. The exit status is 0, 1 if the command failed, 2 if the usage, environment or a file is wrong, and 130
-    after Ctrl-C.
+    All commands but `serve`, `check`, `doctor` and `keys` talk to a gateway that runs: at --url, at GATEWAY_URL, or on
+    this machine's port 8000. The exit status is 0, 1 if the command failed, 2 if the usage, environment or a file is
+    wrong, and 130 after Ctrl-C.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # no answer is lost for a character that the terminal lacks
@@ -216,7 +216,8 @@ def serve(checkpoint: str | None, reload: bool, **flags: str | None) -> None:
     Examples:
       gateway serve
       gateway serve --port 8080 --checkpoint smollm2-135m --device cpu
-      GATEWAY_ALLOW_INSECURE=true gateway serve --host 0.0.0.0     # no keys: only where something else protects it
+      GATEWAY_API_KEYS_FILE=keys.jsonl gateway serve --host 0.0.0.0    # for those who have a key: `gateway keys`
+      GATEWAY_ALLOW_INSECURE=true gateway serve --host 0.0.0.0         # no keys: only where something else protects it
     """
     from gateway import serving
 
@@ -316,6 +317,126 @@ def _missing_weights(spec: ModelSpec) -> Iterator[str]:
         yield "the package of its weights is not installed"
     elif spec.weights and not spec.weights.is_file():
         yield "there is no such weights file"
+
+
+# ---- keys -----------------------------------------------------------------------------------------------------------
+
+
+@main.group()
+def keys() -> None:
+    """Make, list and remove the keys that callers show.
+
+    They are in a file of their own, which has no key but only what tells whether one is right. A gateway that is given
+    this file (GATEWAY_API_KEYS_FILE) answers nobody without a key. It reads the file when it starts: restart it
+    after each change.
+
+    \b
+    Examples:
+      gateway keys add alice --rights generate --file keys.jsonl
+      GATEWAY_API_KEYS_FILE=keys.jsonl gateway serve --host 0.0.0.0
+      GATEWAY_API_KEY=gw_... gateway models
+    """
+
+
+file_option = click.option(
+    "--file",
+    "file",
+    envvar="GATEWAY_API_KEYS_FILE",
+    show_envvar=True,
+    required=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="The file of keys.",
+)
+
+
+def _rights(_: click.Context, __: click.Parameter, written: str) -> list[str]:
+    from gateway.keys import RIGHTS
+
+    rights = [right.strip() for right in written.split(",")]
+    if unknown := [right for right in rights if right not in RIGHTS]:
+        raise click.BadParameter(f"{unknown[0]!r} is none of {', '.join(RIGHTS)}.")
+    return rights
+
+
+@contextmanager
+def _changing(as_json: bool) -> Iterator[None]:
+    from gateway.keys import NoChange
+
+    try:
+        yield
+    except NoChange as error:
+        raise Failed([str(error)], {"error_code": "NO_CHANGE", "detail": str(error)}, as_json) from None
+
+
+@keys.command("add")
+@click.argument("name")
+@click.option(
+    "--rights",
+    required=True,
+    callback=_rights,
+    metavar="RIGHT,...",
+    help="generate: everything but what `manage` is for: start, stop, restart, pull and logs.",
+)
+@click.option("--requests-per-minute", type=click.IntRange(1, 1_000_000), help="[no limit]")
+@click.option("--max-concurrency", type=click.IntRange(1, 1_000_000), help="Requests under way at once. [no limit]")
+@file_option
+@json_option
+def keys_add(name: str, rights: Sequence[str], file: Path, as_json: bool, **limits: int | None) -> None:
+    """Make a key and print it, this once: nobody can find it out again.
+
+    The file is made if need be, for its owner only.
+    """
+    from gateway.keys import add_key
+
+    with _changing(as_json):
+        token = add_key(file, name, rights, **limits)
+    if as_json:
+        echo_json({"name": name, "key": token, "rights": rights, **limits})
+        return
+    click.echo(token)
+    click.echo(f"This key is shown only now. A gateway that uses {file} knows it from its next start.", err=True)
+
+
+@keys.command("list")
+@file_option
+@json_option
+def keys_list(file: Path, as_json: bool) -> None:
+    """List the keys of the file by name, with what each may do."""
+    from gateway.keys import RIGHTS, load_keys
+
+    found: list[dict[str, Any]] = [
+        {
+            "name": key.name,
+            "rights": [right for right in RIGHTS if right in key.rights],
+            "requests_per_minute": key.requests_per_minute,
+            "max_concurrency": key.max_concurrency,
+        }
+        for key in load_keys(file)
+    ]
+    if as_json:
+        echo_json({"keys": found})
+        return
+    rows = [
+        [key["name"], ",".join(key["rights"]), *(str(key[limit] or "-") for limit in list(key)[2:])] for key in found
+    ]
+    click.echo(_table([["NAME", "RIGHTS", "REQUESTS/MINUTE", "AT ONCE"], *rows]))
+
+
+@keys.command("remove")
+@click.argument("name")
+@file_option
+@json_option
+def keys_remove(name: str, file: Path, as_json: bool) -> None:
+    """Take a key out of the file. A gateway that runs knows it until its next start."""
+    from gateway.keys import remove_key
+
+    with _changing(as_json):
+        remove_key(file, name)
+    if as_json:
+        echo_json({"removed": name})
+    else:
+        click.echo(f"Removed {name}. A gateway that uses {file} still knows it until its next start.", err=True)
 
 
 # ---- doctor ---------------------------------------------------------------------------------------------------------

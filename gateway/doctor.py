@@ -26,6 +26,7 @@ from gateway.catalog import Catalog, ModelSpec, deferred
 from gateway.catalog_file import load_catalog
 from gateway.client import ClientError, InferenceClient
 from gateway.errors import CatalogError, RuntimeUnavailable, StartFailed
+from gateway.keys import load_keys
 from gateway.runtimes.docker.engine import Engine, why_not_supported
 from gateway.settings import Settings, check_exposure, load_settings, unknown_variables
 
@@ -128,12 +129,27 @@ def about_models(settings: Settings, catalog: Catalog, engine: EngineSeen, machi
 
 
 def about_keys(settings: Settings) -> Iterator[Finding]:
-    if settings.allow_insecure:
+    """Yield what is found of the keys, which can be read."""
+    if settings.api_keys_file:
+        yield from about_keys_file(settings.api_keys_file)
+    elif settings.allow_insecure:
         where = f"{settings.host}:{settings.port}"
         fix = "Let only a protected address lead there, or unset GATEWAY_ALLOW_INSECURE."
         yield Finding("keys", "warning", f"anybody who reaches {where} may use the gateway: there are no keys", fix)
     else:
         yield Finding("keys", "ok", "there are none, and only this machine is answered")
+
+
+def about_keys_file(path: Path) -> Iterator[Finding]:
+    keys = load_keys(path)
+    if keys:
+        yield Finding("keys", "ok", f"{path} has {len(keys)}: {', '.join(key.name for key in keys)}")
+    else:
+        fix = f"gateway keys add NAME --rights generate --file {path}"
+        yield Finding("keys", "warning", f"{path} has none, so nobody may use the gateway", fix)
+    if path.stat().st_mode & 0o022:
+        words = f"{path} can be written by others than its owner, who may thus give themselves a key"
+        yield Finding("keys", "warning", words, f"chmod go-w {path}")
 
 
 def about_state(settings: Settings) -> Iterator[Finding]:

@@ -4,7 +4,7 @@ GatewayError                 code, HTTP status, words for the reader, and when a
   CatalogError               stops `serve` or `check`; never reaches a caller
   BadRequest                 400 to 422: the caller can mend it
     EmptyPrompt PromptTooLong UnknownModel ModelNotRunning NotFound MethodNotAllowed
-    BodyTooLarge BodyTimeout InvalidRequest Unsupported Forbidden
+    BodyTooLarge BodyTimeout InvalidRequest Unsupported Unauthorized Forbidden RateLimited
   NotAvailable               503: waiting or an operator can mend it
     StartFailed (LoadingFailed) ModelNotLoaded ModelUnhealthy NoCapacity QueueFull
     RuntimeUnavailable (NameTaken) ShuttingDown
@@ -42,7 +42,7 @@ class GatewayError(Exception):
 
 
 class CatalogError(GatewayError):
-    """models.yaml or the environment cannot be used. `complaints` holds every fault found, a line each."""
+    """models.yaml, the keys or the environment cannot be used. `complaints` holds every fault found, a line each."""
 
     code = "CATALOG_ERROR"
 
@@ -100,9 +100,23 @@ class InvalidRequest(BadRequest):
     """The engine found a parameter it cannot take, or the request is for no model at all."""
 
 
+class Unauthorized(BadRequest):
+    """The request shows no key, or one that is not known."""
+
+    code = "UNAUTHORIZED"
+    status = 401
+
+
 class Forbidden(BadRequest):
     code = "FORBIDDEN"
     status = 403
+
+
+class RateLimited(BadRequest):
+    """The key's own limit is reached; the gateway may well be idle."""
+
+    code = "RATE_LIMITED"
+    status = 429
 
 
 class Unsupported(BadRequest):

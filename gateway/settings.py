@@ -17,6 +17,7 @@ from pydantic_settings import (
 
 from gateway.catalog_values import GPU_IDS, Bytes, did_you_mean, faults, is_gpu_id, parse_bytes
 from gateway.errors import CatalogError
+from gateway.keys import load_keys
 
 _PREFIX = "GATEWAY_"
 _CLIENTS = ("GATEWAY_URL", "GATEWAY_API_KEY")  # read by the commands that talk to a running gateway
@@ -77,7 +78,7 @@ class Settings(BaseSettings):
     catalog: Path = Path("models.yaml")
     """The file of models."""
     host: Annotated[str, AfterValidator(_host)] = "127.0.0.1"
-    """Where the gateway listens; anything but loopback is refused unless GATEWAY_ALLOW_INSECURE is true."""
+    """Where the gateway listens; anything but loopback needs keys, or GATEWAY_ALLOW_INSECURE."""
     port: int = Field(default=8000, ge=0, le=65535)
     """Its port; 0 takes a free one."""
     name: Annotated[str, AfterValidator(_owner)] = "default"
@@ -85,7 +86,7 @@ class Settings(BaseSettings):
     on_exit: Literal["keep", "stop"] | None = None
     """What becomes of running models when the gateway ends. None: containers are kept, processes are stopped."""
     api_keys_file: Path | None = None
-    """The callers' keys. None: anybody who reaches the gateway may use it."""
+    """The callers' keys, read once. None: anybody who reaches the gateway may use it."""
     allow_insecure: bool = False
     """Serve other machines without keys all the same."""
     max_body_bytes: Bytes = Field(default=2_000_000, validation_alias="GATEWAY_MAX_BODY")
@@ -154,7 +155,8 @@ def check_exposure(settings: Settings, environ: Mapping[str, str]) -> None:
     """Return if these settings protect as much as they seem to.
 
     Raises:
-        CatalogError: the gateway would be open to other machines, or a key would only look like protection.
+        CatalogError: the gateway would be open to other machines, a key would only look like protection, or the file
+            of keys cannot be used.
     """
     complaints = list(_exposures(settings, environ))
     if complaints:
@@ -163,10 +165,7 @@ def check_exposure(settings: Settings, environ: Mapping[str, str]) -> None:
 
 def _exposures(settings: Settings, environ: Mapping[str, str]) -> Iterator[str]:
     if settings.api_keys_file is not None:
-        yield (
-            "GATEWAY_API_KEYS_FILE: keys are not available in this version yet, so nothing would be protected: "
-            "unset it, and let the gateway listen on 127.0.0.1 only"
-        )
+        yield from _wrong_keys(settings.api_keys_file)
         return
     if environ.get("GATEWAY_API_KEY"):
         yield (
@@ -176,9 +175,16 @@ def _exposures(settings: Settings, environ: Mapping[str, str]) -> Iterator[str]:
     if not _is_loopback(settings.host) and not settings.allow_insecure:
         yield (
             f"GATEWAY_HOST: {settings.host} lets other machines in, and nothing asks them for a key: listen on "
-            "127.0.0.1, or name a keys file with GATEWAY_API_KEYS_FILE (in a later version), or set "
+            "127.0.0.1, or name a keys file with GATEWAY_API_KEYS_FILE (`gateway keys add` makes one), or set "
             "GATEWAY_ALLOW_INSECURE=true if something else protects this address"
         )
+
+
+def _wrong_keys(path: Path) -> Iterator[str]:
+    try:
+        load_keys(path)
+    except CatalogError as error:
+        yield from (f"GATEWAY_API_KEYS_FILE: {complaint}" for complaint in error.complaints)
 
 
 def _is_loopback(host: str) -> bool:

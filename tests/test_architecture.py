@@ -18,7 +18,7 @@ FLOORS = [
         "gateway.machine",
     ],
     ["gateway.catalog", "gateway.generation", "gateway.departure"],
-    ["gateway.catalog_file", "gateway.catalog_schema", "gateway.bodies", "gateway.facts"],
+    ["gateway.catalog_file", "gateway.catalog_schema", "gateway.bodies", "gateway.facts", "gateway.keys"],
     ["gateway.settings", "gateway.runtimes.base"],
     ["gateway.engines.base"],
     ["gateway.engines", "gateway.runtimes"],

@@ -91,7 +91,7 @@ def test_help_shows_how_to_begin() -> None:
         assert words in result.stdout
 
 
-COMMANDS = ["serve", "check", "doctor", "models", "start", "stop", "restart", "logs", "pull", "generate"]
+COMMANDS = ["serve", "check", "doctor", "models", "start", "stop", "restart", "logs", "pull", "generate", "keys"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -131,6 +131,40 @@ def test_bad_usage_is_status_2(arguments: Sequence[str], words: str) -> None:
 
     assert (result.exit_code, result.stdout) == (2, "")
     assert words in result.stderr
+
+
+# ---- keys -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_key_is_printed_once_and_listed_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "keys.jsonl"
+    added = run("keys", "add", "alice", "--rights", "manage, generate", "--max-concurrency", "2", "--file", file)
+    assert added.exit_code == 0
+    assert re.fullmatch(r"gw_[\w-]{43}\n", added.stdout)
+    assert "shown only now" in added.stderr
+
+    monkeypatch.setenv("GATEWAY_API_KEYS_FILE", str(file))
+    made = json.loads(run("keys", "add", "bob", "--rights", "generate", "--json").stdout)
+    assert made["key"].startswith("gw_")
+    listed = run("keys", "list").stdout
+    assert re.search(r"^alice +generate,manage +- +2$", listed, re.MULTILINE)
+    assert made["key"] not in listed
+    assert json.loads(run("keys", "remove", "alice", "--json").stdout) == {"removed": "alice"}
+    assert [key["name"] for key in json.loads(run("keys", "list", "--json").stdout)["keys"]] == ["bob"]
+
+
+def test_keys_that_cannot_be_made_or_removed(tmp_path: Path) -> None:
+    file = tmp_path / "keys.jsonl"
+    assert run("keys", "add", "alice", "--rights", "generate").exit_code == 2  # in which file?
+    assert "'admin' is none of generate, manage" in run("keys", "add", "a", "--rights", "admin", "--file", file).stderr
+    assert run("keys", "add", "a b", "--rights", "generate", "--file", file).exit_code == 2
+    assert not file.exists()
+
+    run("keys", "add", "alice", "--rights", "generate", "--file", file)
+    assert run("keys", "add", "alice", "--rights", "generate", "--file", file).exit_code == 1
+    assert "has no key bob; it has alice" in run("keys", "remove", "bob", "--file", file).stderr
+    file.write_text("{}")
+    assert run("keys", "list", "--file", file).exit_code == 2
 
 
 # ---- check ----------------------------------------------------------------------------------------------------------

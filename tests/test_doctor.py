@@ -17,6 +17,7 @@ from pydantic import SecretStr
 from gateway import doctor
 from gateway.catalog import Catalog, ModelSpec
 from gateway.doctor import EngineSeen, Finding, Machine, diagnose
+from gateway.keys import add_key
 from gateway.settings import Settings
 from tests.docker_engine import ENGINE_URL
 
@@ -238,6 +239,22 @@ def test_a_gateway_without_keys_for_everybody_is_warned_of(models: Path) -> None
     environ = {"GATEWAY_HOST": "0.0.0.0", "GATEWAY_ALLOW_INSECURE": "true", "GATEWAY_CATALOG": str(models)}
 
     assert bad(diagnose(environ))["keys"].startswith("warning: anybody who reaches 0.0.0.0:8000")
+
+
+def test_the_keys_are_named_and_never_shown(tmp_path: Path, models: Path) -> None:
+    file = tmp_path / "keys.jsonl"
+    environ = {"GATEWAY_API_KEYS_FILE": str(file), "GATEWAY_CATALOG": str(models), "GATEWAY_HOST": "0.0.0.0"}
+    assert "there is no such file" in bad(diagnose(environ))["keys"]
+
+    token = add_key(file, "alice", ["generate"])
+    said = [each.words for each in diagnose(environ) if each.about == "keys"]
+    assert said == [f"{file} has 1: alice"]
+    assert token not in said[0]
+
+    file.write_text("")
+    assert bad(diagnose(environ))["keys"].startswith(f"warning: {file} has none")
+    file.chmod(0o666)
+    assert bad(diagnose(environ))["keys"].startswith(f"warning: {file} can be written by others")
 
 
 def test_an_engine_that_is_not_there(tmp_path: Path) -> None:

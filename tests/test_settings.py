@@ -11,21 +11,18 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from gateway.errors import CatalogError
+from gateway.keys import add_key
 from gateway.settings import Settings, check_exposure, load_settings, unknown_variables
 
 SECRET = "hf_do-not-show-me"
 EXPOSED = (
     "lets other machines in, and nothing asks them for a key: listen on 127.0.0.1, or name a keys file with "
-    "GATEWAY_API_KEYS_FILE (in a later version), or set GATEWAY_ALLOW_INSECURE=true if something else protects this "
-    "address"
+    "GATEWAY_API_KEYS_FILE (`gateway keys add` makes one), or set GATEWAY_ALLOW_INSECURE=true if something else "
+    "protects this address"
 )
 LOOKS_PROTECTED = (
     "it would look like protection, but it is what clients send; the gateway's own keys are in "
     "GATEWAY_API_KEYS_FILE: unset it for `gateway serve`"
-)
-NO_KEYS_YET = (
-    "keys are not available in this version yet, so nothing would be protected: unset it, and let the gateway listen "
-    "on 127.0.0.1 only"
 )
 
 
@@ -199,10 +196,22 @@ def test_both_at_once() -> None:
     assert [line.partition(":")[0] for line in lines] == ["GATEWAY_API_KEY", "GATEWAY_HOST"]
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
-def test_a_keys_file_is_refused_until_it_protects(host: str) -> None:
-    assert exposure({"GATEWAY_API_KEYS_FILE": "keys", "GATEWAY_HOST": host, "GATEWAY_API_KEY": SECRET}) == [
-        f"GATEWAY_API_KEYS_FILE: {NO_KEYS_YET}"
+def test_with_keys_other_machines_are_served(tmp_path: Path) -> None:
+    file = tmp_path / "keys.jsonl"
+    add_key(file, "alice", ["generate"])
+    environ = {"GATEWAY_API_KEYS_FILE": str(file), "GATEWAY_HOST": "0.0.0.0", "GATEWAY_API_KEY": SECRET}
+
+    check_exposure(load_settings(environ), environ)
+
+
+def test_a_keys_file_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "keys.jsonl"
+    assert "there is no such file" in exposure({"GATEWAY_API_KEYS_FILE": str(file)})[0]
+
+    file.write_text("key\n[]\n")
+    assert exposure({"GATEWAY_API_KEYS_FILE": str(file)}) == [
+        f"GATEWAY_API_KEYS_FILE: {file}:1: must be one JSON object, in UTF-8",
+        f"GATEWAY_API_KEYS_FILE: {file}:2: must be one JSON object",
     ]
 
 

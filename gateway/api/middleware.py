@@ -75,7 +75,14 @@ class RequestLog:
         finally:
             took_ms = (time.perf_counter() - began) * 1000
             # the path as it came may hold anything: %r keeps one request on one line
-            log.info("%s %r %s %.1f ms %s", scope["method"], scope["path"], exchange.status, took_ms, request_id)
+            words = "%s %r %s %.1f ms %s%s"
+            log.info(words, scope["method"], scope["path"], exchange.status, took_ms, request_id, _key_of(scope))
+
+
+def _key_of(scope: Scope) -> str:
+    """Return what the log says of the request's key: its name, if it showed one that is known."""
+    name = scope["state"].get("key")
+    return f" key {name}" if name else ""
 
 
 class _Exchange:

@@ -13,6 +13,7 @@ from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
+from gateway.api.rights import right_for
 from gateway.errors import EmptyPrompt, GatewayError, InvalidRequest, MethodNotAllowed, NotFound
 
 
@@ -33,10 +34,13 @@ class Problem(BaseModel):
 
 _WHEN = {
     400: "The prompt is empty or too long",
+    401: "There is no key, or it is not known here",
+    403: "The key lacks the right, or there are no keys and you are not on this machine",
     404: "There is no such model, or it is not running",
     408: "The body did not come",
     413: "The body is too large",
     422: "The request is not valid, or this model's engine cannot do it",
+    429: "The key's own limit is reached; Retry-After says when to ask again",
     500: "It failed while it was under way",
     502: "The model's server broke off before its first token",
     503: "Not now; Retry-After says when to ask again",
@@ -61,7 +65,10 @@ def openapi_of(app: FastAPI) -> Callable[[], dict[str, Any]]:
 
 
 def with_problem(document: dict[str, Any]) -> dict[str, Any]:
-    """Return an OpenAPI document with the shape of errors in it."""
+    """Return an OpenAPI document with the shape of errors in it, and those that any address has that asks for a key."""
+    for path, item in document["paths"].items():
+        for operation in item.values() if right_for(path) else ():
+            operation["responses"] = {**documented(401, 403, 429), **operation["responses"]}
     schemas = models_json_schema([(Problem, "serialization")], ref_template="#/components/schemas/{model}")[1]["$defs"]
     document.setdefault("components", {}).setdefault("schemas", {}).update(schemas)
     return document

@@ -1,0 +1,114 @@
+"""Who may do what: each request shows a key (contract section 7), which has rights and limits. Plain ASGI."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+from starlette._utils import get_route_path
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from gateway.api import problems
+from gateway.api.rights import right_for
+from gateway.errors import Forbidden, RateLimited, Unauthorized
+from gateway.keys import Key, Right, holder_of
+
+MINUTE_S = 60.0
+REFUSED = {"www-authenticate": "Bearer", "connection": "close"}
+SLOT_S = 1.0
+"""When to ask again where the key's requests under way are too many: nobody knows when one of them ends."""
+_BEARER = re.compile(r"bearer +([\x21-\x7e]{1,512}) *", re.IGNORECASE)
+
+
+class Allowance:
+    """What one key may still do of what it is limited to. `clock` counts seconds."""
+
+    def __init__(self, key: Key, clock: Callable[[], float]) -> None:
+        self.key = key
+        self._clock = clock
+        self._under_way = 0
+        self._began_at: deque[float] = deque()
+
+    @contextmanager
+    def request(self) -> Iterator[None]:
+        """Count what is inside as one request.
+
+        Raises:
+            RateLimited: it would be one too many; it was not counted.
+        """
+        self._check_concurrency()
+        self._check_rate()
+        self._under_way += 1
+        try:
+            yield
+        finally:
+            self._under_way -= 1
+
+    def _check_concurrency(self) -> None:
+        most = self.key.max_concurrency
+        if most is not None and self._under_way >= most:
+            words = f"The key {self.key.name} may have {most} requests under way; ask again when one has ended."
+            raise RateLimited(words, retry_after_s=SLOT_S)
+
+    def _check_rate(self) -> None:
+        """At most so many requests begin within any minute."""
+        most, now = self.key.requests_per_minute, self._clock()
+        if most is None:
+            return
+        while self._began_at and self._began_at[0] <= now - MINUTE_S:
+            self._began_at.popleft()
+        if len(self._began_at) >= most:
+            words = f"The key {self.key.name} may make {most} requests a minute; Retry-After says when the next one."
+            raise RateLimited(words, retry_after_s=self._began_at[0] + MINUTE_S - now)
+        self._began_at.append(now)
+
+
+class Authorization:
+    """Asks every request for its key, but at the addresses that are open to all.
+
+    It must see the path that the router sees. A request counts for its key until the application is done with it: for a
+    generation whose caller leaves, that is at once.
+    """
+
+    def __init__(self, app: ASGIApp, keys: Sequence[Key], clock: Callable[[], float] = time.monotonic) -> None:
+        self._app = app
+        self._keys = keys
+        self._allowances = {key.name: Allowance(key, clock) for key in keys}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        right = right_for(get_route_path(scope)) if scope["type"] == "http" else None
+        if right is None:
+            await self._app(scope, receive, send)
+            return
+        with ExitStack() as counted:
+            try:
+                key = self._key(scope, right)
+                counted.enter_context(self._allowances[key.name].request())
+            except Unauthorized as error:  # the body of a stranger is not read
+                await problems.render(error, REFUSED)(scope, receive, send)
+            except (Forbidden, RateLimited) as error:
+                await problems.render(error)(scope, receive, send)
+            else:
+                await self._app(scope, receive, send)
+
+    def _key(self, scope: Scope, right: Right) -> Key:
+        """Return the key that the request shows.
+
+        Raises:
+            Unauthorized: it shows none that is known.
+            Forbidden: that one lacks the right.
+        """
+        sent = Headers(scope=scope).getlist("authorization")
+        token = _BEARER.fullmatch(sent[0]) if len(sent) == 1 else None
+        key = holder_of(token[1].encode(), self._keys) if token else None
+        if key is None:
+            what = "This key is not known here" if token else "This gateway asks for a key"
+            raise Unauthorized(f"{what}: send `Authorization: Bearer KEY`, with one that `gateway keys add` has made.")
+        scope["state"]["key"] = key.name  # for the log
+        if right not in key.rights:
+            raise Forbidden(f"The key {key.name} lacks the right `{right}`, which this address needs.")
+        return key
