@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests import docker_engine
 from tests.runtimes.processes import children
@@ -24,6 +25,10 @@ def sockets() -> int:
             continue
     return sum(link.startswith("socket:") for link in links)
 
+
+# How long Hypothesis takes to think of examples says something of the machine and nothing of the code.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 OURS = re.compile(r"test-[0-9a-f]{8}|tgi-hub-cache")
 """How tests name what they make on the engine; it may have other users."""
