@@ -141,7 +141,7 @@ class NativeReply:
         self.stream = body.stream
         self._spec = spec
         self._body = body
-        self._limit = request.max_new_tokens
+        self._limit = request.max_new_tokens or MOST_TOKENS
         self._index = 0
         self._text: list[str] = []
         self._held: TokenEvent | None = None

@@ -8,21 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import ClassVar, Literal, Protocol
 
 from gateway.catalog import ModelSpec
 from gateway.errors import GatewayError
-from gateway.generation import Finished, GenerationRequest, TokenEvent
+from gateway.generation import Finished, GenerationRequest, PromptToken, TokenEvent
 from gateway.runtimes.base import Exit, Launch, Progress
+
+
+Api = Literal["openai", "tgi"]
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One HTTP POST to a model's server. `path` is relative to the handle's base URL."""
+    """One HTTP request to a model's server. `path` is relative to the handle's base URL."""
 
     path: str
-    body: bytes = field(repr=False)
+    body: bytes = field(default=b"", repr=False)
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    method: Literal["POST", "GET"] = "POST"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +56,8 @@ class Engine(Protocol):
     health_path: ClassVar[str]
     default_slots: ClassVar[int]
     """How many requests such a server works on at once, unless the catalog says `max_concurrency`."""
+    speaks: ClassVar[Api | None]
+    """The API that such a server speaks so well that callers of it may be put through as they are (`forward`)."""
 
     def launch(self, spec: ModelSpec, name: str, secret: str) -> Launch:
         """Return what to run for `spec`. `secret` is this launch's own random key: the server answers nobody else.
@@ -94,3 +100,23 @@ class Engine(Protocol):
 
     def refusal(self, status: int, body: bytes) -> GatewayError:
         """Return the error that an answer other than 200 stands for."""
+
+    def tokenize(self, spec: ModelSpec, request: GenerationRequest, secret: str) -> Call:
+        """Return the call that has the server cut the prompt (or chat) of `request` into tokens.
+
+        Raises:
+            Unsupported: it cannot do that.
+        """
+
+    def tokens(self, request: GenerationRequest, body: bytes) -> tuple[PromptToken, ...]:
+        """Return the tokens that the answer to `tokenize(..., request, ...)` tells of.
+
+        Raises:
+            UpstreamFailed: it is not the server's own protocol.
+        """
+
+    def forward(self, spec: ModelSpec, call: Call, secret: str) -> Call:
+        """Return a caller's own `call` as the server takes it: the path within `speaks`, the model by the server's name.
+
+        The caller's headers are not in it, but what tells the kind of the body. Only for engines that speak an API.
+        """

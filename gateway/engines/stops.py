@@ -12,14 +12,19 @@ class StopTexts:
         self._texts = tuple(text for text in texts if text)
         self._held = ""
         self.found = False
+        self.matched = ""
+        """The stop text that was found; of several that begin at one place, the first one asked for."""
 
     def feed(self, piece: str) -> str:
         """Return what can be passed on now. Once a stop text is complete, `found` is set and nothing more comes."""
         text, self._held = self._held + piece, ""
-        starts = [start for stop in self._texts if (start := text.find(stop)) >= 0]
-        if self.found or starts:
-            self.found, sent = True, text[: min(starts, default=0)]
-            return sent
+        if self.found:
+            return ""
+        found = [(start, stop) for stop in self._texts if (start := text.find(stop)) >= 0]
+        if found:
+            start, self.matched = min(found, key=lambda each: each[0])
+            self.found = True
+            return text[:start]
         sent = text[: len(text) - self._may_become_stop(text)]
         self._held = text[len(sent) :]
         return sent
