@@ -1,20 +1,22 @@
 """One exchange with one model's server: lease, send, stream, cancel.
 
-`Exchange` holds the lease until the last event is taken or the caller has gone, in whatever phase that happens, and
-the lease ends where its scope ends. It moves events and owns the bounds; what the bytes mean is pure code of the engine
-(towards the server) and of a dialect (towards the caller). Two ASGI responses use it: `Relay` writes the events of one
-exchange to the caller as they come, and `Worked` waits for whole results.
+An `Errand` holds the lease until the last piece of the answer is taken or the caller has gone, in whatever phase that
+happens, and the lease ends where its scope ends. It owns the bounds; what the bytes mean is pure code of the engine
+(towards the server) and of a dialect (towards the caller). An `Exchange` is one for a generation, and moves its events.
+Two ASGI responses use it: `Relay` writes events to the caller as they come, and `Worked` waits for whole results.
+(`gateway.passage` has another errand, which passes bytes on as they are.)
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
-from contextlib import AbstractAsyncContextManager, aclosing
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, aclosing, suppress
 from dataclasses import replace
+from functools import partial
 from itertools import zip_longest
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -25,13 +27,17 @@ from gateway.engines.keys import without_key
 from gateway.errors import GatewayError, GenerationFailed, GenerationTimeout, UpstreamFailed
 from gateway.fleet.instance import Instance
 from gateway.fleet.life import Lease
-from gateway.generation import Finished, GenerationRequest, GenerationResult, TokenEvent, collect
-from gateway.writers import Reply, Sink, StreamWriter, Tokens, WholeWriter
+from gateway.generation import Finished, GenerationRequest, GenerationResult, collect
+from gateway.writers import Choices, Sink, StreamWriter, Tokens, WholeWriter, Writer
 
 log = logging.getLogger(__name__)
 
+Result = TypeVar("Result")
+
 SECOND_ATTEMPT_S = 0.1
 REFUSAL_BYTES = 64 * 1024
+MOST_TOKENS_BYTES = 64 * 2**20
+"""Of a prompt's tokens: some 50 bytes each."""
 
 
 class ConnectFailed(Exception):
@@ -43,10 +49,14 @@ class Broken(Exception):
 
 
 class Answer(Protocol):
-    """A server's answer: its status, and its body as it comes. Raises `Broken` if it ends too early."""
+    """A server's answer: its head, and its body as it comes. Raises `Broken` if it ends too early."""
 
     @property
     def status(self) -> int: ...
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """By their names in lower case."""
 
     @property
     def retry_after_s(self) -> float | None:
@@ -58,7 +68,7 @@ class Answer(Protocol):
 class Client(Protocol):
     """How a request reaches a model's server. The seam behind which the client is chosen by measurement."""
 
-    def post(self, base_url: str, call: Call, headers: Mapping[str, str]) -> AbstractAsyncContextManager[Answer]:
+    def send(self, base_url: str, call: Call, headers: Mapping[str, str]) -> AbstractAsyncContextManager[Answer]:
         """Send `call`; leaving the context before the body was read to its end closes the connection at once.
 
         Raises:
@@ -67,8 +77,92 @@ class Client(Protocol):
         """
 
 
-class Exchange:
-    """One request on its way to a model's server, and the answer on its way back. Used once."""
+class Errand(Generic[Result]):
+    """A call to a model's server under a lease, and within its bounds. Used once."""
+
+    def __init__(self, instance: Instance, client: Client, *, request_id: str, max_wait_s: float | None = None) -> None:
+        self.instance = instance
+        self._client = client
+        self._tags = {"x-request-id": request_id}
+        self._max_wait_s = max_wait_s
+
+    def call(self, secret: str) -> Call:
+        """Return what is sent."""
+        raise NotImplementedError
+
+    async def read(self, answer: Answer, pace: Pace) -> Result:
+        """Return what becomes of the answer.
+
+        Raises:
+            GatewayError, Broken: nothing does.
+        """
+        raise NotImplementedError
+
+    async def carry_out(self, interrupt: Interrupt, *, streamed: bool) -> Result:
+        """Send the call and read the answer. Only if no connection could be made is it sent again, once.
+
+        `streamed`: it may take as long as it likes as long as something comes (`Pace.came`).
+
+        Raises:
+            GatewayError: it failed.
+        """
+        try:
+            return await self._attempt(interrupt, streamed=streamed)
+        except ConnectFailed:  # nothing was sent; a moment later the gateway may know that the server has ended
+            await asyncio.sleep(SECOND_ATTEMPT_S)
+        try:
+            return await self._attempt(interrupt, streamed=streamed)
+        except ConnectFailed as error:
+            raise UpstreamFailed(f"The server of {self.instance.spec.id} takes no connection ({error}).") from None
+
+    async def _attempt(self, interrupt: Interrupt, *, streamed: bool) -> Result:
+        """Hold a lease for as long as the server works on the call."""
+        timeout_s = self.instance.spec.generation_timeout_s
+        async with self.instance.lease(max_wait_s=self._max_wait_s) as lease:
+            lease.on_cut = interrupt.fire
+            try:
+                async with asyncio.timeout(timeout_s) as bound:
+                    return await self._send(lease, Pace(bound, timeout_s, streamed=streamed))
+            except TimeoutError:
+                raise self._too_slow(timeout_s, streamed=streamed) from None
+
+    async def _send(self, lease: Lease, pace: Pace) -> Result:
+        try:
+            async with self._client.send(lease.handle.base_url, self.call(lease.secret), self._tags) as answer:
+                result = await self.read(answer, pace)
+            return await self.complete(result, lease)
+        except Broken as error:
+            raise self._broken(error, pace) from None
+        except GatewayError as error:
+            raise without_key(error, self.instance.spec) from None
+
+    async def complete(self, result: Result, lease: Lease) -> Result:  # noqa: ARG002 - for those that must ask again
+        """Return the result with what was not in the answer, whose connection is closed now."""
+        return result
+
+    async def refusal(self, answer: Answer) -> GatewayError:
+        """Return the error that the answer stands for; where waiting helps, the server's word on how long counts."""
+        error = self.instance.engine.refusal(answer.status, await start_of(answer, REFUSAL_BYTES))
+        if error.retry_after_s is not None and answer.retry_after_s is not None:
+            error.retry_after_s = answer.retry_after_s
+        return error
+
+    def _broken(self, error: Broken, pace: Pace) -> GatewayError:
+        words = f"The server of {self.instance.spec.id} broke off ({error})"
+        if pace.came_so_far:
+            return GenerationFailed(f"{words} after {pace.came_so_far} tokens.")
+        return UpstreamFailed(f"{words} before the first token; its log may say why.")
+
+    def _too_slow(self, timeout_s: float, *, streamed: bool) -> GenerationTimeout:
+        what = "sent no token" if streamed else "had not finished"
+        return GenerationTimeout(
+            f"The server of {self.instance.spec.id} {what} within generation_timeout ({timeout_s:g} s). "
+            "Ask for fewer tokens, stream the answer, or raise generation_timeout in models.yaml."
+        )
+
+
+class Exchange(Errand[Finished]):
+    """One generation request on its way to a model's server, and its events on their way back."""
 
     def __init__(
         self,
@@ -84,12 +178,10 @@ class Exchange:
         Raises:
             Unsupported: the engine cannot do what is asked, so no model is started in vain.
         """
+        super().__init__(instance, client, request_id=request_id, max_wait_s=max_wait_s)
         instance.engine.check(instance.spec, request)
-        self.instance = instance
         self._request = request
-        self._client = client
-        self._tags = {"x-request-id": request_id}
-        self._max_wait_s = max_wait_s
+        self._sink: Sink = Tokens()
 
     async def whole(self) -> GenerationResult:
         """Return the whole answer. To cancel it closes the connection to the server at once.
@@ -103,103 +195,105 @@ class Exchange:
         return collect(tokens.events, finished)
 
     async def run(self, sink: Sink, interrupt: Interrupt) -> Finished:
-        """Get the answer from the server. Only if no connection could be made is it asked for again, once.
+        """Get the answer from the server.
 
         Raises:
             GatewayError: it failed; `sink` may have taken some of it.
         """
-        try:
-            return await self._attempt(sink, interrupt)
-        except ConnectFailed:  # nothing was sent; a moment later the gateway may know that the server has ended
-            await asyncio.sleep(SECOND_ATTEMPT_S)
-        try:
-            return await self._attempt(sink, interrupt)
-        except ConnectFailed as error:
-            raise UpstreamFailed(f"The server of {self.instance.spec.id} takes no connection ({error}).") from None
+        self._sink = sink
+        finished = await self.carry_out(interrupt, streamed=sink.streams)
+        await sink.end(finished)
+        return finished
 
-    async def _attempt(self, sink: Sink, interrupt: Interrupt) -> Finished:
-        """Hold a lease for as long as the server works on the request."""
-        timeout_s = self.instance.spec.generation_timeout_s
-        async with self.instance.lease(max_wait_s=self._max_wait_s) as lease:
-            lease.on_cut = interrupt.fire
-            leased_at = asyncio.get_running_loop().time()
-            try:
-                async with asyncio.timeout(timeout_s) as bound:
-                    finished = await self._send(lease, _Pace(sink, bound, timeout_s))
-            except TimeoutError:
-                raise self._too_slow(timeout_s, streamed=sink.streams) from None
-        return replace(finished, generation_s=asyncio.get_running_loop().time() - leased_at)
+    def call(self, secret: str) -> Call:
+        return self.instance.engine.call(self.instance.spec, self._request, secret)
 
-    async def _send(self, lease: Lease, pace: _Pace) -> Finished:
-        call = self.instance.engine.call(self.instance.spec, self._request, lease.secret)
-        try:
-            async with self._client.post(lease.handle.base_url, call, self._tags) as answer:
-                if answer.status != 200:
-                    raise await self._refusal(answer)
-                return await self._events(answer, pace)
-        except Broken as error:
-            raise self._broken(error, pace) from None
-        except GatewayError as error:
-            raise without_key(error, self.instance.spec) from None
-
-    async def _refusal(self, answer: Answer) -> GatewayError:
-        """Return the error that the answer stands for; where waiting helps, the server's word on how long counts."""
-        error = self.instance.engine.refusal(answer.status, await _start_of(answer))
-        if error.retry_after_s is not None and answer.retry_after_s is not None:
-            error.retry_after_s = answer.retry_after_s
-        return error
-
-    async def _events(self, answer: Answer, pace: _Pace) -> Finished:
+    async def read(self, answer: Answer, pace: Pace) -> Finished:
         """Take events up to the end of the answer; what a server may still send after it is not waited for."""
+        if answer.status != 200:
+            raise await self.refusal(answer)
         decoder = self.instance.engine.decoder(self._request)
         async with aclosing(answer.chunks()) as chunks:
             async for chunk in chunks:
                 events = decoder.feed(chunk)
                 for event, following in zip_longest(events, events[1:]):
                     if isinstance(event, Finished):
-                        return event
-                    await pace.take(event, last=isinstance(following, Finished))
+                        return replace(event, generation_s=pace.took_s)
+                    await self._sink.take(event, last=isinstance(following, Finished))
+                    pace.came()
         raise Broken("the answer has no end")
 
-    def _broken(self, error: Broken, pace: _Pace) -> GatewayError:
-        words = f"The server of {self.instance.spec.id} broke off ({error})"
-        if pace.taken:
-            return GenerationFailed(f"{words} after {pace.taken} tokens.")
-        return UpstreamFailed(f"{words} before the first token; its log may say why.")
-
-    def _too_slow(self, timeout_s: float, *, streamed: bool) -> GenerationTimeout:
-        what = "sent no token" if streamed else "had not finished"
-        return GenerationTimeout(
-            f"The server of {self.instance.spec.id} {what} within generation_timeout ({timeout_s:g} s). "
-            "Ask for fewer tokens, stream the answer, or raise generation_timeout in models.yaml."
-        )
+    async def complete(self, result: Finished, lease: Lease) -> Finished:
+        """Return the end with the prompt's length, which servers tell only at an end of their own."""
+        if result.prompt_tokens or not self._request.count_prompt:
+            return result
+        engine = self.instance.engine
+        with suppress(GatewayError, Broken, ConnectFailed):  # the answer is there: it is not lost for a number
+            call = engine.tokenize(self.instance.spec, self._request, lease.secret)
+            async with self._client.send(lease.handle.base_url, call, self._tags) as answer:
+                if answer.status == 200:
+                    tokens = engine.tokens(self._request, await start_of(answer, MOST_TOKENS_BYTES))
+                    return replace(result, prompt_tokens=len(tokens))
+        return result
 
 
 class Relay(Response):
-    """The answer to one generation request, as it comes: what an endpoint returns."""
+    """The answer to one or several generation requests, as they come: what an endpoint returns."""
 
     background = None
 
-    def __init__(self, exchange: Exchange, reply: Reply) -> None:  # and not the base class's: there is no body yet
-        self._exchange = exchange
-        self._reply = reply
+    def __init__(self, exchanges: Sequence[Exchange], choices: Choices) -> None:  # not the base class's: there is no
+        self._exchanges = exchanges  # body yet
+        self._choices = choices
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - an ASGI app
-        """Carry out the exchange. A caller who leaves ends it at once, in any phase.
+        """Carry out the exchanges. A caller who leaves ends them at once, in any phase; so does the first failure.
 
         Raises:
             GatewayError: it failed before anything was written; `api.problems` answers.
         """
-        with (StreamWriter if self._reply.stream else WholeWriter)(self._reply, send) as writer:
+        with (StreamWriter if self._choices.stream else WholeWriter)(self._choices, send) as writer:
             try:
                 async with until_departure(receive) as interrupt:
-                    finished = await self._exchange.run(writer, interrupt)
+                    finished = await self._run(writer, interrupt)
             except Departed:
-                log.info("%s: a caller left", self._exchange.instance.name)
+                log.info("%s: a caller left", self._exchanges[0].instance.name)
             except GatewayError as error:
                 await writer.fail(error)
             else:
                 await writer.finish(finished)
+
+    async def _run(self, writer: Writer, interrupt: Interrupt) -> list[Finished]:
+        if len(self._exchanges) == 1:  # as nearly all have: it needs no task of its own
+            return [await self._exchanges[0].run(writer.part(0), interrupt)]
+
+        async def one(index: int, exchange: Exchange) -> Finished:
+            async with interruptible() as interrupt:
+                return await exchange.run(writer.part(index), interrupt)
+
+        work = [partial(one, index, exchange) for index, exchange in enumerate(self._exchanges)]
+        return await together(work, at_once=self._exchanges[0].instance.spec.max_concurrency)
+
+
+async def together(work: Sequence[Callable[[], Awaitable[Result]]], *, at_once: int) -> list[Result]:
+    """Return all results in order, some of them worked on at once. The first failure, or a cancel, ends them all.
+
+    Raises:
+        GatewayError: the first failure; nothing is under way any more.
+    """
+    room = asyncio.Semaphore(at_once)
+
+    async def one(each: Callable[[], Awaitable[Result]]) -> Result:
+        async with room:
+            return await each()
+
+    tasks = [asyncio.create_task(one(each), name="exchange") for each in work]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
 
 
 class Worked(Response):
@@ -223,28 +317,35 @@ class Worked(Response):
             await Response(body, media_type="application/json")(scope, receive, send)
 
 
-class _Pace:
-    """Counts the tokens of an exchange and, where they are streamed, bounds the time between two of them."""
+class Pace:
+    """Counts what comes from a server and, where it is streamed, bounds the time between two pieces of it."""
 
-    def __init__(self, sink: Sink, bound: asyncio.Timeout, timeout_s: float) -> None:
-        self.taken = 0
-        self._sink = sink
+    def __init__(self, bound: asyncio.Timeout, timeout_s: float, *, streamed: bool) -> None:
+        self.came_so_far = 0
         self._bound = bound
         self._timeout_s = timeout_s
+        self._streamed = streamed
+        self._loop = asyncio.get_running_loop()
+        self._began_at = self._loop.time()
 
-    async def take(self, event: TokenEvent, *, last: bool) -> None:
-        self.taken += 1
-        await self._sink.take(event, last=last)
-        if self._sink.streams and not self._bound.expired():
-            self._bound.reschedule(asyncio.get_running_loop().time() + self._timeout_s)
+    @property
+    def took_s(self) -> float:
+        """How long the server has had the request."""
+        return self._loop.time() - self._began_at
+
+    def came(self) -> None:
+        """Say that another piece came, and is written."""
+        self.came_so_far += 1
+        if self._streamed and not self._bound.expired():
+            self._bound.reschedule(self._loop.time() + self._timeout_s)
 
 
-async def _start_of(answer: Answer) -> bytes:
-    """Return the body of a refusal, as much as can matter."""
+async def start_of(answer: Answer, most_bytes: int) -> bytes:
+    """Return the body of an answer, as much of it as can matter."""
     body = b""
     async with aclosing(answer.chunks()) as chunks:
         async for chunk in chunks:
             body += chunk
-            if len(body) > REFUSAL_BYTES:
+            if len(body) > most_bytes:
                 break
-    return body[:REFUSAL_BYTES]
+    return body[:most_bytes]

@@ -20,6 +20,7 @@ class AiohttpAnswer:
     def __init__(self, response: aiohttp.ClientResponse) -> None:
         self._response = response
         self.status = response.status
+        self.headers = {name.lower(): value for name, value in response.headers.items()}
         self.retry_after_s = _seconds(response.headers.get("Retry-After", ""))
 
     async def chunks(self) -> AsyncGenerator[bytes, None]:
@@ -42,10 +43,14 @@ class AiohttpClient:
         self._session: aiohttp.ClientSession | None = None
 
     @asynccontextmanager
-    async def post(self, base_url: str, call: Call, headers: Mapping[str, str]) -> AsyncIterator[AiohttpAnswer]:
+    async def send(self, base_url: str, call: Call, headers: Mapping[str, str]) -> AsyncIterator[AiohttpAnswer]:
         try:
-            response = await self._opened().post(
-                base_url + call.path, data=call.body, headers={**headers, **call.headers}, allow_redirects=False
+            response = await self._opened().request(
+                call.method,
+                base_url + call.path,
+                data=call.body or None,
+                headers={**headers, **call.headers},
+                allow_redirects=False,
             )
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             raise ConnectFailed(type(error).__name__) from error

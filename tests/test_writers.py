@@ -13,7 +13,7 @@ from gateway.departure import Departed, interruptible, until_departure
 from gateway.dialects.native import NativeReply, to_request
 from gateway.errors import GenerationFailed, QueueFull
 from gateway.generation import Finished, TokenEvent
-from gateway.writers import COMMENT, LAST_WORDS_S, StreamWriter
+from gateway.writers import COMMENT, LAST_WORDS_S, Alone, StreamWriter
 from tests.dialects.test_native import body
 from tests.fleet.scenes import spec
 from tests.simulator.loop import SimulatedLoop
@@ -43,7 +43,7 @@ class Wire:
 
 def writer(wire: Wire) -> StreamWriter:
     asked = body(stream=True)
-    return StreamWriter(NativeReply(spec(), asked, to_request(spec(), asked)), wire.send)
+    return StreamWriter(Alone(NativeReply(spec(), asked, to_request(spec(), asked))), wire.send)
 
 
 def test_a_failure_before_the_first_event_keeps_its_status() -> None:
@@ -64,7 +64,7 @@ def test_the_status_goes_out_after_ten_seconds_of_silence_with_comments_from_the
         wire = Wire()
         with writer(wire) as stream:
             await asyncio.sleep(25)
-            await stream.take(TokenEvent(1, "x"))
+            await stream.part(0).take(TokenEvent(1, "x"))
             await asyncio.sleep(11)
             await stream.fail(GenerationFailed("broke"))
         times = [round(when) for when, _ in wire.sent]
@@ -82,8 +82,8 @@ def test_nothing_goes_out_any_more_once_the_exchange_is_over() -> None:
     async def scene() -> None:
         wire = Wire()
         with writer(wire) as stream:
-            await stream.take(TokenEvent(1, "x"))
-            await stream.finish(Finished("eos", 1, 3))
+            await stream.part(0).take(TokenEvent(1, "x"))
+            await stream.finish([Finished("eos", 1, 3)])
         sent = len(wire.sent)
         await asyncio.sleep(60)
 
@@ -98,7 +98,7 @@ def test_a_caller_who_does_not_read_is_not_told_for_ever() -> None:
         wire = Wire()
         stream = writer(wire)
         with stream:
-            await stream.take(TokenEvent(1, "x"))
+            await stream.part(0).take(TokenEvent(1, "x"))
             wire._blocked = True
             began = asyncio.get_running_loop().time()
             await stream.fail(GenerationFailed("broke"))

@@ -89,9 +89,9 @@ class Authorization:
                 key = self._key(scope, right)
                 counted.enter_context(self._allowances[key.name].request())
             except Unauthorized as error:  # the body of a stranger is not read
-                await problems.render(error, REFUSED)(scope, receive, send)
+                await problems.render(error, scope, REFUSED)(scope, receive, send)
             except (Forbidden, RateLimited) as error:
-                await problems.render(error)(scope, receive, send)
+                await problems.render(error, scope)(scope, receive, send)
             else:
                 await self._app(scope, receive, send)
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,8 +15,7 @@ from gateway.dialects import autotrain
 from gateway.dialects.autotrain import AutotrainAnswer, AutotrainBody
 from gateway.errors import LoadingFailed, StartFailed
 from gateway.fleet.fleet import Fleet
-from gateway.generation import GenerationResult
-from gateway.relay import Client, Exchange, Worked
+from gateway.relay import Client, Worked, together
 
 
 def autotrain_router(fleet: Fleet, client: Client) -> APIRouter:
@@ -44,32 +42,13 @@ def autotrain_router(fleet: Fleet, client: Client) -> APIRouter:
 
         async def work() -> bytes:
             with _as_loading_failed():
-                return autotrain.answer(body, await _all_of(exchanges, at_once=spec.max_concurrency))
+                return autotrain.answer(
+                    body, await together([each.whole for each in exchanges], at_once=spec.max_concurrency)
+                )
 
         return Worked(work)
 
     return router
-
-
-async def _all_of(exchanges: Sequence[Exchange], *, at_once: int) -> list[GenerationResult]:
-    """Return all results in order, some of them worked on at once. The first failure, or a cancel, ends them all.
-
-    Raises:
-        GatewayError: the first failure; none of the others is under way any more.
-    """
-    room = asyncio.Semaphore(at_once)
-
-    async def one(exchange: Exchange) -> GenerationResult:
-        async with room:
-            return await exchange.whole()
-
-    tasks = [asyncio.create_task(one(each), name="prompt") for each in exchanges]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.wait(tasks)
 
 
 @contextmanager

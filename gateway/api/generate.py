@@ -13,6 +13,7 @@ from gateway.api.streams import EventStream
 from gateway.dialects.native import GenerateAnswer, GenerateBody, NativeReply, to_request, with_catalog
 from gateway.fleet.fleet import Fleet
 from gateway.relay import Client, Relay
+from gateway.writers import Alone
 
 
 def generate_router(fleet: Fleet, client: Client) -> APIRouter:
@@ -31,7 +32,8 @@ def generate_router(fleet: Fleet, client: Client) -> APIRouter:
             within_context(spec, getattr(body, field), field)
         body = with_catalog(spec, body)
         wanted = to_request(spec, body)
-        return Relay(exchange(fleet.get(spec), wanted, client, request, prefer), NativeReply(spec, body, wanted))
+        reply = NativeReply(spec, body, wanted)
+        return Relay([exchange(fleet.get(spec), wanted, client, request, prefer)], Alone(reply))
 
     @router.post(
         "/generate_stream",

@@ -13,6 +13,7 @@ from gateway.dialects import inference as dialect
 from gateway.dialects.inference import InferenceAnswer, InferenceBody, InferenceReply
 from gateway.fleet.fleet import Fleet
 from gateway.relay import Client, Relay
+from gateway.writers import Alone
 
 
 def inference_router(fleet: Fleet, client: Client) -> APIRouter:
@@ -34,6 +35,6 @@ def inference_router(fleet: Fleet, client: Client) -> APIRouter:
             within_context(spec, body.parameters.max_tokens, "parameters", "max_tokens")
         wanted = dialect.to_request(spec, body.prompt, body.parameters)
         reply = InferenceReply(spec, stream=body.stream)
-        return Relay(exchange(fleet.get(spec), wanted, client, request, prefer), reply)
+        return Relay([exchange(fleet.get(spec), wanted, client, request, prefer)], Alone(reply))
 
     return router

@@ -71,7 +71,7 @@ class RequestLog:
             log.exception("the gateway itself failed, request %s", request_id)
             if exchange.status != UNANSWERED:
                 raise  # too late for an answer: the server cuts the connection
-            await problems.our_fault(error)(scope, receive, exchange.send)
+            await problems.our_fault(error, scope)(scope, receive, exchange.send)
         finally:
             took_ms = (time.perf_counter() - began) * 1000
             # the path as it came may hold anything: %r keeps one request on one line
@@ -116,7 +116,7 @@ class BodyLimit:
             said_bytes = 0
         if said_bytes > self._most_bytes:
             # the rest of the body is not read, so the connection cannot be used again
-            await problems.render(self._too_large(), {"connection": "close"})(scope, receive, send)
+            await problems.render(self._too_large(), scope, {"connection": "close"})(scope, receive, send)
             return
         await self._app(scope, self._counting(receive), send)
 
@@ -187,7 +187,7 @@ class LoopbackOnly:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and not _is_loopback(scope.get("server")):
-            await problems.render(self._refusal(), {"connection": "close"})(scope, receive, send)
+            await problems.render(self._refusal(), scope, {"connection": "close"})(scope, receive, send)
             return
         await self._app(scope, receive, send)
 

@@ -1,4 +1,4 @@
-"""How an error looks on the wire: the only place that knows (contract section 5)."""
+"""How an error is answered, and how it stands in the OpenAPI document (contract section 5)."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
+from starlette._utils import get_route_path
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
+from starlette.types import Scope
 
 from gateway.api.rights import right_for
 from gateway.errors import EmptyPrompt, GatewayError, InvalidRequest, MethodNotAllowed, NotFound
+from gateway.shapes import Api, api_of, shown
 
 
 class Complaint(BaseModel):
@@ -32,6 +35,29 @@ class Problem(BaseModel):
     error_code: str
 
 
+class OpenAiError(BaseModel):
+    """What went wrong. `code` is stable, and the same as everywhere in this gateway."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class OpenAiProblem(BaseModel):
+    """Every error under `/v1`."""
+
+    error: OpenAiError
+
+
+class TgiProblem(BaseModel):
+    """Every error under `/models/{id}/tgi`. `error_code` is stable, and the same as everywhere in this gateway."""
+
+    error: str
+    error_type: str
+    error_code: str
+
+
 _WHEN = {
     400: "The prompt is empty or too long",
     401: "There is no key, or it is not known here",
@@ -40,6 +66,7 @@ _WHEN = {
     408: "The body did not come",
     413: "The body is too large",
     422: "The request is not valid, or this model's engine cannot do it",
+    424: "The model's server failed",
     429: "The key's own limit is reached; Retry-After says when to ask again",
     500: "It failed while it was under way",
     502: "The model's server broke off before its first token",
@@ -48,8 +75,14 @@ _WHEN = {
 }
 
 
+_SCHEMAS: Mapping[Api, type[BaseModel]] = {"documents": Problem, "openai": OpenAiProblem, "tgi": TgiProblem}
+
+
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Return how these errors stand in the OpenAPI document: as JSON, whatever the route answers else."""
+    """Return how these errors stand in the OpenAPI document: as JSON, whatever the route answers else.
+
+    Each status is that of the documents' APIs. `with_problem` gives each operation those of its own API.
+    """
     content = {"application/json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
     return {status: {"description": _WHEN[status], "content": content} for status in statuses}
 
@@ -65,52 +98,88 @@ def openapi_of(app: FastAPI) -> Callable[[], dict[str, Any]]:
 
 
 def with_problem(document: dict[str, Any]) -> dict[str, Any]:
-    """Return an OpenAPI document with the shape of errors in it, and those that any address has that asks for a key."""
+    """Return an OpenAPI document with the shapes of errors in it, those of any address that asks for a key included."""
     for path, item in document["paths"].items():
-        for operation in item.values() if right_for(path) else ():
-            operation["responses"] = {**documented(401, 403, 429), **operation["responses"]}
-    schemas = models_json_schema([(Problem, "serialization")], ref_template="#/components/schemas/{model}")[1]["$defs"]
+        for operation in item.values():
+            asks = documented(401, 403, 429) if right_for(path) else {}
+            operation["responses"] = _in_shape(api_of(path), {**asks, **operation["responses"]})
+    kinds = [(model, "serialization") for model in _SCHEMAS.values()]
+    schemas = models_json_schema(kinds, ref_template="#/components/schemas/{model}")[1]["$defs"]  # type: ignore[arg-type]
     document.setdefault("components", {}).setdefault("schemas", {}).update(schemas)
     return document
+
+
+def _in_shape(api: Api, responses: dict[int | str, Any]) -> dict[int | str, Any]:
+    """Return an operation's answers with errors as callers of `api` see them."""
+    if api == "documents":
+        return responses
+    shape = {"schema": {"$ref": f"#/components/schemas/{_SCHEMAS[api].__name__}"}}
+    found = {int(status): answer for status, answer in responses.items()}
+    for status in [each for each in found if each >= 400]:
+        answer = {"description": _WHEN.get(status, ""), "content": {"application/json": shape}}
+        del found[status]
+        for sent in _STATUSES[api].get(status, (status,)):
+            found[sent] = found.get(sent, answer)
+    return dict(sorted(found.items()))
+
+
+_STATUSES: Mapping[Api, Mapping[int, tuple[int, ...]]] = {
+    "documents": {},
+    "openai": {422: (400,)},
+    "tgi": {400: (422,), 500: (424, 500), 503: (429, 503)},
+}
+"""What becomes of a status of the documents' APIs in another one."""
 
 
 _FIELD_CODES = {
     "temperature": "INVALID_TEMPERATURE",
     "max_tokens": "INVALID_MAX_TOKENS",
     "max_new_tokens": "INVALID_MAX_TOKENS",
+    "max_completion_tokens": "INVALID_MAX_TOKENS",
     "top_k": "INVALID_TOP_K",
 }
 """The code of a body in which nothing but this field is wrong."""
 
 
-def render(error: GatewayError, headers: Mapping[str, str] | None = None) -> Response:
-    """Return the answer for an error: the documents' shape, with `Retry-After` in whole seconds where waiting helps."""
-    body = {"detail": error.detail, "error_code": error.code, **error.extra}
+def render(error: GatewayError, scope: Scope, headers: Mapping[str, str] | None = None) -> Response:
+    """Return the answer for an error: the shape of the API, with `Retry-After` in whole seconds where waiting helps."""
+    shape = shown(error, api_of(get_route_path(scope)))
     headers = dict(headers or {})
     if error.retry_after_s:
         headers["retry-after"] = str(math.ceil(error.retry_after_s))
-    return JSONResponse(body, error.status, headers)
+    return JSONResponse(shape.body, shape.status, headers)
 
 
 def install(app: FastAPI) -> None:
-    """Let `app` answer every error in one shape."""
+    """Let `app` answer every error in the shape of the API that was asked."""
     app.add_exception_handler(GatewayError, _gateway_error)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
     app.openapi = openapi_of(app)  # type: ignore[method-assign]
 
 
-async def _gateway_error(_: Request, error: Exception) -> Response:
+async def _gateway_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, GatewayError)  # registered for it
-    return render(error)
+    return render(error, request.scope)
 
 
-async def _invalid(_: Request, error: Exception) -> Response:
+async def _invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)  # registered for it
     complaints = [_complaint(each) for each in error.errors()]
     if blank := [each for each in complaints if each["type"] == "empty_prompt"]:
-        return render(EmptyPrompt(f"Prompt cannot be empty: {blank[0]['msg']}."))
-    return JSONResponse({"detail": complaints, "error_code": _code(complaints)}, 422)
+        return render(EmptyPrompt(f"Prompt cannot be empty: {blank[0]['msg']}."), request.scope)
+    code, api = _code(complaints), api_of(get_route_path(request.scope))
+    if api == "documents":
+        return JSONResponse({"detail": complaints, "error_code": code}, 422)
+    words = "; ".join(": ".join(filter(None, (_field(each), each["msg"]))) for each in complaints)
+    param = next(filter(None, map(_field, complaints)), None)
+    shape = shown(InvalidRequest(f"{words}."), api, code=code, param=param)
+    return JSONResponse(shape.body, shape.status)
+
+
+def _field(complaint: Mapping[str, Any]) -> str:
+    """Return where in the body it is, as OpenAI writes it: `messages.0.role`."""
+    return ".".join(str(part) for part in complaint["loc"][1:])
 
 
 def _complaint(error: Mapping[str, Any]) -> dict[str, Any]:
@@ -132,20 +201,22 @@ def _code(complaints: Sequence[Mapping[str, Any]]) -> str:
 async def _http(request: Request, error: Exception) -> Response:
     """Answer what FastAPI itself refuses. What it could not read of a body may be an error of ours underneath."""
     assert isinstance(error, HTTPException)  # registered for it
+    scope = request.scope
     if isinstance(error.__cause__, GatewayError):
-        return render(error.__cause__, {"connection": "close"} if error.__cause__.status in (408, 413) else None)
+        return render(error.__cause__, scope, {"connection": "close"} if error.__cause__.status in (408, 413) else None)
     match error.status_code:
         case 400:
-            return render(InvalidRequest("The body could not be read."))
+            return render(InvalidRequest("The body could not be read."), scope)
         case 404:
-            return render(NotFound(f"There is nothing at {request.url.path}; GET /docs shows what there is."))
+            return render(NotFound(f"There is nothing at {request.url.path}; GET /docs shows what there is."), scope)
         case 405:
             words = f"{request.method} is not possible here; see the Allow header, or GET /docs."
-            return render(MethodNotAllowed(words), error.headers)
+            return render(MethodNotAllowed(words), scope, error.headers)
         case _:
             return JSONResponse({"detail": error.detail, "error_code": "INTERNAL_ERROR"}, error.status_code)
 
 
-def our_fault(error: Exception) -> Response:
+def our_fault(error: Exception, scope: Scope) -> Response:
     """Return the answer when the gateway itself failed; the log has the rest."""
-    return render(GatewayError(f"The gateway itself failed ({type(error).__name__}); its log says where."))
+    words = f"The gateway itself failed ({type(error).__name__}); its log says where."
+    return render(GatewayError(words), scope)

@@ -15,7 +15,6 @@ from gateway.errors import GatewayError
 from gateway.generation import Finished, GenerationRequest, PromptToken, TokenEvent
 from gateway.runtimes.base import Exit, Launch, Progress
 
-
 Api = Literal["openai", "tgi"]
 
 
@@ -116,7 +115,7 @@ class Engine(Protocol):
         """
 
     def forward(self, spec: ModelSpec, call: Call, secret: str) -> Call:
-        """Return a caller's own `call` as the server takes it: the path within `speaks`, the model by the server's name.
+        """Return a caller's own `call` as the server takes it: its path in that server, the model by its name there.
 
         The caller's headers are not in it, but what tells the kind of the body. Only for engines that speak an API.
         """
