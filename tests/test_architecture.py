@@ -19,7 +19,7 @@ FLOORS = [
     ],
     ["gateway.catalog", "gateway.generation", "gateway.departure"],
     ["gateway.catalog_file", "gateway.catalog_schema", "gateway.bodies", "gateway.facts", "gateway.keys"],
-    ["gateway.settings", "gateway.runtimes.base"],
+    ["gateway.settings", "gateway.runtimes.base", "gateway.conversation"],
     ["gateway.engines.base"],
     ["gateway.engines", "gateway.runtimes"],
     ["gateway.fleet"],
