@@ -1,4 +1,4 @@
-"""Calls of tools as text of a form that a server can be held to, for those that cannot be held to a call itself. Pure."""
+"""Calls of tools as text, for servers that can be held to a form of text, but not to a call itself. Pure."""
 
 from __future__ import annotations
 
@@ -17,9 +17,7 @@ _HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*(?P<name>"(?:[^"\\]|\\.)*")\s*,\s*"arg
 
 def call_schema(tools: Sequence[Tool]) -> dict[str, Any]:
     """Return the JSON Schema of a call of one of these tools: an object with its name and then its arguments."""
-    definitions = {
-        f"tool{index}": _moved(_parameters(tool), f"#/$defs/tool{index}") for index, tool in enumerate(tools)
-    }
+    keys = [f"tool{index}" for index in range(len(tools))]
     calls = [
         {
             "type": "object",
