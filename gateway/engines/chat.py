@@ -144,6 +144,7 @@ class ChatDecoder:
             Else it is one token each where log-probabilities tell them apart, and any number of them where not.
         stop_means: what the server's word `stop` stands for. TGI and a server that was told of no stop texts mean the
             model's own end.
+        one_call: the answer ends where a second call of a tool begins.
         call_id: returns the ids of tools' calls: TGI calls each of them "0".
     """
 
@@ -154,10 +155,11 @@ class ChatDecoder:
         *,
         chunk_is_token: bool = False,
         stop_means: FinishReason = "eos",
+        one_call: bool = False,
         call_id: Callable[[], str] = new_call_id,
     ) -> None:
         self._request, self._failure = request, failure
-        self._chunk_is_token, self._stop_means = chunk_is_token, stop_means
+        self._chunk_is_token, self._stop_means, self._one_call = chunk_is_token, stop_means, one_call
         self._lines, self._stop, self._calls = EventLines(), StopTexts(request.stop), _Calls(call_id)
         self._tokens = 0
         self._usage: Mapping[str, Any] = {}
@@ -236,7 +238,13 @@ class ChatDecoder:
         text = self._stop.feed(piece.text)
         if self._stop.found:
             self._end_here("stop")
-        yield TokenEvent(piece.id, text, piece.logprob, top, piece.token, piece.special, piece.calls)
+        yield TokenEvent(piece.id, text, piece.logprob, top, piece.token, piece.special, self._wanted(piece.calls))
+
+    def _wanted(self, calls: tuple[ToolCallPiece, ...]) -> tuple[ToolCallPiece, ...]:
+        wanted = tuple(piece for piece in calls if piece.index == 0) if self._one_call else calls
+        if len(wanted) < len(calls):
+            self._end_here("tool_calls")
+        return wanted
 
     def _is_beyond_length(self) -> bool:
         """Say whether another token would be one too many. Where chunks are no tokens, the server knows better."""
