@@ -55,6 +55,7 @@ def test_a_launch_names_everything_but_the_secret_on_its_command_line() -> None:
         args={"threads": 2},
         env={"OMP_NUM_THREADS": "2"},
         weights_sha256=SHA256,
+        chat_template="{{ messages }}",
     )
     launch = ENGINE.launch(chosen, "tgi-m", "s3cret")
     options = embedded_server.parse_options([word.replace("{port}", "8099") for word in launch.command[3:]])
@@ -68,6 +69,7 @@ def test_a_launch_names_everything_but_the_secret_on_its_command_line() -> None:
         "context_tokens": 2048,
         "device": "cpu",
         "args": {"threads": 2},
+        "chat_template": "{{ messages }}",
     }
     assert launch.env == {"OMP_NUM_THREADS": "2", KEY_VARIABLE: "s3cret"}
     assert "s3cret" not in " ".join(launch.command)
@@ -416,9 +418,9 @@ def test_a_probability_of_zero_has_a_finite_logarithm() -> None:
 @pytest.mark.parametrize(
     ("stop", "text", "finished"),
     [
-        ((" here",), "I'm glad to make your acquaintance. I'm", Finished("stop", 11, 11)),
-        (("ad to ma",), "I'm gl", Finished("stop", 5, 11)),
-        (("nowhere", "quaint"), "I'm glad to make your ac", Finished("stop", 7, 11)),
+        ((" here",), "I'm glad to make your acquaintance. I'm", Finished("stop", 11, 11, stop=" here")),
+        (("ad to ma",), "I'm gl", Finished("stop", 5, 11, stop="ad to ma")),
+        (("nowhere", "quaint"), "I'm glad to make your ac", Finished("stop", 7, 11, stop="quaint")),
         (("today?X", "endeavours"), "", None),
     ],
 )
@@ -452,7 +454,7 @@ def test_nothing_is_said_after_the_end() -> None:
 
 def test_comments_blank_lines_and_returns_are_skipped() -> None:
     stream = b": ping\r\n\r\n:\n\n" + frame("a", 1).replace(b"\n", b"\r\n") + b"id: 3\nretry: 5\n\n"
-    assert decode([stream]) == [TokenEvent(5, "a")]
+    assert decode([stream]) == [TokenEvent(5, "a", token="a")]
 
 
 def test_an_answer_that_breaks_off_is_never_finished() -> None:
