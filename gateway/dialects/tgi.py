@@ -38,6 +38,8 @@ from gateway.tgi_events import FINISH_REASONS, TokenFrames, as_event, ended, lik
 
 MOST_STOPS = 64
 MOST_TOP_TOKENS = 50
+MOST_PROMPTS = 256
+"""Of one request to `/v1/completions`."""
 FIRST_TOKENS = 1024
 """TGI works in blocks of this many tokens, and only the first one must fit into the context."""
 
@@ -100,7 +102,7 @@ class _TgiBody(BaseModel):
 def _schema(value: Any) -> Any:
     """Return a JSON Schema, of which TGI wants `properties`."""
     if not isinstance(value, dict) or "properties" not in value:
-        raise PydanticCustomError("rule", "is not valid: Grammar must have a 'properties' field")
+        raise PydanticCustomError("grammar", "grammar is not valid: Grammar must have a 'properties' field")
     return value
 
 
@@ -110,7 +112,7 @@ def _schema_or_text(value: dict[str, Any] | str) -> Any:
     try:
         return _schema(json.loads(value))
     except (ValueError, RecursionError):
-        raise PydanticCustomError("rule", "is not valid: its value is text, and that is not JSON") from None
+        raise PydanticCustomError("grammar", "grammar is not valid: its value is text, and that is not JSON") from None
 
 
 class JsonGrammar(_TgiBody):
@@ -209,7 +211,7 @@ class GenerateBody(_TgiBody):
     """What `/generate` and `/generate_stream` take."""
 
     inputs: Annotated[str, AfterValidator(_not_empty)] = Field(description="Text to continue")
-    parameters: GenerateParameters = Field(default_factory=AbsentParameters)
+    parameters: GenerateParameters = Field(default_factory=lambda: AbsentParameters.model_validate({}))
 
 
 class CompatibleBody(GenerateBody):
@@ -265,10 +267,40 @@ def _sampling(asked: GenerateParameters) -> dict[str, Any]:
     return {name: value for name, value in wanted.items() if value is not None}
 
 
+def to_tokenize(body: TokenizeBody) -> GenerationRequest:
+    """Return what is to be cut into tokens, as the prompt of a request."""
+    return GenerationRequest(prompt=body.inputs, max_new_tokens=1, temperature=0.0)
+
+
 def exceeds_context(spec: ModelSpec, body: GenerateBody) -> bool:
     """Say whether the first tokens asked for leave no room for a prompt, which TGI refuses."""
     asked = body.parameters.max_new_tokens
     return asked is not None and spec.context_tokens is not None and min(asked, FIRST_TOKENS) >= spec.context_tokens
+
+
+def as_openai(said: Any) -> Any:
+    """Return a body of `/v1/chat/completions` with what TGI writes otherwise as OpenAI does, as far as it can be done.
+
+    TGI's `response_format` has its schema under `value`, and its `tool_choice` may be a function's bare name.
+    """
+    if not isinstance(said, dict):
+        return said
+    form, choice = said.get("response_format"), said.get("tool_choice")
+    changed = dict(said)
+    if isinstance(form, dict) and "value" in form:
+        changed["response_format"] = _openai_form(form)
+    if isinstance(choice, str) and choice not in ("auto", "none", "required"):
+        changed["tool_choice"] = {"type": "function", "function": {"name": choice}}
+    return changed
+
+
+def _openai_form(form: dict[str, Any]) -> dict[str, Any]:
+    match form:
+        case {"type": "json" | "json_object", "value": value}:
+            return {"type": "json_schema", "json_schema": {"name": "answer", "schema": _schema_or_text(value)}}
+        case {"type": "json_schema", "value": dict() as named}:
+            return {"type": "json_schema", "json_schema": {"name": "answer", **named}}
+    return form
 
 
 # ---- answers --------------------------------------------------------------------------------------------------------
@@ -421,7 +453,7 @@ class Info(BaseModel):
     docker_label: str | None
 
 
-def info(spec: ModelSpec, facts: Facts, *, version: str, batch: int) -> Info:
+def info(spec: ModelSpec, facts: Facts, *, version: str) -> Info:
     """Return what TGI's `/info` would say of a model."""
     total = min((tokens for tokens in (spec.context_tokens, facts.context_tokens) if tokens), default=None)
     return Info(
@@ -434,7 +466,7 @@ def info(spec: ModelSpec, facts: Facts, *, version: str, batch: int) -> Info:
         max_input_tokens=total and total - 1,
         max_total_tokens=total,
         validation_workers=1,
-        max_client_batch_size=batch,
+        max_client_batch_size=MOST_PROMPTS,
         router="tgi-gateway",
         version=version,
         sha=None,
