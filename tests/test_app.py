@@ -6,6 +6,7 @@ import pytest
 
 from gateway.app import check_one_worker, create_app
 from gateway.errors import CatalogError
+from gateway.shapes import api_of
 
 
 @pytest.mark.parametrize(
@@ -38,9 +39,10 @@ def test_the_openapi_document_tells_of_every_error_in_its_shape(tmp_path: Path) 
     catalog = tmp_path / "models.yaml"
     catalog.write_text("models: {m: {engine: llamacpp, weights: m.gguf}}")
     document = create_app(environ={"GATEWAY_CATALOG": str(catalog)}).openapi()
-    paths, problem = document["paths"], {"$ref": "#/components/schemas/Problem"}
+    paths, kinds = document["paths"], {"documents": "Problem", "openai": "OpenAiProblem", "tgi": "TgiProblem"}
 
     for path, operations in paths.items():
+        problem = {"$ref": f"#/components/schemas/{kinds[api_of(path)]}"}
         for operation in operations.values():
             for status, answer in operation["responses"].items():
                 if int(status) >= 400:
@@ -56,6 +58,13 @@ def test_the_openapi_document_tells_of_every_error_in_its_shape(tmp_path: Path) 
         "503",
         "504",
     }
+    chat = paths["/v1/chat/completions"]["post"]
+    assert "422" not in chat["responses"]  # OpenAI's is 400
+    assert set(chat["responses"]["200"]["content"]) == {"application/json", "text/event-stream"}
+    body = chat["requestBody"]["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
+    assert {"messages", "max_completion_tokens", "tools"} <= document["components"]["schemas"][body][
+        "properties"
+    ].keys()
     assert set(paths["/models/{model_id}/start"]["post"]["responses"]) >= {"200", "202", "404", "503", "504"}
     assert list(paths["/generate_stream"]["post"]["responses"]["200"]["content"]) == ["text/event-stream"]
     assert list(paths["/models/{model_id}/logs"]["get"]["responses"]["200"]["content"]) == ["text/plain"]

@@ -129,7 +129,7 @@ def _in_shape(api: Api, responses: dict[int | str, Any]) -> dict[int | str, Any]
         del found[status]
         for sent in _STATUSES[api].get(status, (status,)):
             found[sent] = found.get(sent, answer)
-    return dict(sorted(found.items()))
+    return {str(status): found[status] for status in sorted(found)}
 
 
 _STATUSES: Mapping[Api, Mapping[int, tuple[int, ...]]] = {
