@@ -138,9 +138,10 @@ def completion(
     *,
     keep_stop: bool = False,
 ) -> Relay:
-    """Return the continuations of the prompts; else as `chat`."""
+    """Return the continuations of the prompts; else as `chat`. With `keep_stop`, TGI's way, no default limits them."""
     _within_context(instance, body)
-    wanted = openai_completions.to_requests(instance.spec, body)
+    default = None if keep_stop else openai_completions.DEFAULT_NEW_TOKENS
+    wanted = openai_completions.to_requests(instance.spec, body, default_new_tokens=default)
     choices = CompletionChoices(_heading("cmpl", instance, body), body, keep_stop=keep_stop)
     return Relay([exchange(instance, each, client, request, prefer) for each in wanted], choices)
 

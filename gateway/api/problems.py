@@ -211,7 +211,7 @@ def _field(complaint: Mapping[str, Any]) -> str:
 def _complaint(error: Mapping[str, Any]) -> dict[str, Any]:
     """Return where, what and which rule; never the value, which may be a prompt."""
     message = error["msg"]
-    if error["type"] == "model_attributes_type":
+    if error["type"] == "model_attributes_type" and error["loc"] == ("body",):
         message = "the body must be a JSON object, sent with Content-Type: application/json"
     if error["loc"] == ("body",) and error["type"] == "missing":
         message = 'the body is empty; send a JSON object such as {"prompt": "Once upon a time"}'
