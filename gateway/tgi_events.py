@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from gateway.bodies import as_json
 from gateway.generation import Finished, FinishReason, GenerationRequest, TokenChance, TokenEvent
 
-UNKNOWN_ID = -1
-"""Stands for the id of a token of which the engine tells nothing: part of a character, say."""
 FINISH_REASONS: Mapping[FinishReason, str] = {
     "length": "length",
     "stop": "stop_sequence",
@@ -20,16 +18,20 @@ FINISH_REASONS: Mapping[FinishReason, str] = {
 """TGI's words, which its clients compare."""
 
 
+class Unknown(NamedTuple):
+    """What stands for id and logprob of a token of which the engine tells nothing: part of a character, say."""
+
+    id: int
+    logprob: float | None
+
+
 class TokenFrames:
-    """One token an event, the last one with the whole text besides.
+    """One token an event, the last one with the whole text besides."""
 
-    `unknown_logprob` stands for what the engine does not tell.
-    """
-
-    def __init__(self, request: GenerationRequest, *, unknown_logprob: float | None = 0.0) -> None:
+    def __init__(self, request: GenerationRequest, unknown: Unknown) -> None:
         self._limit = request.max_new_tokens
         self._top_tokens = request.top_tokens
-        self._unknown_logprob = unknown_logprob
+        self._unknown = unknown
         self._index = 0
         self._text: list[str] = []
         self._held: TokenEvent | None = None
@@ -67,7 +69,7 @@ class TokenFrames:
         return self._frame(held) if held else b""
 
     def _frame(self, event: TokenEvent, **last: Any) -> bytes:
-        frame = {"index": self._index, "token": token(event, self._unknown_logprob)}
+        frame = {"index": self._index, "token": token(event, self._unknown)}
         if event.top and self._top_tokens:
             frame["top_tokens"] = [likely(chance) for chance in event.top]
         return as_event({**frame, "generated_text": None, "details": None, **last})
@@ -84,12 +86,12 @@ def ended(last: TokenEvent, reason: FinishReason, rest: str) -> TokenEvent:
     return replace(last, text=text, special=not text and (last.special or reason == "eos"))
 
 
-def token(event: TokenEvent, unknown_logprob: float | None = None) -> dict[str, Any]:
+def token(event: TokenEvent, unknown: Unknown) -> dict[str, Any]:
     """Return a token as TGI shows it. A special one has its own text, which is no part of the answer."""
     return {
-        "id": UNKNOWN_ID if event.id is None else event.id,
+        "id": unknown.id if event.id is None else event.id,
         "text": event.token or "" if event.special else event.text,
-        "logprob": unknown_logprob if event.logprob is None else event.logprob,
+        "logprob": unknown.logprob if event.logprob is None else event.logprob,
         "special": event.special,
     }
 

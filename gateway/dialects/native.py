@@ -16,9 +16,10 @@ from gateway.bodies import MOST_TOKENS, Body, Prompt, StopTexts, TokenProbabilit
 from gateway.catalog import ModelSpec
 from gateway.errors import GatewayError, InvalidRequest
 from gateway.generation import Finished, GenerationRequest, GenerationResult, TokenEvent
-from gateway.tgi_events import FINISH_REASONS, TokenFrames, as_event
+from gateway.tgi_events import FINISH_REASONS, TokenFrames, Unknown, as_event
 
 DEFAULT_NEW_TOKENS = 200
+UNKNOWN = Unknown(id=-1, logprob=0.0)
 
 
 class GenerateBody(Body):
@@ -137,7 +138,7 @@ class NativeReply:
         self.stream = body.stream
         self._spec = spec
         self._body = body
-        self._frames = TokenFrames(request)
+        self._frames = TokenFrames(request, UNKNOWN)
 
     def whole(self, result: GenerationResult) -> bytes:
         full = self._body.prompt if self._body.return_full_text else ""

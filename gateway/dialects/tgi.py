@@ -34,7 +34,7 @@ from gateway.generation import (
 )
 from gateway.generation import Grammar as Form
 from gateway.shapes import shown
-from gateway.tgi_events import FINISH_REASONS, TokenFrames, as_event, ended, likely, token
+from gateway.tgi_events import FINISH_REASONS, TokenFrames, Unknown, as_event, ended, likely, token
 
 MOST_STOPS = 64
 MOST_TOP_TOKENS = 50
@@ -107,12 +107,11 @@ def _schema(value: Any) -> Any:
 
 
 def _schema_or_text(value: dict[str, Any] | str) -> Any:
-    if not isinstance(value, str):
-        return _schema(value)
     try:
-        return _schema(json.loads(value))
+        schema = json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError):
         raise PydanticCustomError("grammar", "grammar is not valid: its value is text, and that is not JSON") from None
+    return _schema(schema)
 
 
 class JsonGrammar(_TgiBody):
@@ -307,7 +306,7 @@ def _openai_form(form: dict[str, Any]) -> dict[str, Any]:
 
 
 class Token(BaseModel):
-    """One token. `id` is -1 and `logprob` null where the engine does not tell."""
+    """One token. `id` is 0 and `logprob` null where the engine does not tell: types that TGI's clients can read."""
 
     id: int
     text: str
@@ -335,6 +334,9 @@ class CompatibleAnswer(RootModel[list[GenerateAnswer]]):
     """What `POST /` answers: one, in a list."""
 
 
+UNKNOWN = Unknown(id=0, logprob=None)
+
+
 class SimpleToken(BaseModel):
     """One token of a text. `start` and `stop` are where it stands there, in bytes."""
 
@@ -353,7 +355,7 @@ class TgiReply:
         self._asked = body.parameters
         self._prompt = body.inputs if body.parameters.return_full_text else ""
         self._seed = request.seed if request.temperature > 0 else None
-        self._frames = TokenFrames(request, unknown_logprob=None)
+        self._frames = TokenFrames(request, UNKNOWN)
 
     def whole(self, result: GenerationResult) -> bytes:
         answer: dict[str, Any] = {"generated_text": self._prompt + result.text + result.stop}
@@ -368,7 +370,7 @@ class TgiReply:
             "generated_tokens": result.tokens_generated,
             "seed": self._seed,
             "prefill": [],
-            "tokens": [token(event) for event in tokens],
+            "tokens": [token(event, UNKNOWN) for event in tokens],
         }
         if self._asked.top_n_tokens:
             details["top_tokens"] = [[likely(chance) for chance in event.top] for event in tokens]
