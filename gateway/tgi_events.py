@@ -71,7 +71,7 @@ class TokenFrames:
     def _frame(self, event: TokenEvent, **last: Any) -> bytes:
         frame = {"index": self._index, "token": token(event, self._unknown)}
         if event.top and self._top_tokens:
-            frame["top_tokens"] = [likely(chance) for chance in event.top]
+            frame["top_tokens"] = [likely(chance, self._unknown) for chance in event.top]
         return as_event({**frame, "generated_text": None, "details": None, **last})
 
 
@@ -89,16 +89,20 @@ def ended(last: TokenEvent, reason: FinishReason, rest: str) -> TokenEvent:
 def token(event: TokenEvent, unknown: Unknown) -> dict[str, Any]:
     """Return a token as TGI shows it. A special one has its own text, which is no part of the answer."""
     return {
-        "id": unknown.id if event.id is None else event.id,
+        "id": _known(event.id, unknown),
         "text": event.token or "" if event.special else event.text,
         "logprob": unknown.logprob if event.logprob is None else event.logprob,
         "special": event.special,
     }
 
 
-def likely(chance: TokenChance) -> dict[str, Any]:
+def likely(chance: TokenChance, unknown: Unknown) -> dict[str, Any]:
     """Return one of the likeliest tokens at a position as TGI shows it."""
-    return {"id": chance.id, "text": chance.text, "logprob": chance.logprob, "special": False}
+    return {"id": _known(chance.id, unknown), "text": chance.text, "logprob": chance.logprob, "special": False}
+
+
+def _known(id: int | None, unknown: Unknown) -> int:  # noqa: A002 - what it is
+    return unknown.id if id is None or id < 0 else id
 
 
 def as_event(frame: Mapping[str, Any]) -> bytes:

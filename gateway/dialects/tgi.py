@@ -373,7 +373,7 @@ class TgiReply:
             "tokens": [token(event, UNKNOWN) for event in tokens],
         }
         if self._asked.top_n_tokens:
-            details["top_tokens"] = [[likely(chance) for chance in event.top] for event in tokens]
+            details["top_tokens"] = [[likely(chance, UNKNOWN) for chance in event.top] for event in tokens]
         return details
 
     def event(self, event: TokenEvent, *, last: bool) -> bytes:
@@ -394,12 +394,16 @@ class TgiReply:
 
 
 def _with_end(result: GenerationResult) -> list[TokenEvent]:
-    """Return the tokens of an answer, the last one with what was held back until the end."""
+    """Return the tokens of an answer, each with its own text if the engine tells it, however much was held back.
+
+    Else the last one has what was held back until the end.
+    """
     if not result.tokens:
         return []
     *others, last = result.tokens
     told = "".join(event.text for event in result.tokens)
-    return [*others, ended(last, result.reason, result.text.removeprefix(told) + result.stop)]
+    end = ended(last, result.reason, result.text.removeprefix(told) + result.stop)
+    return [each if each.token is None or each.special else replace(each, text=each.token) for each in (*others, end)]
 
 
 def headers(inputs: str, result: GenerationResult, *, total_s: float, device: str | None) -> dict[str, str]:

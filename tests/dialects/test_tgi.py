@@ -323,6 +323,15 @@ def test_the_stop_text_is_part_of_the_text_and_of_the_last_token() -> None:
     assert (last["token"]["text"], last["generated_text"]) == (" of France", " Paris of France")
 
 
+def test_each_token_has_its_own_text_where_the_engine_tells_it() -> None:
+    held = [TokenEvent(5, "", -0.1, token=" Pa"), TokenEvent(6, " ", -0.2, token="ris.")]
+
+    answer = whole(held, Finished("stop", 2, 5, text="Pa", stop="ris"), details=True)
+
+    assert answer["generated_text"] == " Paris"
+    assert [token["text"] for token in answer["details"]["tokens"]] == [" Pa", "ris."]
+
+
 def test_the_models_own_end_is_special_and_no_text() -> None:
     answer = whole([PARIS, END], Finished("eos", 2, 5), details=True)
     _, last = streamed([PARIS, END], Finished("eos", 2, 5))
@@ -460,32 +469,28 @@ def test_limits_that_nobody_knows_are_null() -> None:
 # ---- TGI's chats ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("said", "meant"),
-    [
-        (
-            {"response_format": {"type": kind, "value": SCHEMA}},
-            {"response_format": {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA}}},
-        )
-        for kind in ("json", "json_object")
-    ]
-    + [
-        (
-            {"response_format": {"type": "json_schema", "value": {"name": "n", "schema": SCHEMA}}},
-            {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA}}},
-        ),
-        ({"tool_choice": "weather"}, {"tool_choice": {"type": "function", "function": {"name": "weather"}}}),
-        *[
-            (same, same)
-            for same in (
-                {"tool_choice": "required"},
-                {"response_format": {"type": "json_object"}},
-                {"response_format": None, "messages": [], "tool_choice": None},
-                [1],
-                None,
-            )
-        ],
-    ],
-)
+AS_SCHEMA = {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA}}
+NAMED_SCHEMA = {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA}}
+TGIS_CHATS: list[tuple[Any, Any]] = [
+    ({"response_format": {"type": "json", "value": SCHEMA}}, {"response_format": AS_SCHEMA}),
+    ({"response_format": {"type": "json_object", "value": json.dumps(SCHEMA)}}, {"response_format": AS_SCHEMA}),
+    (
+        {"response_format": {"type": "json_schema", "value": {"name": "n", "schema": SCHEMA}}},
+        {"response_format": NAMED_SCHEMA},
+    ),
+    ({"tool_choice": "weather"}, {"tool_choice": {"type": "function", "function": {"name": "weather"}}}),
+]
+OPENAIS_CHATS: list[Any] = [
+    {"tool_choice": "required"},
+    {"response_format": NAMED_SCHEMA},
+    {"response_format": {"type": "json_object"}},
+    {"response_format": None, "messages": [], "tool_choice": None},
+    {"response_format": {"type": "regex", "value": "[0-9]"}},
+    [1],
+    None,
+]
+
+
+@pytest.mark.parametrize(("said", "meant"), [*TGIS_CHATS, *((same, same) for same in OPENAIS_CHATS)])
 def test_what_tgi_writes_otherwise_is_written_as_openai_does(said: Any, meant: Any) -> None:
     assert as_openai(said) == meant
