@@ -263,6 +263,8 @@ def moved(status: int) -> UpstreamFailed:
 
 def _known(error: _Error) -> GatewayError | None:
     """Return what the error stands for, if its code or words tell."""
+    if "image input is not supported" in error.words:  # llama.cpp, with status 500
+        return Unsupported("This model takes no images. Leave them out.")
     if error.code in _LENGTH_CODES or _TOO_LONG.search(error.words) or "`max_new_tokens` must be <=" in error.words:
         return _too_long(error)
     return _no_quota() if error.code in _QUOTA_CODES else None
