@@ -176,8 +176,8 @@ class _ChatChoice:
 
     def event(self, event: TokenEvent) -> list[dict[str, Any]]:
         delta: dict[str, Any] = {"content": event.text} if event.text else {}
-        if event.tool_calls:
-            delta["tool_calls"] = [_call_piece(piece) for piece in event.tool_calls]
+        if calls := [_call_piece(piece) for piece in event.tool_calls if piece.id is not None or piece.arguments]:
+            delta["tool_calls"] = calls
         return self._said(delta, self._reported.take(event))
 
     def end(self, finished: Finished) -> list[dict[str, Any]]:
