@@ -20,11 +20,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import respx
 from click.testing import CliRunner, Result
 
 from gateway import cli
+from gateway.terminal import Display
 
 URL = "http://127.0.0.1:8000"
 LONG_S = 90.0
@@ -91,7 +93,20 @@ def test_help_shows_how_to_begin() -> None:
         assert words in result.stdout
 
 
-COMMANDS = ["serve", "check", "doctor", "models", "start", "stop", "restart", "logs", "pull", "generate", "keys"]
+COMMANDS = [
+    "serve",
+    "check",
+    "doctor",
+    "models",
+    "start",
+    "stop",
+    "restart",
+    "logs",
+    "pull",
+    "generate",
+    "chat",
+    "keys",
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -112,7 +127,7 @@ def test_the_package_runs_as_a_program() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["chat"], "No such command 'chat'"),
+        (["speak"], "No such command 'speak'"),
         (["pull"], "Missing argument 'ID'"),
         (["start"], "Missing argument 'ID'"),
         (["stop"], "Name one model, or say --all."),
@@ -594,6 +609,78 @@ def test_generate_asks_for_what_was_said_and_prints_the_continuation(gateway: re
     }  # fmt: skip
 
 
+def chunks(*texts: str, done: bool = True) -> str:
+    said = [{"choices": [{"index": 0, "delta": {"content": text}}], "usage": None} for text in texts]
+    frames = [f"data: {json.dumps(chunk)}\n\n" for chunk in said]
+    return "".join(frames) + ("data: [DONE]\n\n" if done else "")
+
+
+def talk(lines: str, *arguments: str) -> Any:
+    return CliRunner().invoke(cli.main, ["chat", "m", *arguments], input=lines)
+
+
+def test_chat_sends_all_that_was_said(gateway: respx.MockRouter) -> None:
+    route = gateway.post("/v1/chat/completions")
+    route.side_effect = [httpx.Response(200, text=chunks("Hi", " \x1b[1myou")), httpx.Response(200, text=chunks("Yes"))]
+    gateway.get("/models/m").respond(json=model("m", "ready"))
+
+    result = talk("Hello\n\n  \nReally?\n", "--system", "Be kind.", "--temperature", "0", "--max-tokens", "9")
+
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "Hi \x1b[1myou\nYes\n", "")
+    assert json.loads(route.calls.last.request.content) == {
+        "model": "m",
+        "messages": [
+            {"role": "system", "content": "Be kind."},
+            {"role": "user", "content": "Hello"},
+            {"role": "assistant", "content": "Hi \x1b[1myou"},
+            {"role": "user", "content": "Really?"},
+        ],
+        "temperature": 0.0,
+        "max_tokens": 9,
+        "stream": True,
+    }
+
+
+def test_chat_is_forgotten_by_clear_but_for_the_system(gateway: respx.MockRouter) -> None:
+    route = gateway.post("/v1/chat/completions").respond(text=chunks("ok"))
+    gateway.get("/models/m").respond(json=model("m", "ready"))
+
+    talk("one\n/clear\ntwo\n", "--system", "S")
+
+    said = json.loads(route.calls.last.request.content)["messages"]
+    assert [message["content"] for message in said] == ["S", "two"]
+
+
+def test_chat_as_json_is_an_object_an_answer(gateway: respx.MockRouter) -> None:
+    gateway.post("/v1/chat/completions").respond(text=chunks("a", "b"))
+
+    result = talk("one\ntwo\n", "--json")
+
+    assert result.stdout.splitlines() == ['{"role": "assistant", "content": "ab"}'] * 2
+
+
+@pytest.mark.parametrize(
+    ("status", "text", "words"),
+    [
+        (404, '{"error": {"message": "No such model.", "code": "MODEL_NOT_FOUND"}}', "MODEL_NOT_FOUND: No such model."),
+        (200, chunks("a", done=False), "ended a stream before its last token"),
+        (200, 'data: {"error": {"message": "It broke.", "code": "GENERATION_FAILED"}}\n\n', "It broke."),
+        (502, "<html>", "HTTP 502"),
+    ],
+)
+def test_chat_of_a_pipe_ends_with_the_first_failure(
+    gateway: respx.MockRouter, status: int, text: str, words: str
+) -> None:
+    route = gateway.post("/v1/chat/completions").respond(status, text=text)
+    gateway.get("/models/m").respond(json=model("m", "ready"))
+
+    result = talk("one\ntwo\n")
+
+    assert result.exit_code == 1
+    assert words in result.stderr
+    assert route.call_count == 1
+
+
 def test_pull_tells_how_far_it_has_come_and_what_came_of_it(gateway: respx.MockRouter) -> None:
     lines = ["pulling, 1.0 MB of 9.0 MB", "pulling, 9.0 MB of 9.0 MB", "extracting", "done: image and weights are here"]
     gateway.post("/models/m/pull").respond(text="".join(f"{line}\n" for line in lines))
@@ -621,7 +708,7 @@ def test_pull_that_fails_is_status_1_early_or_late(gateway: respx.MockRouter) ->
 
 
 def test_progress_is_a_line_for_each_phase_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    display = cli.Display()
+    display = Display()
 
     for done in (1, 2):
         display.show("m: pulling", f"m: pulling {done}/9 MB")
@@ -636,7 +723,7 @@ def test_progress_is_one_rewritten_line_on_a_terminal(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "20")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    display = cli.Display()
+    display = Display()
 
     display.show("m: pulling", "m: pulling \x1b]0;evil\x07 and a long way to go")
     display.clear()
