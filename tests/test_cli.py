@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import json
 import os
+import pty
 import re
+import select
 import signal
 import socket
 import subprocess
@@ -18,7 +20,7 @@ from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import httpx
 import pytest
@@ -798,6 +800,95 @@ def test_ctrl_c_ends_it_quietly() -> None:
         _, said = process.communicate(timeout=LONG_S)
         assert (process.returncode, said) == (130, "")
         assert left.wait(LONG_S)
+
+
+class HalfAnswers(BaseHTTPRequestHandler):
+    """A gateway whose first answer in a conversation stops in its midst and waits; later ones are whole."""
+
+    asked: ClassVar[list[Any]]
+    left: ClassVar[threading.Event]
+
+    def do_GET(self) -> None:
+        self.send_error(404)
+
+    def do_POST(self) -> None:
+        self.asked.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
+        self.send_response(200)
+        self.end_headers()
+        first = len(self.asked) == 1
+        self.wfile.write(chunks("so far" if first else "whole", done=not first).encode())
+        if first:
+            self.rfile.read(1)  # the caller says nothing more: its end of the connection is what comes
+            self.left.set()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+class Terminal:
+    """A command on a terminal of its own."""
+
+    def __init__(self, *arguments: str) -> None:
+        heeding = "import signal as s; s.signal(s.SIGINT, s.default_int_handler); from gateway.cli import main; main()"
+        self._ours, theirs = pty.openpty()
+        command = [sys.executable, "-c", heeding, *arguments]
+        self.process = subprocess.Popen(
+            command,
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            start_new_session=True,
+            env={**os.environ, "TERM": "dumb"},
+        )
+        os.close(theirs)
+        self._seen = ""
+
+    def wait_for(self, words: str) -> None:
+        """Return once these words have been written since the last ones that were waited for."""
+        while words not in self._seen:
+            assert select.select([self._ours], [], [], LONG_S)[0], self._seen
+            self._seen += os.read(self._ours, 1000).decode()
+        self._seen = self._seen.partition(words)[2]
+
+    def write(self, keys: str) -> None:
+        os.write(self._ours, keys.encode())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self._ours)
+
+
+def test_ctrl_c_ends_an_answer_of_a_chat_and_ctrl_d_the_chat() -> None:
+    class Handler(HalfAnswers):
+        asked: ClassVar[list[Any]] = []
+        left = threading.Event()
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            with Terminal("chat", "m", "--url", f"http://127.0.0.1:{server.server_port}") as terminal:
+                terminal.wait_for("> ")
+                terminal.write("one\n")
+                terminal.wait_for("so far")
+                terminal.process.send_signal(signal.SIGINT)
+                terminal.wait_for("> ")
+                assert Handler.left.wait(LONG_S)
+                terminal.write("two\n")
+                terminal.wait_for("whole")
+                terminal.wait_for("> ")
+                terminal.write("\x04")
+
+                assert terminal.process.wait(LONG_S) == 0
+        finally:
+            server.shutdown()
+            thread.join(LONG_S)
+    said = [message["content"] for message in Handler.asked[1]["messages"]]
+    assert said == ["one", "so far", "two"]
 
 
 # ---- with the embedded model ----------------------------------------------------------------------------------------
