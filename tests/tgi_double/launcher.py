@@ -38,8 +38,8 @@ It needs Python 3.11 and this directory. How it behaves is said by variables; wi
       DOUBLE_IGNORES_SIGTERM       1: does not
       DOUBLE_STOP_S                seconds it takes beyond its last answer [0]
 
-It differs from TGI where a model would be needed: grammars and tools are refused, as with --disable-grammar-support;
-images are text; adapters are the base model (as unknown ones are in TGI).
+It differs from TGI where a model would be needed: a grammar gets the smallest text that fits it; of tools it calls the
+one that the last user message names; images are text; adapters are the base model (as unknown ones are in TGI).
 """
 
 from __future__ import annotations

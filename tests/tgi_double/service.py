@@ -88,7 +88,7 @@ class Service:
             return [generation async for generation, _step in tokens][-1]
 
     async def _tokens(self, job: Job, seed: int) -> AsyncGenerator[tuple[Generation, Step], None]:
-        generation = Generation(job.prompt, job.sampling, job.limit, seed, job.stop, job.top_n)
+        generation = Generation(job.prompt, job.sampling, job.limit, seed, job.stop, job.top_n, job.forced)
         while generation.finish_reason is None:
             await self._misbehave(len(generation.steps))
             await self._pause(self.personality.token_s)
