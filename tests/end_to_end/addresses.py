@@ -123,7 +123,16 @@ ADDRESSES = (
         lambda answer: str(answer["generated_text"])[len(answer["prompt"]) :],
     ),
 )
+"""A new address is one more row."""
 STREAMS = tuple(each for each in ADDRESSES if each.streams)
+
+
+def models_at(url: str) -> dict[str, Json]:
+    """Return two models of the same server, by either engine that may reach one that runs already."""
+    return {
+        "by-tgi": {"engine": "tgi", "hf_name": "x", "runtime": "external", "url": url},
+        "by-openai": {"engine": "openai", "url": url, "args": {"logprobs": False}},
+    }
 
 
 class Caller:

@@ -20,7 +20,7 @@ Phase = Literal["queued", "loading", "before the first token", "amid the answer"
 ENDLESS = "go round and"
 """The double's model goes on from here for as long as it may."""
 TOKENS = 1000
-DOUBLES: dict[Phase, dict[str, object]] = {
+DOUBLES: dict[Phase, Json] = {
     "queued": {"hangs_after_tokens": 0},
     "loading": {"health_fails_after_s": 0},
     "before the first token": {"hangs_after_tokens": 0},
@@ -103,10 +103,10 @@ def scene(folder: Path) -> Iterator[Scene]:
         doubles = {
             phase: stack.enter_context(Double(*flags, tells_aborts=True, **mood)) for phase, mood in DOUBLES.items()
         }
-        models = {
+        models: dict[str, Json] = {
             id_of(phase): {"engine": "tgi", "hf_name": id_of(phase), "runtime": "external", "url": each.url}
             for phase, each in doubles.items()
         }
-        models["queued"]["max_concurrency"] = 1  # type: ignore[assignment]
+        models["queued"]["max_concurrency"] = 1
         gateway = stack.enter_context(serving(folder, **models))
         yield Scene(gateway, doubles, stack.enter_context(httpx.Client()))
