@@ -109,5 +109,5 @@ class Numbers:
 def asked_for(body: dict[str, Any]) -> tuple[int, int]:
     """Return how many tokens, and how many of the likeliest for each."""
     parameters = body.get("parameters", {})
-    tokens = parameters.get("max_new_tokens") or body.get("max_tokens") or body.get("max_completion_tokens")
-    return int(tokens), int(parameters.get("top_n_tokens") or 0)
+    lengths = (parameters.get("max_new_tokens"), body.get("max_tokens"), body.get("max_completion_tokens"))
+    return next(int(length) for length in lengths if length), int(parameters.get("top_n_tokens") or 0)
