@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from gateway.api.problems import documented
 from gateway.api.reports import GatewayInfo, GatewayStatus, Reports
-from gateway.api.streams import EventStream, LineStream
+from gateway.api.streams import EVENTS, EventStream, LineStream
 from gateway.fleet.fleet import Fleet
 from gateway.fleet.journal import Entry, Journal
 from gateway.lifecycle import RUNNING, State
@@ -69,7 +69,12 @@ def overview_router(fleet: Fleet, reports: Reports) -> APIRouter:
         """What the model's files and the catalog's `metadata` tell; null is not known. Wakes no model."""
         return await reports.gateway_info()
 
-    @router.get("/events", summary="Follow what happens", response_class=EventStream, responses=documented(422))
+    @router.get(
+        "/events",
+        summary="Follow what happens",
+        response_class=EventStream,
+        responses={200: {"content": EVENTS}, **documented(422)},
+    )
     async def events(last_event_id: Annotated[str | None, Header()] = None) -> Response:
         """Server-sent events `state` and `progress`; with `Last-Event-ID` those since then first, 1,000 at most."""
         journal = fleet.journal

@@ -1,0 +1,148 @@
+"""Every operation of the OpenAPI documents, asked by schemathesis: with what they allow, and with what they do not.
+
+CI asks 100 examples of each operation, the same ones in every run. By hand, with examples that nobody saw before:
+
+    SCHEMA_EXAMPLES=2000 python -m pytest tests/end_to_end/test_schema.py
+
+Besides, each is asked with the edges of all that it takes, and by methods that it has not. A new operation joins by
+being in a document. Every model is a double that answers at once; the endless stream of events is left out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import hypothesis
+import pytest
+import requests
+import schemathesis
+from _pytest.mark import ParameterSet
+from fastapi import FastAPI
+from hypothesis import strategies as st
+from schemathesis import APIOperation, Case, GenerationMode
+
+from gateway.app import compose
+from gateway.catalog import Catalog, ModelSpec
+from gateway.settings import Settings
+from tests.end_to_end.gateway import Gateway, serving
+from tests.tgi_double.process import Double
+
+BY_HAND = "SCHEMA_EXAMPLES" in os.environ
+EXAMPLES = int(os.environ.get("SCHEMA_EXAMPLES", "100"))
+BOUND_S = 60 + EXAMPLES
+"""How long one operation may take on a slow machine."""
+DOCUMENTS = ("/openapi.json", "/models/tgi/llm-service/openapi.json", "/models/tgi/api-server/openapi.json")
+ENDLESS = "/events"
+BOTH = (GenerationMode.POSITIVE, GenerationMode.NEGATIVE)
+"""What the document allows, and what it does not."""
+
+
+def models(url: str) -> dict[str, dict[str, Any]]:
+    """Return a catalog of what can be reached where it already runs: each engine, with as little and as much as it can."""
+    known: dict[str, Any] = {"runtime": "external", "url": url, "context_tokens": 64}
+    return {
+        "tgi": {**known, "engine": "tgi", "hf_name": "gpt2"},
+        "openai": {**known, "engine": "openai"},
+        "vllm": {**known, "engine": "openai", "args": {"server": "vllm"}},
+    }
+
+
+# ---- what is asked ---------------------------------------------------------------------------------------------------
+
+
+def application() -> FastAPI:
+    """Return a gateway that never runs: its documents are those of the one that does."""
+    specs = {name: ModelSpec(id=name, **keys) for name, keys in models("http://127.0.0.1:1").items()}
+    return compose(Settings(), Catalog(path=Path("models.yaml"), models=specs, default_model="tgi"))
+
+
+def document(app: FastAPI, path: str) -> Any:
+    async def ask() -> Any:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1") as client:
+            return (await client.get(path)).raise_for_status().json()
+
+    return asyncio.run(ask())
+
+
+def config() -> schemathesis.Config:
+    """Return how to ask: half of all names and prompts are some that lead on; and what holds for every answer."""
+    known = {
+        "names": ("tgi", "openai", "vllm", "gpt2"),
+        "prompts": ("The capital of France is",),
+    }
+    places = {
+        "names": ("path.model_id", "body.model_id", "body.model", "body.model_path"),
+        "prompts": ("body.prompt", "body.prompts[*]"),
+    }
+    return schemathesis.Config.from_dict(
+        {
+            "cache": {"enabled": False},
+            "dictionaries": {name: {"values": list(values)} for name, values in known.items()},
+            "parameters": {
+                place: {"dictionary": name, "probability": 0.5} for name, found in places.items() for place in found
+            },
+            "checks": {
+                # what the gateway and its models' servers are not to do while all of them are well
+                "not_a_server_error": {"expected-statuses": ["2xx", "3xx", "4xx", "503", "504"]},
+                # engines differ in what they can do, so a document allows more than any of them takes
+                "positive_data_acceptance": {"enabled": False},
+            },
+        }
+    )
+
+
+def operations() -> Iterator[ParameterSet]:
+    """Yield every operation, and the path that stands before its own."""
+    app = application()
+    for path in DOCUMENTS:
+        said = document(app, path)
+        base = said["servers"][0]["url"] if "servers" in said else ""
+        for found in schemathesis.openapi.from_dict(said, config=config()).exclude(path=ENDLESS).get_all_operations():
+            operation = found.ok()
+            yield pytest.param(operation, base, id=f"{operation.method.upper()} {base}{operation.path}")
+
+
+# ---- asking ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    folder = tmp_path_factory.mktemp("gateway")
+    with Double("--max-top-n-tokens", "50") as double, serving(folder, **models(double.url)) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def session() -> Iterator[requests.Session]:
+    with requests.Session() as connections:
+        yield connections
+
+
+@pytest.mark.timeout(BOUND_S)
+@pytest.mark.parametrize(("operation", "base"), list(operations()))
+def test_answers_are_as_documented(
+    operation: APIOperation[Any, Any, Any, Any], base: str, gateway: Gateway, session: requests.Session
+) -> None:
+    schema = operation.schema
+    edges = schema.iter_coverage_cases(
+        operation, generation_modes=list(BOTH), generation_config=schema.config.generation
+    )
+
+    @hypothesis.settings(max_examples=EXAMPLES, derandomize=not BY_HAND, database=None)
+    @hypothesis.given(st.one_of([operation.as_strategy(mode) for mode in BOTH]))
+    def ask(case: Case) -> None:
+        case.call_and_validate(gateway.url + base, session)
+
+    for case in edges:
+        case.call_and_validate(gateway.url + base, session)
+    ask()
+
+
+def test_the_documents_are_those_of_the_gateway_that_runs(gateway: Gateway) -> None:
+    app = application()
+    assert [gateway.get(path).json() for path in DOCUMENTS] == [document(app, path) for path in DOCUMENTS]
