@@ -56,14 +56,16 @@ StopTexts = Annotated[
 
 
 class Body(BaseModel):
-    """A request's body. Unknown fields are ignored, and null means not given."""
+    """A request's body. Unknown fields are ignored, null means not given, and 5.0 is an integer, as in JSON Schema."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
 
     @model_validator(mode="before")
     @classmethod
     def _without_null(cls, body: Any) -> Any:
-        return {name: value for name, value in body.items() if value is not None} if isinstance(body, dict) else body
+        if not isinstance(body, dict):
+            return body
+        return {name: _plain(value) for name, value in body.items() if value is not None}
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
@@ -74,6 +76,10 @@ class Body(BaseModel):
             name: field if name in required else _or_null(field) for name, field in schema["properties"].items()
         }
         return reference
+
+
+def _plain(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _or_null(field: JsonSchemaValue) -> JsonSchemaValue:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from gateway.bodies import Body, Prompt, StopTexts, request_of
 from tests.fleet.scenes import spec
@@ -55,6 +55,20 @@ class Asked(Body):
     max_tokens: int = Field(5, ge=1, description="Most tokens")
     name: str | None = None
     stop: StopTexts = Field(default=[])
+
+
+@pytest.mark.parametrize(("said", "read"), [(5, 5), (5.0, 5), (1e3, 1000)])
+def test_an_integer_may_be_written_as_json_schema_lets_it(said: float, read: int) -> None:
+    asked = Asked.model_validate({"prompt": "Once", "max_tokens": said})
+
+    assert type(asked.max_tokens) is int
+    assert asked.max_tokens == read
+
+
+@pytest.mark.parametrize("said", [5.5, 0.0, -1e300, float("inf"), float("nan"), True, "5"])
+def test_what_is_no_integer_is_refused(said: object) -> None:
+    with pytest.raises(ValidationError):
+        Asked.model_validate({"prompt": "Once", "max_tokens": said})
 
 
 def test_the_schema_of_a_body_tells_that_null_means_not_given_and_that_a_prompt_is_not_blank() -> None:

@@ -41,6 +41,8 @@ BOUND_S = 60 + EXAMPLES
 DOCUMENTS = ("/openapi.json", "/models/tgi/llm-service/openapi.json", "/models/tgi/api-server/openapi.json")
 ENDLESS = "/events"
 NOWHERE = "http://127.0.0.1:1"
+NAMED_BY = {"model_id", "model", "model_path"}
+NAMES = ["tgi", "openai", "vllm", "gpt2"]
 BOTH = (GenerationMode.POSITIVE, GenerationMode.NEGATIVE)
 """What the document allows, and what it does not."""
 
@@ -72,30 +74,36 @@ def document(app: FastAPI, path: str) -> Any:
     return asyncio.run(ask())
 
 
+def with_names(part: Any) -> Any:
+    """Return (part of) a document with names of models as examples of what names one: edges are tried with those."""
+    if isinstance(part, list):
+        return [with_names(each) for each in part]
+    if not isinstance(part, dict):
+        return part
+    part = {key: with_names(value) for key, value in part.items()}
+    fields = part.get("properties", {})
+    for schema in [fields[name] for name in NAMED_BY & fields.keys()]:
+        schema["examples"] = NAMES
+    if part.get("in") == "path" and part["name"] in NAMED_BY:
+        part["schema"]["examples"] = NAMES
+    return part
+
+
 def config() -> schemathesis.Config:
-    """Return how to ask: half of all names and prompts are some that lead on; and what holds for every answer."""
-    known = {
-        "names": ("tgi", "openai", "vllm", "gpt2"),
-        "prompts": ("The capital of France is",),
-    }
-    places = {
-        "names": ("path.model_id", "body.model_id", "body.model", "body.model_path"),
-        "prompts": ("body.prompt", "body.prompts[*]"),
-    }
+    """Return that half of all names are those of models; and what holds for every answer."""
+    places = [f"{where}.{name}" for where in ("path", "body") for name in NAMED_BY]
     return schemathesis.Config.from_dict(
         {
-            "cache": {"enabled": False},
-            "output": {"sanitization": {"enabled": False}},  # else `max_tokens` is taken for a secret
-            "dictionaries": {name: {"values": list(values)} for name, values in known.items()},
-            "parameters": {
-                place: {"dictionary": name, "probability": 0.5} for name, found in places.items() for place in found
-            },
+            "dictionaries": {"names": {"values": NAMES}},
+            "parameters": {place: {"dictionary": "names", "probability": 0.5} for place in places},
             "checks": {
                 # what the gateway and its models' servers are not to do while all of them are well
                 "not_a_server_error": {"expected-statuses": ["2xx", "3xx", "4xx", "503", "504"]},
                 # engines differ in what they can do, so a document allows more than any of them takes
                 "positive_data_acceptance": {"enabled": False},
             },
+            "output": {"sanitization": {"enabled": False}},  # else `max_tokens` is taken for a secret
+            "cache": {"enabled": False},
         }
     )
 
@@ -106,7 +114,7 @@ def operations() -> Iterator[ParameterSet]:
     for path in DOCUMENTS:
         said = document(app, path)
         base = said["servers"][0]["url"] if "servers" in said else ""
-        schema = schemathesis.openapi.from_dict(said, config=config()).exclude(path=ENDLESS)
+        schema = schemathesis.openapi.from_dict(with_names(said), config=config()).exclude(path=ENDLESS)
         for found in schema.get_all_operations():
             assert isinstance(found, Ok), found.err()
             operation = found.ok()
