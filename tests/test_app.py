@@ -7,8 +7,10 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
+from gateway.api.rights import right_for
 from gateway.app import check_one_worker, create_app
 from gateway.errors import CatalogError
+from gateway.shapes import api_of
 
 
 @pytest.mark.parametrize(
@@ -45,10 +47,12 @@ def application(folder: Path) -> FastAPI:
 
 def test_the_openapi_document_tells_of_every_error_in_its_shape(tmp_path: Path) -> None:
     document = application(tmp_path).openapi()
-    paths, problem = document["paths"], {"$ref": "#/components/schemas/Problem"}
+    paths, names = document["paths"], {"documents": "Problem", "openai": "OpenAiProblem", "tgi": "TgiProblem"}
 
     for path, operations in paths.items():
+        problem = {"$ref": f"#/components/schemas/{names[api_of(path)]}"}
         for operation in operations.values():
+            assert operation["security"] == ([{"key": []}, {}] if right_for(path) else [])
             for status, answer in operation["responses"].items():
                 if int(status) >= 400:
                     assert answer["content"] == {"application/json": {"schema": problem}}, (path, status)

@@ -26,7 +26,7 @@ FLOORS = [
         "gateway.keys",
         "gateway.shapes",
     ],
-    ["gateway.settings", "gateway.runtimes.base"],
+    ["gateway.settings", "gateway.runtimes.base", "gateway.conversation"],
     ["gateway.engines.base"],
     ["gateway.engines", "gateway.runtimes"],
     ["gateway.fleet"],
@@ -36,6 +36,7 @@ FLOORS = [
     ["gateway.api"],
     ["gateway.app"],
     ["gateway.serving", "gateway.doctor"],
+    ["gateway.terminal"],
     ["gateway.cli"],
     ["gateway.__main__"],
 ]

@@ -24,18 +24,27 @@ def inference_router(fleet: Fleet, client: Client) -> APIRouter:
 
     @router.post("/inference", summary="Infer", response_model=InferenceAnswer, responses={**errors, 200: stream})
     async def inference(request: Request, body: InferenceBody, prefer: Prefer = None) -> Any:
-        """Continue a prompt, and answer the continuation alone. Starts the model if it is not running."""
+        """Continue a prompt or answer a conversation, and tell that alone. Starts the model if it is not running."""
         spec = model_of(fleet.catalog, body.model, "model")
-        if (mode := dialect.mode_of(body)) != "completion":
-            raise dialect.no_chat(mode)
-        if body.messages is not None:
-            raise invalid("is for mode chat; mode completion takes a prompt", "value_error", "messages")
-        if body.prompt is None:
-            raise invalid("Field required", "missing", "prompt")
+        _has_what_its_mode_takes(body)
         if "max_tokens" in body.parameters.model_fields_set:
             within_context(spec, body.parameters.max_tokens, "parameters", "max_tokens")
-        wanted = dialect.to_request(spec, body.prompt, body.parameters)
+        wanted = dialect.to_request(spec, body)
         reply = InferenceReply(spec, stream=body.stream)
         return Relay([exchange(fleet.get(spec), wanted, client, request, prefer)], Alone(reply))
 
     return router
+
+
+def _has_what_its_mode_takes(body: InferenceBody) -> None:
+    """Return if the body has a prompt or messages, as its mode takes them.
+
+    Raises:
+        RequestValidationError: it has not, or has what its mode has no use for.
+    """
+    mode = dialect.mode_of(body)
+    taken, other = ("messages", "prompt") if mode == "chat" else ("prompt", "messages")
+    if getattr(body, other) is not None:
+        raise invalid(f"mode {mode} takes {taken} and no {other}", "value_error", other)
+    if getattr(body, taken) is None:
+        raise invalid(f"Field required: mode {mode} takes {taken}", "missing", taken)

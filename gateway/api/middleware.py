@@ -75,14 +75,24 @@ class RequestLog:
         finally:
             took_ms = (time.perf_counter() - began) * 1000
             # the path as it came may hold anything: %r keeps one request on one line
-            words = "%s %r %s %.1f ms %s%s"
-            log.info(words, scope["method"], scope["path"], exchange.status, took_ms, request_id, _key_of(scope))
+            words = "%s %r %s %.1f ms %s%s%s"
+            key, model = (_named(scope, what) for what in ("key", "model"))
+            facts = {"facts": _facts(scope, exchange.status, took_ms)}
+            log.info(
+                words, scope["method"], scope["path"], exchange.status, took_ms, request_id, key, model, extra=facts
+            )
 
 
-def _key_of(scope: Scope) -> str:
-    """Return what the log says of the request's key: its name, if it showed one that is known."""
-    name = scope["state"].get("key")
-    return f" key {name}" if name else ""
+def _named(scope: Scope, what: str) -> str:
+    """Return what the log says of the request's key or model: its name, if it named one that is known."""
+    name = scope["state"].get(what)
+    return f" {what} {name}" if name else ""
+
+
+def _facts(scope: Scope, status: int | str, took_ms: float) -> dict[str, object]:
+    """Return the same for machines: what a log in JSON says of a request, field by field."""
+    known = {name: scope["state"][name] for name in ("request_id", "key", "model") if name in scope["state"]}
+    return {"method": scope["method"], "path": scope["path"], "status": status, "took_ms": round(took_ms, 1), **known}
 
 
 class _Exchange:

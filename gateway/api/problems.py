@@ -103,12 +103,19 @@ def with_problem(document: dict[str, Any]) -> dict[str, Any]:
     """Return an OpenAPI document with the shapes of errors in it, those of any address that asks for a key included."""
     for path, item in document["paths"].items():
         for operation in item.values():
-            asks = documented(401, 403, 429) if right_for(path) else {}
-            operation["responses"] = _in_shape(api_of(path), {**asks, **operation["responses"]})
+            asks = right_for(path) is not None
+            keys = documented(401, 403, 429) if asks else {}
+            operation["responses"] = _in_shape(api_of(path), {**keys, **operation["responses"]})
+            operation["security"] = [{"key": []}, {}] if asks else []
     kinds = [(model, "serialization") for model in _SCHEMAS.values()]
     schemas = models_json_schema(kinds, ref_template="#/components/schemas/{model}")[1]["$defs"]  # type: ignore[arg-type]
-    document.setdefault("components", {}).setdefault("schemas", {}).update(schemas)
+    components = document.setdefault("components", {})
+    components.setdefault("schemas", {}).update(schemas)
+    components["securitySchemes"] = {"key": _KEY}
     return document
+
+
+_KEY = {"type": "http", "scheme": "bearer", "description": "One that `gateway keys add` has made, where there are any"}
 
 
 def _in_shape(api: Api, responses: dict[int | str, Any]) -> dict[int | str, Any]:

@@ -1,4 +1,4 @@
-"""`/inference` (documents/inference-api.md, contract section 4): the continuation alone, whole or as it comes.
+"""`/inference` (documents/inference-api.md, contract section 4): what the model says alone, whole or as it comes.
 
 Pure: a body in, a `GenerationRequest` out; events in, bytes out. The document says nothing of streams. Here each event
 has a piece of the text, and the last one has the whole of it under the documented name.
@@ -6,14 +6,24 @@ has a piece of the text, and the last one has the whole of it under the document
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
 from gateway.bodies import MOST_TOKENS, Body, Prompt, StopTexts, as_json, request_of
 from gateway.catalog import ModelSpec
-from gateway.errors import GatewayError, Unsupported
-from gateway.generation import Finished, FinishReason, GenerationRequest, GenerationResult, TokenEvent
+from gateway.conversation import Messages, messages_of
+from gateway.errors import GatewayError
+from gateway.generation import (
+    Chat,
+    Finished,
+    FinishReason,
+    GenerationRequest,
+    GenerationResult,
+    Message,
+    TokenEvent,
+)
 
 Mode = Literal["completion", "chat", "instruct"]
 
@@ -35,11 +45,13 @@ class InferenceBody(Body):
     """What `POST /inference` takes."""
 
     model: str | None = Field(None, description="Model to use: an id, alias or hub name; default: the default model")
-    prompt: Prompt | None = Field(None, description="Text to continue")
+    prompt: Prompt | None = Field(None, description="Text to continue; in mode instruct, what the model is told to do")
     parameters: Parameters = Field(default_factory=lambda: Parameters.model_validate({}))
-    messages: list[dict[str, Any]] | None = Field(None, description="A conversation; comes with a later version")
+    messages: Messages | None = Field(None, description="In place of a prompt: a conversation, to answer its last turn")
     mode: Mode | None = Field(
-        None, description="completion; chat (the default with messages) and instruct come with a later version"
+        None,
+        description="completion continues the prompt; instruct answers it, by the model's chat template; chat (the "
+        "default with messages) answers the messages",
     )
     stream: bool = Field(False, description="Answer piece by piece, as server-sent events")
 
@@ -57,23 +69,22 @@ def mode_of(body: InferenceBody) -> Mode:
     return body.mode or ("completion" if body.messages is None else "chat")
 
 
-def to_request(spec: ModelSpec, prompt: str, parameters: Parameters) -> GenerationRequest:
-    """Return what is to be generated in mode `completion`."""
+def chat_of(body: InferenceBody) -> Chat:
+    """Return the conversation of modes `chat` and `instruct`: the latter's prompt is all that the user said."""
+    return Chat(messages_of(body.messages) if body.messages else (Message("user", (body.prompt or "",)),))
+
+
+def to_request(spec: ModelSpec, body: InferenceBody) -> GenerationRequest:
+    """Return what is to be generated of a body that has what its mode takes."""
+    parameters = body.parameters
     defaults = parameters.model_dump(include={"temperature", "top_p"})
-    return request_of(
+    request = request_of(
         spec,
-        prompt,
+        body.prompt or "",
         defaults={**defaults, "max_new_tokens": parameters.max_tokens},
         said=parameters.model_dump(include=parameters.model_fields_set),
     )
-
-
-def no_chat(mode: Mode) -> Unsupported:
-    """Return the error for a mode that needs the model's chat template."""
-    return Unsupported(
-        f"Mode {mode} comes with a later version, together with chat. Until then write the conversation as a prompt, "
-        "in mode completion."
-    )
+    return request if mode_of(body) == "completion" else replace(request, prompt="", chat=chat_of(body))
 
 
 class InferenceReply:

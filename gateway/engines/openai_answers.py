@@ -1,4 +1,4 @@
-"""What servers with OpenAI's API answer: the chunks of `POST /v1/completions`, and errors in many shapes. Pure."""
+"""What servers with OpenAI's API answer: the chunks of completions and chats, and errors in many shapes. Pure."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from gateway.engines.chat import UNKNOWN_ID, UNKNOWN_PROMPT_TOKENS, ChatDecoder
 from gateway.engines.keys import key_refused
+from gateway.engines.lines import EventLines
 from gateway.engines.stops import StopTexts
 from gateway.errors import (
     BodyTooLarge,
@@ -24,10 +26,6 @@ from gateway.generation import Finished, FinishReason, GenerationRequest, TokenC
 
 BUSY_RETRY_S = 5.0
 """What a caller is told to wait where the server does not say."""
-UNKNOWN_ID = -1
-"""Stands for the number of a token: OpenAI's API tells texts only."""
-UNKNOWN_PROMPT_TOKENS = 0
-"""Stands for the prompt's length where the gateway ended the answer: it is told at the end only."""
 
 # ---- the chunks of an answer ----------------------------------------------------------------------------------------
 
@@ -41,50 +39,59 @@ _OVER: Mapping[str, FinishReason] = {
 }
 
 
+def chat_decoder(request: GenerationRequest) -> ChatDecoder:
+    """Return what reads the answer to a chat. One that was told of stop texts means one of them by `stop`."""
+    return ChatDecoder(request, failure, stop_means="stop" if any(request.stop) else "eos")
+
+
 class CompletionDecoder:
-    """Reads the chunks of an answer. Lines are cut as bytes, so characters never are.
+    """Reads the chunks of an answer to a prompt.
 
     A chunk holds any number of tokens: one each where log-probabilities tell them apart, else it counts as one, until
     the server tells how many there were. It may end at a stop text without saying so: an answer that was asked to end
-    at one, and ended by itself, is taken to have met it, unless the server knows better.
+    at one, and ended by itself, is taken to have met it, unless the server knows better. If the prompt's length must
+    be known, it reads on in silence after a stop text until the server tells.
     """
 
     def __init__(self, request: GenerationRequest) -> None:
         self._request = request
-        self._stop = StopTexts(request.stop)
-        self._unread = b""
+        self._lines, self._stop = EventLines(), StopTexts(request.stop)
         self._tokens = 0
         self._usage: Mapping[str, Any] = {}
         self._reason: FinishReason | None = None
+        self._stopped_by = ""
         self._finished = False
 
     def feed(self, chunk: bytes) -> list[TokenEvent | Finished]:
-        *lines, self._unread = (self._unread + chunk).split(b"\n")
-        return [event for line in lines for event in self._line(line.strip())]
+        return [event for field, value in self._lines.feed(chunk) for event in self._line(field, value)]
 
-    def _line(self, line: bytes) -> Iterator[TokenEvent | Finished]:
-        field, _, value = line.partition(b":")
+    def _line(self, field: bytes, value: bytes) -> Iterator[TokenEvent | Finished]:
         if self._finished or field != b"data":
-            return  # a comment, which keeps the connection alive, or an empty line
+            return
         try:
-            yield from self._end() if value.strip() == b"[DONE]" else self._chunk(_object_in(value))
+            yield from self._end() if value == b"[DONE]" else self._chunk(_object_in(value))
         except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
             raise _not_understood() from error
 
     def _chunk(self, chunk: dict[str, Any]) -> Iterator[TokenEvent | Finished]:
-        if error := _error_of(chunk):
-            raise self._failure(error)
+        if _error_of(chunk):
+            raise failure(chunk, self._tokens > 0)
         self._usage = chunk.get("usage") or self._usage
         for choice in chunk["choices"][:1]:
             yield from self._choice(choice)
-        if self._stop.found or (self._reason and self._usage):
+        if self._is_over():
             yield from self._end()
+
+    def _is_over(self) -> bool:
+        if self._stop.found:
+            return not self._request.count_prompt or bool(self._usage.get("prompt_tokens"))
+        return bool(self._reason and self._usage)
 
     def _choice(self, choice: dict[str, Any]) -> Iterator[TokenEvent]:
         for piece in _pieces(choice):
             if not self._stop.found:
                 yield self._token(piece)
-        if reason := choice.get("finish_reason"):
+        if not self._stop.found and (reason := choice.get("finish_reason")):
             self._reason = self._reason_of(str(reason), choice)
 
     def _token(self, piece: _Piece) -> TokenEvent:
@@ -92,7 +99,7 @@ class CompletionDecoder:
             raise Unsupported("This model's server reports no top_tokens, though it was asked to. Leave them out.")
         self._tokens += 1
         top = piece.top[: self._request.top_tokens]
-        return TokenEvent(piece.id, self._stop.feed(piece.text), piece.logprob, top)
+        return TokenEvent(piece.id, self._stop.feed(piece.text), piece.logprob, top, piece.token)
 
     def _reason_of(self, said: str, choice: Mapping[str, Any]) -> FinishReason:
         """Return why the answer ended. vLLM and SGLang also say which stop text it was, if it was one."""
@@ -102,7 +109,8 @@ class CompletionDecoder:
             return _OVER[said]
         for key in ("stop_reason", "matched_stop"):
             if key in choice:
-                return "stop" if isinstance(choice[key], str) else "eos"
+                self._stopped_by = choice[key] if isinstance(choice[key], str) else ""
+                return "stop" if self._stopped_by else "eos"
         return "stop" if any(self._request.stop) and said == "stop" else "eos"
 
     def _end(self) -> Iterator[Finished]:
@@ -110,23 +118,29 @@ class CompletionDecoder:
         if reason is None:
             raise _not_understood()
         self._finished = True
-        tokens = int(self._usage.get("completion_tokens") or self._tokens)
+        counted = 0 if self._stop.found else int(self._usage.get("completion_tokens") or 0)
         prompt_tokens = int(self._usage.get("prompt_tokens") or UNKNOWN_PROMPT_TOKENS)
-        yield Finished(reason, tokens, prompt_tokens, "" if self._stop.found else self._stop.rest())
+        rest = "" if self._stop.found else self._stop.rest()
+        yield Finished(reason, counted or self._tokens, prompt_tokens, rest, self._stop.matched or self._stopped_by)
 
-    def _failure(self, error: _Error) -> GatewayError:
-        status = error.facts.get("http_status_code") or error.facts.get("code")
-        if self._tokens == 0 and isinstance(status, int) and status >= 400:  # TGI and vLLM: 200 was said too soon
-            return _refusal(status, error)
-        if self._tokens == 0 and (known := _known(error)):
-            return known
-        return GenerationFailed(f"The model's server failed in mid-answer: {error.words}.")
+
+def failure(chunk: Mapping[str, Any], begun: bool) -> GatewayError:
+    """Return the error that a chunk in an answer stands for. `begun`: there were tokens before."""
+    error = _error_of(chunk) or _Error()
+    status = error.facts.get("http_status_code") or error.facts.get("code")
+    if not begun and isinstance(status, int) and status >= 400:  # TGI and vLLM: 200 was said too soon
+        return _refusal(status, error)
+    if not begun and (known := _known(error)):
+        return known
+    return GenerationFailed(f"The model's server failed in mid-answer: {error.words}.")
 
 
 class _Piece(NamedTuple):
     """One token, or what a chunk without log-probabilities holds."""
 
     text: str
+    token: str | None = None
+    """The token's own text, if the piece is one."""
     id: int | None = None
     logprob: float | None = None
     top: tuple[TokenChance, ...] = ()
@@ -154,13 +168,13 @@ def _as_documented(said: Mapping[str, Any]) -> Iterator[_Piece]:
     for index, token in enumerate(tokens):
         logprob = _finite(logprobs[index]) if index < len(logprobs) else None
         found = (tops[index] if index < len(tops) else None) or {}
-        yield _Piece(token, None, logprob, _ranked(_chance(UNKNOWN_ID, *each) for each in found.items()))
+        yield _Piece(token, token, None, logprob, _ranked(_chance(UNKNOWN_ID, *each) for each in found.items()))
 
 
 def _chat_like(token: Mapping[str, Any]) -> _Piece:
     found = token.get("top_logprobs") or ()
     top = _ranked(_chance(each.get("id", UNKNOWN_ID), each["token"], each["logprob"]) for each in found)
-    return _Piece(token["token"], token.get("id"), _finite(token["logprob"]), top)
+    return _Piece(token["token"], token["token"], token.get("id"), _finite(token["logprob"]), top)
 
 
 def _chance(id: int, text: str, logprob: float | None) -> TokenChance | None:  # noqa: A002 - the field's name
@@ -249,6 +263,8 @@ def moved(status: int) -> UpstreamFailed:
 
 def _known(error: _Error) -> GatewayError | None:
     """Return what the error stands for, if its code or words tell."""
+    if "image input is not supported" in error.words:  # llama.cpp, with status 500
+        return Unsupported("This model takes no images. Leave them out.")
     if error.code in _LENGTH_CODES or _TOO_LONG.search(error.words) or "`max_new_tokens` must be <=" in error.words:
         return _too_long(error)
     return _no_quota() if error.code in _QUOTA_CODES else None
@@ -300,7 +316,7 @@ def _error_in(body: bytes) -> _Error:
     return (_error_of(found) if isinstance(found, dict) else None) or _Error()
 
 
-def _error_of(found: dict[str, Any]) -> _Error | None:
+def _error_of(found: Mapping[str, Any]) -> _Error | None:
     """Return the error that an object stands for, if it is one: OpenAI's, vLLM's older ones, TGI's and FastAPI's."""
     error = found.get("error") or (found if found.get("object") == "error" or "choices" not in found else None)
     if error is None:

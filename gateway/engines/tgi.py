@@ -7,6 +7,7 @@ What its server does in ways of its own, and is mended here:
   (`tgi_answers.py`) finds them, ends the answer, and the caller closes the connection, which frees its place.
 - It rounds a length up to whole blocks of 1,024 tokens; so the decoder counts.
 - Its log-probabilities are those after penalties, temperature and filters.
+- Its chats are OpenAI's in part only: `tgi_requests.py` says what is sent instead, `tgi_answers.py` what is heard.
 - Its image's entrypoint takes arguments apart at white space and expands `*`; what holds such goes by environment.
 """
 
@@ -20,11 +21,11 @@ from typing import Any, ClassVar
 from pydantic import SecretStr
 
 from gateway.catalog import ModelSpec
-from gateway.engines import tgi_answers, tgi_diagnoses
-from gateway.engines.base import Call, Decoder, Diagnosis
+from gateway.engines import tgi_answers, tgi_diagnoses, tgi_requests
+from gateway.engines.base import Api, Call, Decoder, Diagnosis
 from gateway.engines.keys import authorization
 from gateway.errors import GatewayError, StartFailed, Unsupported
-from gateway.generation import GenerationRequest
+from gateway.generation import GenerationRequest, PromptToken
 from gateway.runtimes.base import Container, Exit, Launch, Mount, Progress
 
 DEFAULT_IMAGE = "ghcr.io/huggingface/text-generation-inference:3.3.5"
@@ -34,11 +35,7 @@ CACHE_VOLUME = "tgi-hub-cache"
 CACHE_TARGET = "/data"
 """Where TGI's images keep what they download (HF_HOME)."""
 SHM_BYTES = 2**30
-MOST_TOP_TOKENS = 50
-LEAST_TEMPERATURE = 0.01
-"""Below, its logits may overflow."""
-TOP_P_IS_OFF = 0.9999
-"""TGI computes in 32 bits, in which what is closer to 1 may be 1, and it refuses 1."""
+NO_GRAMMARS = "disable-grammar-support"
 
 TOKEN_VARIABLES = ("HF_API_TOKEN", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 """Where TGI looks for a token; the first that is set counts."""
@@ -49,6 +46,7 @@ class Tgi:
     name: ClassVar[str] = "tgi"
     health_path: ClassVar[str] = "/health"
     default_slots: ClassVar[int] = 128
+    speaks: ClassVar[Api | None] = "tgi"
 
     def __init__(self, hf_token: SecretStr | str | None = None) -> None:
         """`hf_token` is the gateway's own; a model's `env` may name another."""
@@ -115,29 +113,52 @@ class Tgi:
     def diagnose(self, end: Exit) -> Diagnosis:
         return tgi_diagnoses.diagnose(end)
 
-    def check(self, spec: ModelSpec, request: GenerationRequest) -> None:  # noqa: ARG002 - the same for all
-        if request.presence_penalty != 0:
+    def check(self, spec: ModelSpec, request: GenerationRequest) -> None:
+        tgi_requests.check(request)
+        if (request.grammar or request.calls_tools) and _has_no_grammars(spec):
             raise Unsupported(
-                "This model's engine has no presence_penalty. Leave it out; repetition_penalty is the nearest it has."
-            )
-        if request.top_tokens > MOST_TOP_TOKENS:
-            raise Unsupported(f"This model's engine reports at most {MOST_TOP_TOKENS} top_tokens.")
-        if request.top_tokens and (reshaping := _reshaping(request)):
-            raise Unsupported(
-                f"This model's engine cannot report top_tokens together with {', '.join(reshaping)}: its probabilities "
-                "would not be those of the whole vocabulary. Leave these out."
+                "This model runs without tools and grammars (args: {disable-grammar-support: true} in models.yaml). "
+                "Leave out tools and response_format."
             )
 
     def call(self, spec: ModelSpec, request: GenerationRequest, secret: str) -> Call:  # noqa: ARG002 - see `launch`
-        headers = {"Content-Type": "application/json", **authorization(spec)}
-        body = {"inputs": request.prompt, "parameters": _parameters(request)}
-        return Call("/generate_stream", json.dumps(body).encode(), headers)
+        if request.chat is not None:
+            return _post("/v1/chat/completions", tgi_requests.chat_completion(request, request.chat), spec)
+        return _post("/generate_stream", tgi_requests.generation(request), spec)
 
     def decoder(self, request: GenerationRequest) -> Decoder:
-        return tgi_answers.StreamDecoder(request)
+        return tgi_answers.StreamDecoder(request) if request.chat is None else tgi_answers.chat_decoder(request)
 
     def refusal(self, status: int, body: bytes) -> GatewayError:
         return tgi_answers.refusal(status, body)
+
+    def tokenize(self, spec: ModelSpec, request: GenerationRequest, secret: str) -> Call:  # noqa: ARG002 - see `launch`
+        path = "/tokenize" if request.chat is None else "/chat_tokenize"
+        return _post(path, tgi_requests.tokenization(request), spec)
+
+    def tokens(self, request: GenerationRequest, body: bytes) -> tuple[PromptToken, ...]:
+        return tgi_answers.prompt_tokens(request, body)
+
+    def forward(self, spec: ModelSpec, call: Call, secret: str) -> Call:  # noqa: ARG002 - see `launch`
+        path = call.path.partition("?")[0]
+        names_model = path.startswith("/v1/") or path == "/invocations"
+        body = tgi_requests.with_served_model(call.body) if names_model else call.body
+        return Call(call.path, body, {**_kind_of_body(call.headers), **authorization(spec)}, call.method)
+
+
+# ---- calls ----
+
+
+def _post(path: str, body: Mapping[str, Any], spec: ModelSpec) -> Call:
+    return Call(path, json.dumps(body).encode(), {"Content-Type": "application/json", **authorization(spec)})
+
+
+def _kind_of_body(headers: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in headers.items() if name.lower() == "content-type"}
+
+
+def _has_no_grammars(spec: ModelSpec) -> bool:
+    return any(value is True for name, value in spec.args.items() if name.replace("_", "-") == NO_GRAMMARS)
 
 
 # ---- flags and environment ----
@@ -171,7 +192,7 @@ def _flags(spec: ModelSpec) -> Flags:
         "port": CONTAINER_PORT,
         "json-output": True,
         "usage-stats": "off",
-        "max-top-n-tokens": MOST_TOP_TOKENS,
+        "max-top-n-tokens": tgi_requests.MOST_TOP_TOKENS,
         # Twice, as TGI frees the place of a caller who left at its next step only, and all may leave at once.
         "max-concurrent-requests": 2 * spec.max_concurrency,
         "max-total-tokens": spec.context_tokens,
@@ -292,46 +313,3 @@ def _progress(phase: str, found: re.Match[str]) -> Progress:
     if not counts:
         return Progress(phase)
     return Progress(phase, float(counts["done"]), float(counts["total"]), "files")
-
-
-# ---- asking ----
-
-
-def _parameters(request: GenerationRequest) -> dict[str, Any]:
-    """Return TGI's parameters, without those that are off: it refuses most values that say so."""
-    penalties = {
-        "repetition_penalty": (request.repetition_penalty, 1.0),
-        "frequency_penalty": (request.frequency_penalty, 0.0),
-    }
-    return {
-        "max_new_tokens": request.max_new_tokens,
-        **_sampling(request),
-        **{name: value for name, (value, off) in penalties.items() if value != off},
-        **({"top_n_tokens": request.top_tokens} if request.top_tokens else {}),
-        "details": True,
-    }
-
-
-def _sampling(request: GenerationRequest) -> dict[str, Any]:
-    if request.temperature == 0:
-        return {"do_sample": False}  # and no top_p or top_k: with these it would sample
-    wanted = {
-        "temperature": max(request.temperature, LEAST_TEMPERATURE),
-        "top_p": request.top_p if request.top_p < TOP_P_IS_OFF else None,
-        "top_k": request.top_k,
-        "seed": request.seed,
-    }
-    return {"do_sample": True, **{name: value for name, value in wanted.items() if value is not None}}
-
-
-def _reshaping(request: GenerationRequest) -> list[str]:
-    """Return the parameters in use that change the probabilities that TGI reports."""
-    sampling = request.temperature > 0
-    in_use = {
-        f"a temperature below {LEAST_TEMPERATURE}": 0 < request.temperature < LEAST_TEMPERATURE,
-        "top_p": sampling and request.top_p < TOP_P_IS_OFF,
-        "top_k": sampling and request.top_k is not None,
-        "repetition_penalty": request.repetition_penalty != 1,
-        "frequency_penalty": request.frequency_penalty != 0,
-    }
-    return [name for name, used in in_use.items() if used]

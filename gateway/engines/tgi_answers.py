@@ -1,4 +1,4 @@
-"""What TGI answers: the events of `POST /generate_stream`, and its errors, which it sends as events too. Pure.
+"""What TGI answers: the events of its streams, and its errors, which it sends as events too. Pure.
 
 A stream's status is always 200: that a prompt is too long or the server overloaded is an event in place of the first
 token. So an event and a refused call are read by the same rules.
@@ -10,9 +10,13 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
+from gateway.engines.base import Decoder
+from gateway.engines.chat import ChatDecoder, not_understood
 from gateway.engines.keys import key_refused
+from gateway.engines.lines import EventLines
 from gateway.engines.stops import StopTexts
 from gateway.errors import (
     BodyTooLarge,
@@ -21,13 +25,16 @@ from gateway.errors import (
     InvalidRequest,
     PromptTooLong,
     QueueFull,
+    Unsupported,
     UpstreamFailed,
 )
-from gateway.generation import Finished, FinishReason, GenerationRequest, TokenChance, TokenEvent
+from gateway.generation import Finished, FinishReason, GenerationRequest, PromptToken, TokenChance, TokenEvent
 
 OVERLOADED_RETRY_S = 1.0
 UNKNOWN_PROMPT_TOKENS = 0
 """Stands for the prompt's length where the gateway ended the answer: TGI tells it in its own last event only."""
+
+_NOT_THE_PROTOCOL = (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
 
 # ---- the events of an answer ----------------------------------------------------------------------------------------
 
@@ -35,7 +42,7 @@ _REASONS: Mapping[str, FinishReason] = {"length": "length", "eos_token": "eos", 
 
 
 class StreamDecoder:
-    """Reads the events of an answer. Lines are cut as bytes, so characters never are.
+    """Reads the events of an answer to a prompt.
 
     It ends the answer itself at a stop text and at the length that was asked for: TGI works in blocks of 1,024 tokens
     and finishes a block that it has begun.
@@ -45,30 +52,28 @@ class StreamDecoder:
         self._stop = StopTexts(request.stop)
         self._limit = request.max_new_tokens
         self._top = request.top_tokens
-        self._unread = b""
+        self._lines = EventLines()
         self._tokens = 0
         self._finished = False
 
     def feed(self, chunk: bytes) -> list[TokenEvent | Finished]:
-        *lines, self._unread = (self._unread + chunk).split(b"\n")
-        return [event for line in lines for event in self._line(line.strip())]
+        return [event for field, value in self._lines.feed(chunk) for event in self._line(field, value)]
 
-    def _line(self, line: bytes) -> Iterator[TokenEvent | Finished]:
-        field, _, value = line.partition(b":")
+    def _line(self, field: bytes, value: bytes) -> Iterator[TokenEvent | Finished]:
         if self._finished or field != b"data":
-            return  # a comment, which keeps the connection alive, or an empty line
+            return
         try:
             yield from self._event(_object_in(value))
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+        except _NOT_THE_PROTOCOL as error:
             raise _not_understood() from error
 
     def _event(self, event: dict[str, Any]) -> Iterator[TokenEvent | Finished]:
         if "error" in event:
             raise self._failure(event)
-        token = event["token"]
-        text = self._stop.feed("" if token["special"] else token["text"])
+        token, special = event["token"], bool(event["token"]["special"])
+        text = self._stop.feed("" if special else token["text"])
         self._tokens += 1
-        yield TokenEvent(int(token["id"]), text, _logprob(token), self._chances(event))
+        yield TokenEvent(int(token["id"]), text, _logprob(token), self._chances(event), token["text"], special)
         if reason := self._reason(event):
             yield self._end(reason, event.get("details"))
 
@@ -77,12 +82,13 @@ class StreamDecoder:
             return "stop"
         if event.get("generated_text") is not None:
             return _REASONS[event["details"]["finish_reason"]]
-        return "length" if self._tokens >= self._limit else None
+        return "length" if self._limit is not None and self._tokens >= self._limit else None
 
     def _end(self, reason: FinishReason, details: dict[str, Any] | None) -> Finished:
         self._finished = True
         prompt_tokens = int(details["input_length"]) if details else UNKNOWN_PROMPT_TOKENS
-        return Finished(reason, self._tokens, prompt_tokens, "" if self._stop.found else self._stop.rest())
+        rest = "" if self._stop.found else self._stop.rest()
+        return Finished(reason, self._tokens, prompt_tokens, rest, self._stop.matched)
 
     def _chances(self, event: dict[str, Any]) -> tuple[TokenChance, ...]:
         """Return the likeliest tokens: TGI sends more of them than asked for where some are equally likely."""
@@ -91,10 +97,7 @@ class StreamDecoder:
         return tuple(chances[: self._top])
 
     def _failure(self, event: dict[str, Any]) -> GatewayError:
-        kind, words = _error_of(event)
-        if self._tokens == 0:
-            return _error(kind, words) or GenerationFailed(f"The model's server failed: {_plain(words)}.")
-        return GenerationFailed(f"The model's server failed in mid-answer: {_plain(words)}.")
+        return _failure(*_error_of(event), begun=self._tokens > 0)
 
 
 def _chance(token: dict[str, Any], logprob: float) -> TokenChance:
@@ -118,6 +121,122 @@ def _not_understood() -> GenerationFailed:
     return GenerationFailed("The model's server sent something that is not its own protocol; see its log.")
 
 
+# ---- the chunks of a chat -------------------------------------------------------------------------------------------
+
+
+def chat_decoder(request: GenerationRequest) -> Decoder:
+    """Return what reads the answer to a chat.
+
+    It does not read on after a stop text to learn the prompt's length: TGI would go on to the end of its answer.
+    """
+    chat = ChatDecoder(replace(request, count_prompt=False), _chat_failure, chunk_is_token=True)
+    return ToolCallMender(chat, request.max_new_tokens) if request.calls_tools else chat
+
+
+class ToolCallMender:
+    """Mends the chunks in which TGI tells of a call, which it cuts out of a text of its own, before `chat` reads them.
+
+    - TGI begins the arguments with `{` in place of the token that ends the tool's name. If the comma behind the name is
+      a token of its own, it stays in; if that token ends the text as well, the arguments are never closed.
+    - It tells nothing of the tokens after the call, so the reason of the end is lost.
+    """
+
+    def __init__(self, chat: ChatDecoder, max_new_tokens: int | None) -> None:
+        self._chat = chat
+        self._limit = max_new_tokens
+        self._lines = EventLines()
+        self._arguments = ""
+        self._has_reason = False
+
+    def feed(self, chunk: bytes) -> list[TokenEvent | Finished]:
+        lines = (b"%b: %b\n" % (field, self._mended(value)) for field, value in self._lines.feed(chunk))
+        return [event for line in lines for event in self._chat.feed(line)]
+
+    def _mended(self, value: bytes) -> bytes:
+        """Return the chunk as it should be; as it is if it is none, which `chat` has words for."""
+        try:
+            chunk = _object_in(value)
+            self._mend(chunk)
+            return json.dumps(chunk).encode()
+        except (*_NOT_THE_PROTOCOL, GenerationFailed):
+            return value
+
+    def _mend(self, chunk: dict[str, Any]) -> None:
+        choices = chunk.get("choices")
+        if not choices and chunk.get("usage") and not self._has_reason:
+            chunk["choices"] = choices = [{"delta": {}, "finish_reason": self._reason(chunk["usage"])}]
+        for choice in (choices or ())[:1]:
+            self._mend_calls(choice["delta"].get("tool_calls") or ())
+            reason = choice.get("finish_reason")
+            self._has_reason |= bool(reason)
+            if reason == "stop" and self._is_open():
+                function = {"name": None, "arguments": "}"}
+                choice["delta"]["tool_calls"] = [{"index": 0, "id": "0", "type": "function", "function": function}]
+
+    def _mend_calls(self, calls: Any) -> None:
+        for function in (call["function"] for call in calls):
+            more = str(function["arguments"])
+            if self._is_open() and more.lstrip().startswith(","):
+                more = more.lstrip()[1:]
+            self._arguments += more
+            function["arguments"] = more
+
+    def _is_open(self) -> bool:
+        """Say whether nothing but `{` was told of the arguments."""
+        return self._arguments.strip() == "{"
+
+    def _reason(self, usage: Mapping[str, Any]) -> str:
+        """Return the reason that TGI does not tell: a call that is not whole was cut off, as one that is not begun."""
+        if self._arguments:
+            return "stop" if self._is_open() or _is_json(self._arguments) else "length"
+        return "length" if self._limit is not None and usage["completion_tokens"] >= self._limit else "stop"
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _chat_failure(chunk: dict[str, Any], begun: bool) -> GatewayError:
+    if not chunk.get("error"):
+        return not_understood()
+    kind, words = _error_of(chunk)
+    return _failure(kind or _kind_of(words), words, begun=begun)
+
+
+_KINDS = {
+    "Model is overloaded": "overloaded",
+    "Input validation error": "validation",
+    "Template error": "template_error",
+    "Tool error": "tool_error",
+}
+
+
+def _kind_of(words: str) -> str:
+    """Return the kind of an error by its words: in the stream of a chat TGI tells it no other way."""
+    return next((kind for start, kind in _KINDS.items() if words.startswith(start)), "")
+
+
+# ---- tokens of a prompt ---------------------------------------------------------------------------------------------
+
+
+def prompt_tokens(request: GenerationRequest, body: bytes) -> tuple[PromptToken, ...]:
+    """Return the tokens of the prompt; of the conversation as the chat template wrote it."""
+    try:
+        found = json.loads(body)
+        found = found if request.chat is None else found["tokenize_response"]
+        return tuple(_prompt_token(token) for token in found)
+    except _NOT_THE_PROTOCOL as error:
+        raise UpstreamFailed("The model's server did not tell the prompt's tokens; see its log.") from error
+
+
+def _prompt_token(token: Mapping[str, Any]) -> PromptToken:
+    return PromptToken(int(token["id"]), str(token["text"]), int(token["start"]), int(token["stop"]))
+
+
 # ---- errors ---------------------------------------------------------------------------------------------------------
 
 _TOO_LONG = (
@@ -129,6 +248,7 @@ _TOO_LONG = (
 )
 _RULE = re.compile(r"Input validation error: (`[a-z_]+`[^\n]{0,300})")
 """A rule about a parameter. Other words of TGI's may quote the request, which holds the prompt."""
+_BAD_GRAMMAR = ("grammar is not valid", "cannot compile regex from schema")
 
 
 def refusal(status: int, body: bytes) -> GatewayError:
@@ -151,10 +271,24 @@ def refusal(status: int, body: bytes) -> GatewayError:
     return UpstreamFailed(f"The model's server answered with status {status}: {_plain(words)}.")
 
 
+def _failure(kind: str, words: str, *, begun: bool) -> GatewayError:
+    """Return what an error in a stream stands for: before the first token, or in mid-answer."""
+    if begun:
+        return GenerationFailed(f"The model's server failed in mid-answer: {_plain(words)}.")
+    return _error(kind, words) or GenerationFailed(f"The model's server failed: {_plain(words)}.")
+
+
 def _error(kind: str, words: str) -> GatewayError | None:
     """Return what TGI's kind of error stands for, if it is known."""
     if kind == "validation":
         return _invalid(words)
+    if kind == "template_error":
+        return _no_template(words)
+    if kind == "tool_error":
+        return InvalidRequest(
+            "The model's server cannot use these tools: name one of them in tool_choice, or none, and leave out "
+            "response_format."
+        )
     if kind == "overloaded":
         return _overloaded()
     if kind in ("generation", "incomplete_generation", "incomplete_generation_stream"):
@@ -166,6 +300,16 @@ def _invalid(words: str) -> GatewayError:
     for pattern in _TOO_LONG:
         if found := pattern.search(words):
             return _too_long({name: int(number) for name, number in found.groupdict().items()})
+    if "grammar is not supported" in words:
+        return Unsupported(
+            "This model's server runs without tools and grammars (disable-grammar-support). Leave out tools and "
+            "response_format."
+        )
+    if any(start in words for start in _BAD_GRAMMAR):
+        return InvalidRequest(
+            "The model's server cannot keep to this JSON schema or regular expression, or make a grammar of these "
+            "tools. Make it simpler: no recursion, and plain types, enums, arrays and objects only."
+        )
     rule = _RULE.search(words)
     return InvalidRequest(f"The model's server refuses the request: {rule[1].rstrip('. ') if rule else 'see its log'}.")
 
@@ -181,6 +325,19 @@ def _too_long(tokens: Mapping[str, int]) -> PromptTooLong:
         )
     words = f"The prompt has {prompt} tokens, {limit} context_tokens in models.yaml."
     return PromptTooLong(words, prompt_tokens=prompt, context_tokens=most)
+
+
+def _no_template(words: str) -> InvalidRequest:
+    if "template not found" in words.lower():
+        return InvalidRequest(
+            "This model has no chat template. Send a prompt in place of messages, or give the template with args: "
+            "{tokenizer-config-path: ...} in models.yaml."
+        )
+    said = _plain(words.removeprefix("Template error: "))
+    return InvalidRequest(
+        f"This model's chat template does not take this conversation: {said}. Change the roles or their order, or send "
+        "a prompt in place of messages."
+    )
 
 
 def _overloaded() -> QueueFull:

@@ -10,9 +10,10 @@ from pydantic import ValidationError
 
 from gateway.dialects.inference import InferenceBody, InferenceReply, mode_of, to_request
 from gateway.errors import GenerationFailed
-from gateway.generation import Finished, TokenEvent, collect
+from gateway.generation import Chat, Finished, Message, TokenEvent, collect
 from tests.fleet.scenes import spec
 
+HELLO = {"role": "user", "content": "Hello"}
 TOKENS = [TokenEvent(1, " Paris"), TokenEvent(None, ""), TokenEvent(2, " é")]
 
 
@@ -21,7 +22,7 @@ def body(**fields: Any) -> InferenceBody:
 
 
 def test_the_defaults_are_the_contracts() -> None:
-    request = to_request(spec(), "Explain", body().parameters)
+    request = to_request(spec(), body())
 
     assert (request.max_new_tokens, request.temperature, request.top_p) == (200, 0.7, 0.95)
     assert (request.frequency_penalty, request.presence_penalty, request.stop) == (0.0, 0.0, ())
@@ -42,7 +43,7 @@ def test_the_defaults_are_the_contracts() -> None:
     ],
 )
 def test_a_parameter_reaches_the_request(fields: dict[str, Any], attribute: str, value: object) -> None:
-    assert getattr(to_request(spec(), "Explain", body(parameters=fields).parameters), attribute) == value
+    assert getattr(to_request(spec(), body(parameters=fields)), attribute) == value
 
 
 @pytest.mark.parametrize(
@@ -58,6 +59,10 @@ def test_a_parameter_reaches_the_request(fields: dict[str, Any], attribute: str,
         ({"mode": "poem"}, ("mode",)),
         ({"prompt": " "}, ("prompt",)),
         ({"messages": "hello"}, ("messages",)),
+        ({"messages": []}, ("messages",)),
+        ({"messages": [HELLO, "hello"]}, ("messages", 1)),
+        ({"messages": [{"role": "poet", "content": "x"}]}, ("messages", 0, "role")),
+        ({"messages": [{"role": "user"}]}, ("messages", 0, "content")),
     ],
 )
 def test_what_is_wrong_is_refused_by_its_name(fields: dict[str, Any], loc: tuple[object, ...]) -> None:
@@ -71,13 +76,33 @@ def test_what_is_wrong_is_refused_by_its_name(fields: dict[str, Any], loc: tuple
     ("fields", "mode"),
     [
         ({}, "completion"),
-        ({"messages": []}, "chat"),
-        ({"messages": [], "mode": "instruct"}, "instruct"),
+        ({"messages": [HELLO]}, "chat"),
+        ({"messages": [HELLO], "mode": "instruct"}, "instruct"),
+        ({"messages": [HELLO], "mode": "completion"}, "completion"),
         ({"mode": "instruct"}, "instruct"),
     ],
 )
 def test_the_mode_follows_from_what_is_given(fields: dict[str, Any], mode: str) -> None:
     assert mode_of(body(**fields)) == mode
+
+
+def test_a_conversation_reaches_the_request_with_the_same_defaults() -> None:
+    turns = [{"role": "developer", "content": "Be brief."}, HELLO]
+    request = to_request(spec(), body(prompt=None, messages=turns))
+
+    assert request.chat == Chat((Message("system", ("Be brief.",)), Message("user", ("Hello",))))
+    assert (request.prompt, request.max_new_tokens, request.temperature, request.top_p) == ("", 200, 0.7, 0.95)
+
+
+def test_an_instruction_is_all_that_the_user_said() -> None:
+    request = to_request(spec(overrides={"temperature": 0}), body(mode="instruct", parameters={"max_tokens": 7}))
+
+    assert request.chat == Chat((Message("user", ("Explain",)),))
+    assert (request.prompt, request.max_new_tokens, request.temperature) == ("", 7, 0.0)
+
+
+def test_a_completion_is_no_chat() -> None:
+    assert (to_request(spec(), body()).prompt, to_request(spec(), body()).chat) == ("Explain", None)
 
 
 def test_a_whole_answer_is_the_continuation_alone() -> None:

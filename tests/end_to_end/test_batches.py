@@ -16,6 +16,7 @@ pytestmark = pytest.mark.embedded
 FRANCE = "The capital of France is"
 MANY = "/api/llm/inference"
 ONE = "/inference"
+HELLO = {"role": "user", "content": "Hello"}
 
 
 @pytest.fixture(scope="module")
@@ -138,17 +139,27 @@ def test_many_prompts_have_limits_of_their_own(gateway: Gateway, fields: dict[st
 
 
 @pytest.mark.parametrize(
-    "fields",
-    [{"mode": "chat"}, {"mode": "instruct"}, {"messages": [{"role": "user", "content": "Hi"}], "prompt": None}],
+    ("fields", "field"),
+    [
+        ({"mode": "chat"}, "prompt"),
+        ({"mode": "chat", "prompt": None}, "messages"),
+        ({"mode": "instruct", "prompt": None}, "prompt"),
+        ({"mode": "instruct", "messages": [HELLO]}, "messages"),
+        ({"mode": "completion", "messages": [HELLO]}, "messages"),
+        ({"messages": [HELLO]}, "prompt"),
+        ({"messages": [], "prompt": None}, "messages"),
+    ],
 )
-def test_what_needs_chat_is_refused_in_words(gateway: Gateway, fields: dict[str, Any]) -> None:
-    assert "comes with a later version" in refusal(ask(gateway, ONE, **fields), 422, "UNSUPPORTED")
+def test_each_mode_takes_a_prompt_or_messages_and_says_which(
+    gateway: Gateway, fields: dict[str, Any], field: str
+) -> None:
+    [complaint] = refusal(ask(gateway, ONE, **fields), 422, "VALIDATION_ERROR")
+
+    assert complaint["loc"] == ["body", field]
 
 
-def test_messages_do_not_go_with_mode_completion(gateway: Gateway) -> None:
-    [complaint] = refusal(ask(gateway, ONE, messages=[], mode="completion"), 422, "VALIDATION_ERROR")
-
-    assert complaint["loc"] == ["body", "messages"]
+def test_an_instruction_that_is_blank_is_an_empty_prompt(gateway: Gateway) -> None:
+    refusal(ask(gateway, ONE, mode="instruct", prompt=" "), 400, "EMPTY_PROMPT")
 
 
 def test_a_failed_start_is_500_where_the_document_says_so(gateway: Gateway) -> None:

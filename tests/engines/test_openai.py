@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.catalog import ModelSpec
-from gateway.engines.openai import OpenAi
+from gateway.engines.base import Call
+from gateway.engines.openai import OpenAi, model_name
 from gateway.errors import (
     BodyTooLarge,
     GatewayError,
@@ -24,7 +25,22 @@ from gateway.errors import (
     Unsupported,
     UpstreamFailed,
 )
-from gateway.generation import Finished, GenerationRequest, TokenChance, TokenEvent, collect
+from gateway.generation import (
+    Chat,
+    Finished,
+    GenerationRequest,
+    Image,
+    JsonObject,
+    JsonSchema,
+    Message,
+    Regex,
+    TokenChance,
+    TokenEvent,
+    Tool,
+    ToolCall,
+    ToolCallPiece,
+    collect,
+)
 
 ENGINE = OpenAi()
 KEY = "sk-0123456789abcdef"
@@ -200,6 +216,281 @@ def test_what_the_server_can_do_is_let_pass(server: str, asked: dict[str, Any]) 
     ENGINE.check(spec(args={"server": server}), ask(**asked))
 
 
+# ---- how long a prompt may be continued ----
+
+
+@pytest.mark.parametrize(
+    ("keys", "sent"),
+    [
+        ({"context_tokens": 100}, {"max_tokens": 87}),  # "Hello" has 5 bytes; 8 are for what a server may add
+        ({"context_tokens": 100, "args": {"server": "vllm"}}, {"max_tokens": 87}),
+        ({"args": {"server": "llama.cpp"}}, {}),
+    ],
+)
+def test_as_many_tokens_as_fit_are_what_surely_fits_or_left_to_the_server(
+    keys: dict[str, Any], sent: dict[str, int]
+) -> None:
+    ENGINE.check(spec(**keys), ask(max_new_tokens=None))
+
+    body = body_of(spec(**keys), max_new_tokens=None)
+    assert {name: body[name] for name in ("max_tokens", "max_completion_tokens") if name in body} == sent
+
+
+@pytest.mark.parametrize("keys", [{}, {"context_tokens": 13}, {"args": {"server": "sglang"}}])
+def test_where_nobody_knows_how_many_tokens_fit_the_caller_must_say(keys: dict[str, Any]) -> None:
+    with pytest.raises(Unsupported, match=r"must be told how many.*max_new_tokens.*context_tokens"):
+        ENGINE.check(spec(**keys), ask(max_new_tokens=None))
+
+
+# ---- chats ----
+
+HELLO = Message("user", ("Hello",))
+WEATHER = Tool("weather", "Tells it.", {"type": "object"})
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
+
+
+def chat(*messages: Message, **more: Any) -> Chat:
+    return Chat(messages or (HELLO,), **more)
+
+
+def chat_body(model: ModelSpec | None = None, **more: Any) -> dict[str, Any]:
+    return body_of(model, **{"prompt": "", "chat": chat(), **more})
+
+
+def test_a_plain_chat() -> None:
+    call = ENGINE.call(spec(hf_name="acme/model-7b", api_key=KEY), ask(prompt="", chat=chat()), "s3cret")
+
+    assert call.path == "/chat/completions"
+    assert call.headers == {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
+    assert json.loads(call.body) == {
+        "model": "acme/model-7b",
+        "messages": [{"role": "user", "content": "Hello"}],
+        "max_tokens": 5,
+        "temperature": 0.7,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+
+
+@pytest.mark.parametrize(
+    ("keys", "name"),
+    [
+        ({}, "max_tokens"),
+        ({"args": {"server": "vllm"}}, "max_tokens"),
+        ({"url": "https://provider.example/openai.com/v1"}, "max_tokens"),
+        ({"url": "https://notopenai.com/v1"}, "max_tokens"),
+        ({"url": "https://api.openai.com/v1"}, "max_completion_tokens"),
+        ({"url": "https://mine.openai.azure.com/openai/v1"}, "max_completion_tokens"),
+    ],
+)
+def test_openais_own_addresses_take_another_name_for_the_length_of_a_chat(keys: dict[str, Any], name: str) -> None:
+    lengths = {"max_tokens", "max_completion_tokens"}
+
+    assert chat_body(spec(**keys)).keys() & lengths == {name}
+    assert chat_body(spec(**keys), max_new_tokens=None).keys() & lengths == set()
+    assert body_of(spec(**keys))["max_tokens"] == 5
+    ENGINE.check(spec(**keys), ask(prompt="", chat=chat(), max_new_tokens=None))
+
+
+@pytest.mark.parametrize(
+    ("server", "asked", "sent"),
+    [
+        ("openai", {"logprobs": True}, {"logprobs": True}),
+        ("openai", {"top_tokens": 20, "temperature": 1.0}, {"logprobs": True, "top_logprobs": 20}),
+        ("openai", {"stop": tuple("abcdef")}, {"stop": list("abcd")}),
+        ("llama.cpp", {"stop": ("a",)}, {}),
+        ("vllm", {"top_k": 3, "repetition_penalty": 1.1}, {"top_k": 3, "repetition_penalty": 1.1}),
+        ("openai", {"grammar": JsonObject()}, {"response_format": {"type": "json_object"}}),
+        (
+            "openai",
+            {"grammar": JsonSchema(SCHEMA)},
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "answer", "schema": SCHEMA, "strict": True},
+                }
+            },
+        ),
+        ("sglang", {"grammar": Regex("[0-9]+")}, {"regex": "[0-9]+"}),
+        (
+            "openai",
+            {"chat": chat(Message("user", ("Look", Image("https://a/b.png"))))},
+            {
+                "messages": [
+                    {
+                        "role": "user",
+                        "content": [
+                            {"type": "text", "text": "Look"},
+                            {"type": "image_url", "image_url": {"url": "https://a/b.png"}},
+                        ],
+                    }
+                ]
+            },
+        ),
+    ],
+)
+def test_what_is_sent_for_what_is_asked_of_a_chat(server: str, asked: dict[str, Any], sent: dict[str, Any]) -> None:
+    model = spec(args={"server": server})
+    plain = chat_body(model, temperature=asked.get("temperature", 0.7))
+    body = chat_body(model, **asked)
+
+    ENGINE.check(model, ask(**{"prompt": "", "chat": chat(), **asked}))
+    assert {name: value for name, value in body.items() if plain.get(name) != value} == sent
+
+
+@pytest.mark.parametrize(
+    ("asked", "sent"),
+    [
+        ({}, {"tool_choice": "auto"}),
+        ({"tool_choice": "none"}, {"tool_choice": "none"}),
+        ({"tool_choice": "required"}, {"tool_choice": "required"}),
+        (
+            {"tool_choice": "required", "tool_name": "weather"},
+            {"tool_choice": {"type": "function", "function": {"name": "weather"}}},
+        ),
+        ({"parallel_tool_calls": False}, {"tool_choice": "auto", "parallel_tool_calls": False}),
+    ],
+)
+def test_tools_are_sent_with_their_choice(asked: dict[str, Any], sent: dict[str, Any]) -> None:
+    body = chat_body(chat=chat(tools=(WEATHER,), **asked))
+
+    assert body.pop("tools")[0]["function"]["name"] == "weather"
+    assert {name: value for name, value in body.items() if name not in chat_body()} == sent
+
+
+def test_llama_cpp_which_knows_no_choice_by_name_is_told_of_no_other_tool() -> None:
+    asked = chat(tools=(WEATHER, Tool("clock")), tool_choice="required", tool_name="clock")
+    body = chat_body(spec(args={"server": "llama.cpp"}), chat=asked)
+
+    assert [tool["function"]["name"] for tool in body["tools"]] == ["clock"]
+    assert body["tool_choice"] == "required"
+
+
+def test_without_tools_there_is_no_choice_among_them() -> None:
+    assert chat_body(chat=chat(tool_choice="none", parallel_tool_calls=False)) == chat_body()
+
+
+@pytest.mark.parametrize(
+    ("server", "sent"),
+    [
+        ("openai", set()),
+        ("vllm", {"continue_final_message", "add_generation_prompt"}),
+        ("sglang", {"continue_final_message"}),
+        ("llama.cpp", set()),
+    ],
+)
+def test_a_server_that_would_begin_a_new_turn_is_told_to_go_on_with_an_assistants_last(
+    server: str, sent: set[str]
+) -> None:
+    model = spec(args={"server": server})
+    begun = chat(HELLO, Message("assistant", ("Well,",)))
+    called = chat(HELLO, Message("assistant", tool_calls=(ToolCall("c1", "weather", "{}"),)))
+
+    assert chat_body(model, chat=begun).keys() - chat_body(model).keys() == sent
+    assert chat_body(model, chat=called).keys() == chat_body(model).keys()
+
+
+@pytest.mark.parametrize(
+    ("server", "asked", "words"),
+    [
+        ("openai", {"top_k": 3}, "has no top_k"),
+        ("openai", {"top_tokens": 21, "temperature": 1.0}, "at most 20 top_tokens"),
+        ("openai", {"top_tokens": 2}, "top_tokens at temperature 0.7"),
+        ("openai", {"grammar": Regex("a")}, "no regular expression.*server: sglang"),
+        ("vllm", {"grammar": Regex("a")}, "no regular expression"),
+        ("llama.cpp", {"grammar": Regex("a")}, "no regular expression"),
+    ],
+)
+def test_what_the_server_cannot_do_in_a_chat_is_refused_by_name(server: str, asked: dict[str, Any], words: str) -> None:
+    with pytest.raises(Unsupported, match=words):
+        ENGINE.check(spec(args={"server": server}), ask(prompt="", chat=chat(), **asked))
+
+
+@pytest.mark.parametrize(
+    ("server", "grammar", "sent"),
+    [
+        ("vllm", JsonObject(), {"response_format": {"type": "json_object"}}),
+        (
+            "vllm",
+            JsonSchema(SCHEMA, "a"),
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "a", "schema": SCHEMA, "strict": True},
+                }
+            },
+        ),
+        ("sglang", JsonObject(), {"json_schema": '{"type": "object"}'}),
+        ("sglang", JsonSchema(SCHEMA), {"json_schema": json.dumps(SCHEMA)}),
+        ("sglang", Regex("a|b"), {"regex": "a|b"}),
+        ("llama.cpp", JsonObject(), {"json_schema": {"type": "object"}}),
+        ("llama.cpp", JsonSchema(SCHEMA), {"json_schema": SCHEMA}),
+        ("openai", JsonObject(), None),
+        ("openai", Regex("a"), None),
+        ("vllm", Regex("a"), None),
+    ],
+)
+def test_a_prompt_is_completed_in_a_given_form_where_the_server_can(
+    server: str, grammar: Any, sent: dict[str, Any] | None
+) -> None:
+    model = spec(args={"server": server})
+    if sent is None:
+        with pytest.raises(Unsupported, match=r"in no given form|no regular expression"):
+            ENGINE.check(model, ask(grammar=grammar))
+        return
+    ENGINE.check(model, ask(grammar=grammar))
+    assert body_of(model, grammar=grammar) == {**body_of(model), **sent}
+
+
+def test_the_tokens_of_a_text_are_not_to_be_had() -> None:
+    with pytest.raises(Unsupported, match="cannot tell the tokens"):
+        ENGINE.tokenize(spec(), ask(), "")
+    with pytest.raises(Unsupported, match="cannot tell the tokens"):
+        ENGINE.tokens(ask(), b"[]")
+
+
+# ---- what is put through ----
+
+
+def forwarded(body: bytes, **keys: Any) -> Call:
+    return ENGINE.forward(spec(**{"api_key": KEY, **keys}), Call("/v1/chat/completions", body), "s3cret")
+
+
+def test_a_callers_own_request_is_put_through_with_the_servers_name_for_the_model() -> None:
+    said = {"model": "our-name", "messages": [{"content": "é\ud800"}], "seed": 10**40, "x": {"model": "our-name"}}
+
+    call = forwarded(json.dumps(said).encode(), args={"model": "their-name"})
+
+    assert (call.path, call.method) == ("/chat/completions", "POST")
+    assert call.headers == {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
+    assert json.loads(call.body) == {**said, "model": "their-name"}
+    assert list(json.loads(call.body)) == list(said)
+
+
+def test_a_request_that_names_the_model_as_its_server_does_stays_as_it_is() -> None:
+    body = b'{ "model":"a/b", "stream": true, "temperature": 1.00 }'
+
+    assert forwarded(body, hf_name="a/b").body == body
+
+
+def test_a_request_that_names_no_model_gets_the_servers_name() -> None:
+    assert json.loads(forwarded(b'{"prompt": "a"}').body) == {"prompt": "a", "model": model_name(spec())}
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b'{"a": NaN}', b'{"a": 1e999}', b"\xff", b'{"a":' * 100_000])
+def test_a_body_that_is_not_json_is_not_put_through(body: bytes) -> None:
+    with pytest.raises(InvalidRequest, match="not valid JSON"):
+        forwarded(body)
+
+
+def test_a_list_of_models_is_asked_for_without_a_body() -> None:
+    call = ENGINE.forward(spec(api_key=KEY), Call("/v1/models", method="GET"), "")
+
+    assert (call.path, call.method, call.body) == ("/models", "GET", b"")
+    assert call.headers == {"Authorization": f"Bearer {KEY}"}
+    assert ENGINE.speaks == "openai"
+
+
 # ---- what is heard ----
 
 
@@ -264,6 +555,91 @@ def test_an_answer_may_be_cut_anywhere(cuts: list[int]) -> None:
     assert events == [TokenEvent(None, " é"), TokenEvent(None, " 😀"), Finished("length", 3, 7)]
 
 
+@pytest.mark.parametrize(
+    ("chunks", "stop"),
+    [
+        ([chunk(" a"), chunk(" x b")], "x"),
+        ([chunk("a", "stop", stop_reason="y"), chunk(usage=USAGE)], "y"),
+        ([chunk("a", "stop", matched_stop="y"), chunk(usage=USAGE)], "y"),
+        ([chunk("a", "stop", matched_stop=2), chunk(usage=USAGE)], ""),
+        ([chunk("a", "stop"), chunk(usage=USAGE)], ""),
+        ([chunk("a", "length"), chunk(usage=USAGE)], ""),
+    ],
+)
+def test_which_stop_text_it_was_is_told_where_it_is_known(chunks: list[Any], stop: str) -> None:
+    finished = heard(*chunks, stop=("x", "y"))[-1]
+
+    assert isinstance(finished, Finished)
+    assert finished.stop == stop
+
+
+def test_a_prompt_that_must_be_counted_is_waited_for_in_silence() -> None:
+    asked = {"stop": ("x",), "count_prompt": True}
+    decoder = ENGINE.decoder(ask(**asked))
+
+    assert decoder.feed(frames(chunk(" a x"), chunk(" more"), chunk("", "length"))) == [TokenEvent(None, " a ")]
+    assert decoder.feed(frames(chunk(usage=USAGE))) == [Finished("stop", 1, 7, stop="x")]
+    assert heard(chunk(" a x"), "[DONE]", **asked)[-1] == Finished("stop", 1, 0, stop="x")
+
+
+# ---- what is heard of a chat ----
+
+
+def delta(content: str | None = None, reason: str | None = None, **more: Any) -> dict[str, Any]:
+    choice = {"index": 0, "delta": {"content": content, **more}, "finish_reason": reason}
+    return {"object": "chat.completion.chunk", "choices": [choice]}
+
+
+def chatted(*chunks: Any, **asked: Any) -> Events:
+    return heard(*chunks, **{"prompt": "", "chat": chat(tools=(WEATHER,)), **asked})
+
+
+@pytest.mark.parametrize(
+    ("chunks", "asked", "events"),
+    [
+        (
+            [delta("", role="assistant"), delta("Hi"), delta("!"), delta(None, "stop"), chunk(usage=USAGE), "[DONE]"],
+            {},
+            [TokenEvent(None, "Hi"), TokenEvent(None, "!"), Finished("eos", 3, 7)],
+        ),
+        (
+            [delta("Hi"), delta(None, "stop"), chunk(usage=USAGE)],
+            {"stop": ("x",)},
+            [TokenEvent(None, "Hi"), Finished("stop", 3, 7)],
+        ),
+        ([delta("Hi x")], {"stop": ("x",)}, [TokenEvent(None, "Hi "), Finished("stop", 1, 0, stop="x")]),
+        ([delta("Hi"), delta(None, "length"), "[DONE]"], {}, [TokenEvent(None, "Hi"), Finished("length", 1, 0)]),
+    ],
+)
+def test_chats_as_servers_answer_them(chunks: list[Any], asked: dict[str, Any], events: Events) -> None:
+    assert chatted(*chunks, **asked) == events
+
+
+def test_a_call_of_a_tool_is_heard() -> None:
+    called = {"index": 0, "id": "theirs", "type": "function", "function": {"name": "weather", "arguments": ""}}
+    more = {"index": 0, "function": {"arguments": "{}"}}
+    first, second, finished = chatted(
+        delta(tool_calls=[called]), delta(tool_calls=[more]), delta(None, "tool_calls"), chunk(usage=USAGE)
+    )
+
+    assert isinstance(first, TokenEvent)
+    assert first.tool_calls[0].name == "weather"
+    assert second == TokenEvent(None, "", tool_calls=(ToolCallPiece(0, arguments="{}"),))
+    assert finished == Finished("tool_calls", 3, 7)
+
+
+def test_what_fails_in_a_chat_is_told_as_for_prompts() -> None:
+    broken = {"error": {"message": "maximum context length is 2048 tokens", "code": "context_length_exceeded"}}
+    with pytest.raises(PromptTooLong, match="too long"):
+        chatted(broken)
+    with pytest.raises(GenerationFailed, match="in mid-answer"):
+        chatted(delta("Hi"), broken)
+    with pytest.raises(UpstreamFailed, match="status 500"):
+        chatted({"error": {"message": "boom", "code": 500}})
+    with pytest.raises(GenerationFailed, match="no reason given"):
+        chatted({"unheard": "of"})
+
+
 def test_nothing_comes_after_the_end() -> None:
     decoder = ENGINE.decoder(ask())
     decoder.feed(frames(chunk("a", "stop"), chunk(usage=USAGE)))
@@ -287,6 +663,7 @@ def test_log_probabilities_as_documented() -> None:
         " Paris",
         -0.5,
         (TokenChance(-1, " Paris", math.exp(-0.5), -0.5), TokenChance(-1, " Lyon", math.exp(-2.0), -2.0)),
+        token=" Paris",
     )
     assert isinstance(second, TokenEvent)
     assert (second.text, [chance.text for chance in second.top]) == (".", [".", ","])
@@ -298,15 +675,15 @@ def test_log_probabilities_as_llama_cpp_gives_them() -> None:
     said = {"content": [{"id": 5, "token": " Paris", "logprob": -0.5, "top_logprobs": top}]}
     event = heard(chunk(" Paris", logprobs=said), top_tokens=1, temperature=0.0)[0]
 
-    assert event == TokenEvent(5, " Paris", -0.5, (TokenChance(5, " Paris", math.exp(-0.5), -0.5),))
+    assert event == TokenEvent(5, " Paris", -0.5, (TokenChance(5, " Paris", math.exp(-0.5), -0.5),), " Paris")
 
 
 def test_a_character_of_several_tokens_is_text_once() -> None:
     said = {"tokens": ["bytes:\\xf0\\x9f", "bytes:\\x98\\x80"], "token_logprobs": [-1.0, None], "top_logprobs": None}
 
     assert heard(chunk("😀", logprobs=said), logprobs=True) == [
-        TokenEvent(None, "", -1.0),
-        TokenEvent(None, "😀", None),
+        TokenEvent(None, "", -1.0, token="bytes:\\xf0\\x9f"),
+        TokenEvent(None, "😀", None, token="bytes:\\x98\\x80"),
     ]
 
 
@@ -390,6 +767,7 @@ def test_an_answer_that_the_server_gave_up_is_a_failure() -> None:
         (429, {"error": {"message": "Rate limit reached", "code": "rate_limit_exceeded"}}, QueueFull, "rate limit"),
         (429, {"error": {"message": "Exceeded", "code": "insufficient_quota"}}, UpstreamFailed, "no credit or quota"),
         (500, {"error": {"message": "boom"}}, UpstreamFailed, "status 500: boom"),
+        (500, {"error": {"message": "image input is not supported - hint: mmproj"}}, Unsupported, "takes no images"),
         (502, None, UpstreamFailed, "status 502: no reason given"),
         (503, [{"error": {"message": "overloaded", "code": 503}}], UpstreamFailed, "overloaded"),
     ],

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from pydantic import SecretStr
 
 from gateway.catalog import ModelSpec
+from gateway.engines.base import Call
 from gateway.engines.tgi import DEFAULT_IMAGE, Tgi
 from gateway.engines.tgi_answers import UNKNOWN_PROMPT_TOKENS
 from gateway.engines.tgi_diagnoses import SYMPTOMS, diagnose, message_of, redacted
@@ -30,7 +31,21 @@ from gateway.errors import (
     Unsupported,
     UpstreamFailed,
 )
-from gateway.generation import Finished, GenerationRequest, TokenEvent, collect
+from gateway.generation import (
+    Chat,
+    Finished,
+    GenerationRequest,
+    Image,
+    JsonObject,
+    JsonSchema,
+    Message,
+    PromptToken,
+    Regex,
+    TokenEvent,
+    Tool,
+    ToolCall,
+    collect,
+)
 from gateway.runtimes.base import Container, Exit, Mount, Progress
 
 ENGINE = Tgi("hf_gateways")
@@ -492,6 +507,32 @@ def test_arguments_which_may_hold_keys_are_no_evidence() -> None:
 # ---- what is asked ----
 
 
+def deep(levels: int, last: str | None = None, definition: Any = None) -> dict[str, Any]:
+    """Return a schema of so many levels; the last one names a definition, if it is given."""
+    schema: dict[str, Any] = {"$ref": last} if last else {}
+    for _ in range(levels):
+        schema = {"items": schema}
+    return {**schema, "$defs": {"D": definition}} if last else schema
+
+
+def with_tools(choice: Any = "auto", name: str | None = None, **more: Any) -> Chat:
+    return Chat(HELLO.messages, (WEATHER, CLOCK), choice, name, **more)
+
+
+HELLO = Chat((Message("user", ("Hello",)),))
+PLACE = {"type": "object", "properties": {"place": {"type": "string"}}, "required": ["place"]}
+WEATHER = Tool("weather", "Tells it", PLACE)
+CLOCK = Tool("clock")
+ENDLESS = {"$defs": {"A": {"items": {"$ref": "#/$defs/A"}}}, "properties": {"a": {"$ref": "#/$defs/A"}}}
+BILLIONS = {
+    "$defs": {
+        **{f"d{n}": {"prefixItems": [{"$ref": f"#/$defs/d{n + 1}"}] * 10} for n in range(10)},
+        "d10": {"type": "null"},
+    },
+    "properties": {"a": {"$ref": "#/$defs/d0"}},
+}
+
+
 def parameters_of(request: GenerationRequest) -> dict[str, Any]:
     body = json.loads(ENGINE.call(spec(), request, "s3cret").body)
     assert set(body) == {"inputs", "parameters"}
@@ -508,6 +549,7 @@ def test_a_call_is_a_stream_without_a_key() -> None:
     }
 
 
+OBJECT = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 GREEDY = {"max_new_tokens": 5, "do_sample": False, "details": True}
 SAMPLED = {"max_new_tokens": 5, "do_sample": True, "temperature": 0.7, "details": True}
 
@@ -530,6 +572,9 @@ SAMPLED = {"max_new_tokens": 5, "do_sample": True, "temperature": 0.7, "details"
         ({"top_tokens": 50}, {**SAMPLED, "top_n_tokens": 50}),
         ({"logprobs": True}, SAMPLED),
         ({"stop": ("x", "\n")}, SAMPLED),
+        ({"max_new_tokens": None}, {name: value for name, value in SAMPLED.items() if name != "max_new_tokens"}),
+        ({"grammar": Regex("a|b")}, {**SAMPLED, "grammar": {"type": "regex", "value": "a|b"}}),
+        ({"grammar": JsonSchema(OBJECT, "x")}, {**SAMPLED, "grammar": {"type": "json", "value": OBJECT}}),
     ],
 )
 def test_what_a_caller_asks_for_is_sent_in_tgi_s_way(asked: dict[str, Any], sent: dict[str, Any]) -> None:
@@ -545,6 +590,21 @@ def test_what_a_caller_asks_for_is_sent_in_tgi_s_way(asked: dict[str, Any], sent
         ({"top_tokens": 5, "top_k": 3, "frequency_penalty": 1.0}, "together with top_k, frequency_penalty:"),
         ({"top_tokens": 5, "temperature": 0.0, "repetition_penalty": 1.1}, "together with repetition_penalty:"),
         ({"top_tokens": 5, "temperature": 0.001}, "together with a temperature below 0.01:"),
+        ({"top_tokens": 5, "grammar": Regex("a")}, "together with a grammar:"),
+        ({"grammar": JsonObject()}, "give a json_schema"),
+        ({"grammar": JsonSchema({"type": "string"})}, "`properties` at its top"),
+        ({"grammar": JsonSchema({"properties": {"a": deep(200)}})}, "too deep"),
+        ({"chat": HELLO, "top_k": 3}, "no top_k in chats"),
+        ({"chat": HELLO, "repetition_penalty": 1.1}, "no repetition_penalty in chats"),
+        ({"chat": HELLO, "repetition_penalty": 1.1, "top_k": 1}, "no top_k and no repetition_penalty in chats"),
+        ({"chat": HELLO, "presence_penalty": -1.0}, "presence_penalty"),
+        ({"chat": with_tools(), "grammar": Regex("a")}, "tools and keep to a grammar"),
+        ({"chat": with_tools("required"), "grammar": JsonSchema(OBJECT)}, "set tool_choice to none"),
+        ({"chat": Chat(HELLO.messages, (Tool("no_tool"),))}, "no_tool of its own"),
+        ({"chat": Chat(HELLO.messages, (Tool("f", None, ENDLESS),))}, "tool f: its parameters contain themselves"),
+        ({"chat": Chat(HELLO.messages, (Tool("f", None, BILLIONS),))}, "tool f: .* too large"),
+        ({"chat": Chat(HELLO.messages, (Tool("f", None, deep(200)),))}, "tool f: .* too deep"),
+        ({"chat": Chat(HELLO.messages, (Tool("f", None, deep(60, "#/$defs/D", deep(60))),))}, "tool f: .* too deep"),
     ],
 )
 def test_what_tgi_cannot_do_is_refused_by_name(asked: dict[str, Any], named: str) -> None:
@@ -559,10 +619,260 @@ def test_what_tgi_cannot_do_is_refused_by_name(asked: dict[str, Any], named: str
         {"top_p": 0.9, "top_k": 3, "repetition_penalty": 1.1, "frequency_penalty": -2.0, "logprobs": True},
         {"top_tokens": 50},
         {"top_tokens": 5, "temperature": 0.0, "top_p": 0.5, "top_k": 1},
+        {"chat": HELLO, "temperature": 0.0, "top_k": 1, "top_tokens": 50, "logprobs": True},
+        {"chat": HELLO, "grammar": Regex("a")},
+        {"chat": with_tools(), "logprobs": True},
+        {"chat": with_tools("none"), "grammar": JsonSchema(OBJECT)},
+        {"chat": Chat(HELLO.messages, (Tool("no_tool"),), "none")},
+        {"chat": with_tools(parallel_tool_calls=False)},
+        {"chat": with_tools(parallel_tool_calls=True)},
+        {"max_new_tokens": None, "grammar": JsonSchema({"properties": {}})},
     ],
 )
 def test_what_tgi_can_do_is_let_pass(asked: dict[str, Any]) -> None:
     ENGINE.check(spec(), ask(**asked))
+
+
+def test_a_server_without_grammars_is_not_asked_for_them() -> None:
+    for name in ("disable-grammar-support", "disable_grammar_support"):
+        without = spec(args={name: True})
+        for asked in ({"grammar": Regex("a")}, {"chat": with_tools()}, {"chat": HELLO, "grammar": JsonSchema(OBJECT)}):
+            with pytest.raises(Unsupported, match="disable-grammar-support"):
+                ENGINE.check(without, ask(**asked))
+        ENGINE.check(without, ask(chat=with_tools("none")))
+    ENGINE.check(spec(args={"disable-grammar-support": False}), ask(grammar=Regex("a")))
+
+
+# ---- what is asked of a chat ----
+
+
+def chat_body(request: GenerationRequest) -> dict[str, Any]:
+    call = ENGINE.call(spec(api_key="sk-1"), request, "s3cret")
+    assert call.path == "/v1/chat/completions"
+    assert call.headers == {"Content-Type": "application/json", "Authorization": "Bearer sk-1"}
+    return dict(json.loads(call.body))
+
+
+ASKED: dict[str, Any] = {
+    "model": "tgi",
+    "messages": [{"role": "user", "content": "Hello"}],
+    "max_tokens": 5,
+    "temperature": 0.7,
+    "stream": True,
+    "stream_options": {"include_usage": True},
+}
+NOT_DRAWN = {**ASKED, "temperature": 0.0}
+SAID_TOOLS = [
+    {"type": "function", "function": {"name": "weather", "description": "Tells it", "parameters": PLACE}},
+    {"type": "function", "function": {"name": "clock", "parameters": {"type": "object", "properties": {}}}},
+]
+CALLING = {**ASKED, "tools": SAID_TOOLS}
+
+
+@pytest.mark.parametrize(
+    ("asked", "sent"),
+    [
+        ({}, ASKED),
+        ({"max_new_tokens": None}, {name: value for name, value in ASKED.items() if name != "max_tokens"}),
+        ({"temperature": 0.0, "top_p": 0.5, "top_k": 3, "seed": 7}, NOT_DRAWN),
+        ({"temperature": 0.001}, {**ASKED, "temperature": 0.01}),
+        ({"top_p": 1.0, "seed": 2**64 - 1}, {**ASKED, "seed": 2**64 - 1}),
+        ({"top_p": 0.9}, {**ASKED, "top_p": 0.9}),
+        ({"frequency_penalty": 0.5, "temperature": 0.0}, {**NOT_DRAWN, "frequency_penalty": 0.5}),
+        ({"presence_penalty": 0.0, "repetition_penalty": 1.0, "stop": ("x",)}, ASKED),
+        ({"logprobs": True}, {**ASKED, "logprobs": True}),
+        ({"top_tokens": 3}, {**ASKED, "logprobs": True, "top_logprobs": 3}),
+        ({"grammar": Regex("a|b")}, {**ASKED, "response_format": {"type": "regex", "value": "a|b"}}),
+        ({"grammar": JsonSchema(OBJECT, "x")}, {**ASKED, "response_format": {"type": "json", "value": OBJECT}}),
+        ({"chat": with_tools()}, {**CALLING, "tool_choice": "auto"}),
+        ({"chat": with_tools(parallel_tool_calls=False)}, {**CALLING, "tool_choice": "auto"}),
+        ({"chat": with_tools("required")}, {**CALLING, "tool_choice": "required"}),
+        (
+            {"chat": with_tools("required", "clock")},
+            {**CALLING, "tool_choice": {"type": "function", "function": {"name": "clock"}}},
+        ),
+        ({"chat": with_tools("none")}, ASKED),
+        (
+            {"chat": with_tools("none"), "grammar": Regex("a")},
+            {**ASKED, "response_format": {"type": "regex", "value": "a"}},
+        ),
+    ],
+)
+def test_a_chat_is_sent_in_tgi_s_way(asked: dict[str, Any], sent: dict[str, Any]) -> None:
+    assert chat_body(ask(prompt="", **{"chat": HELLO, **asked})) == sent
+
+
+CALL = ToolCall("c1", "clock", "{}")
+SAID_CALL = {"id": "c1", "type": "function", "function": {"name": "clock", "arguments": "{}"}}
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        (Message("assistant", (), tool_calls=(CALL,)), {"role": "assistant", "tool_calls": [SAID_CALL]}),
+        (Message("assistant", ("",), tool_calls=(CALL,)), {"role": "assistant", "tool_calls": [SAID_CALL]}),
+        (
+            Message("assistant", ("I look.",), tool_calls=(CALL,)),
+            {"role": "assistant", "content": f"I look.\n{json.dumps([SAID_CALL])}"},
+        ),
+        (Message("assistant"), {"role": "assistant", "content": ""}),
+        (
+            Message("tool", ("9:00",), tool_call_id="c1"),
+            {"role": "tool", "content": "9:00", "tool_call_id": "c1"},
+        ),
+        (
+            Message("user", ("What is ", Image("data:image/png;base64,AA"))),
+            {
+                "role": "user",
+                "content": [
+                    {"type": "text", "text": "What is "},
+                    {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA"}},
+                ],
+            },
+        ),
+    ],
+)
+def test_no_part_of_a_turn_is_lost_to_tgi(message: Message, said: dict[str, Any]) -> None:
+    assert chat_body(ask(chat=Chat((*HELLO.messages, message))))["messages"][1:] == [said]
+
+
+def test_definitions_are_written_out_where_a_tool_names_them() -> None:
+    parameters = {
+        "$defs": {"Pet": {"type": "object", "properties": {"kind": {"$ref": "#/definitions/Kind"}}}},
+        "definitions": {"Kind": {"enum": ["cat", "dog"], "title": "Kind"}},
+        "type": "object",
+        "properties": {
+            "pet": {"$ref": "#/$defs/Pet", "description": "which"},
+            "others": {"type": "array", "items": {"$ref": "#/$defs/Pet"}},
+            "$ref": {"type": "string"},
+            "far": {"$ref": "https://example.org/schema"},
+        },
+    }
+    pet = {"type": "object", "properties": {"kind": {"enum": ["cat", "dog"], "title": "Kind"}}}
+    body = chat_body(ask(chat=Chat(HELLO.messages, (Tool("f", None, parameters),))))
+    assert body["tools"][0]["function"]["parameters"] == {
+        "type": "object",
+        "properties": {
+            "pet": {**pet, "description": "which"},
+            "others": {"type": "array", "items": pet},
+            "$ref": {"type": "string"},
+            "far": {"$ref": "https://example.org/schema"},
+        },
+    }
+
+
+# ---- tokens of a prompt ----
+
+
+def test_a_prompt_or_a_chat_is_cut_into_tokens_with_all_that_makes_it() -> None:
+    plain = ENGINE.tokenize(spec(), ask(prompt="Gr\u00fc\u00df", max_new_tokens=None), "s")
+    assert (plain.method, plain.path, json.loads(plain.body)) == ("POST", "/tokenize", {"inputs": "Gr\u00fc\u00df"})
+    chat = ENGINE.tokenize(spec(api_key="sk-1"), ask(chat=with_tools("required")), "s")
+    assert chat.path == "/chat_tokenize"
+    assert chat.headers["Authorization"] == "Bearer sk-1"
+    assert json.loads(chat.body) == {
+        "model": "tgi",
+        "messages": ASKED["messages"],
+        "tools": SAID_TOOLS,
+        "tool_choice": "required",
+    }
+
+
+TOKENS = [{"id": 1, "text": "<s>", "start": 0, "stop": 0}, {"id": 7, "text": "Gr\u00fc", "start": 0, "stop": 4}]
+
+
+def test_the_tokens_of_a_prompt_are_told_with_their_places() -> None:
+    expected = (PromptToken(1, "<s>", 0, 0), PromptToken(7, "Gr\u00fc", 0, 4))
+    assert ENGINE.tokens(ask(), json.dumps(TOKENS).encode()) == expected
+    answer = {"tokenize_response": TOKENS, "templated_text": "Gr\u00fc"}
+    assert ENGINE.tokens(ask(chat=HELLO), json.dumps(answer).encode()) == expected
+    assert ENGINE.tokens(ask(), b"[]") == ()
+
+
+@pytest.mark.parametrize("answer", [b"", b"{}", b"[1]", b'[{"id":1}]', b'[{"id":"x"}]', b"\xff", b"[" * 100_000])
+@pytest.mark.parametrize("chat", [None, HELLO])
+def test_an_answer_without_tokens_is_a_failed_server(answer: bytes, chat: Chat | None) -> None:
+    with pytest.raises(UpstreamFailed, match="prompt's tokens"):
+        ENGINE.tokens(ask(chat=chat), answer if chat or answer != b"{}" else b"7")
+
+
+# ---- what is put through ----
+
+
+def forwarded(body: bytes, path: str = "/v1/chat/completions") -> bytes:
+    return ENGINE.forward(spec(), Call(path, body), "s").body
+
+
+@pytest.mark.parametrize(
+    ("body", "sent"),
+    [
+        (b'{"model":"m","seed":18446744073709551615}', b'{"model":"tgi","seed":18446744073709551615}'),
+        (b' {"a" : [1.10, {"model":"b"}],\n "model"\t: "m" , "z":1e400}', None),
+        (b'{"mod\\u0065l":"m\\"x"}', b'{"mod\\u0065l":"tgi"}'),
+        (b'{"model":"a","model":"b"}', b'{"model":"tgi","model":"tgi"}'),
+        (
+            '{"prompt":"\u00fc\U0001f600","model":"\u00fc"}'.encode(),
+            '{"prompt":"\u00fc\U0001f600","model":"tgi"}'.encode(),
+        ),
+        (b'{"n":' + b"9" * 5000 + b',"model":"m"}', b'{"n":' + b"9" * 5000 + b',"model":"tgi"}'),
+        (b'{"model":"m"} ', b'{"model":"tgi"} '),
+    ],
+)
+def test_a_model_s_name_becomes_tgi_s_and_nothing_else_changes(body: bytes, sent: bytes | None) -> None:
+    expected = sent or body.replace(b'"m" ,', b'"tgi" ,')
+    assert forwarded(body) == forwarded(body, "/invocations") == forwarded(body, "/v1/completions?x=1") == expected
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{}",
+        b"[]",
+        b'["model"]',
+        b'"model"',
+        b'{"model":null}',
+        b'{"model":7}',
+        b'{"messages":[{"model":"m"}]}',
+        b'{"model":"m"',
+        b'{"model" "m"}',
+        b'{"model":"m",}',
+        b'{"model":"m" "x":1}',
+        b"{model:1}",
+        b"\xff\xfe",
+        b'{"a":' + b"[" * 100_000,
+        '{"model":"m"}'.encode("utf-16"),
+    ],
+)
+def test_a_body_that_names_no_model_or_is_no_object_is_put_through_as_it_is(body: bytes) -> None:
+    assert forwarded(body) == body
+
+
+@settings(derandomize=True)
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.floats(allow_nan=False) | st.integers() | st.text(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text() | st.just("model"), inner),
+    ),
+    st.sampled_from([None, 2]),
+    st.booleans(),
+)
+def test_any_json_means_the_same_but_for_its_model(value: Any, indent: int | None, ascii_only: bool) -> None:
+    if isinstance(value, dict):
+        value = {**value, "model": "m"}
+    sent = json.loads(forwarded(json.dumps(value, indent=indent, ensure_ascii=ascii_only).encode(errors="replace")))
+    again = json.loads(json.dumps(value, ensure_ascii=ascii_only).encode(errors="replace"))
+    assert sent == ({**again, "model": "tgi"} if isinstance(value, dict) else again)
+
+
+def test_what_is_put_through_keeps_its_kind_and_no_other_header() -> None:
+    theirs = {"authorization": "Bearer theirs", "content-type": "application/json; x=1", "cookie": "a", "Accept": "b"}
+    call = Call("/generate", b'{"model":"m"}', theirs)
+    assert ENGINE.forward(spec(), call, "s") == Call("/generate", call.body, {"content-type": "application/json; x=1"})
+    assert ENGINE.forward(spec(api_key="sk-1"), call, "s").headers["Authorization"] == "Bearer sk-1"
+    asked = Call("/v1/models", method="GET")
+    assert ENGINE.forward(spec(), asked, "s") == asked
+    assert ENGINE.speaks == "tgi"
 
 
 # ---- what is heard ----
@@ -632,10 +942,14 @@ def test_cuts_never_matter(cuts: list[int], stream: bytes, stop: tuple[str, ...]
 @pytest.mark.parametrize(
     ("stop", "text", "finished"),
     [
-        (("\n\n",), " Paris.", Finished("stop", 4, UNKNOWN_PROMPT_TOKENS)),
-        (("ari",), " P", Finished("stop", 1, UNKNOWN_PROMPT_TOKENS)),
-        (("\u00fc\u00df to", "nowhere"), " Paris.\n\n\U0001f600 Gr", Finished("stop", 9, UNKNOWN_PROMPT_TOKENS)),
-        (("today",), "".join(WORDS[:-1]) + " ", Finished("stop", 10, 9)),  # complete in TGI's last event
+        (("\n\n",), " Paris.", Finished("stop", 4, UNKNOWN_PROMPT_TOKENS, stop="\n\n")),
+        (("ari",), " P", Finished("stop", 1, UNKNOWN_PROMPT_TOKENS, stop="ari")),
+        (
+            ("\u00fc\u00df to", "nowhere"),
+            " Paris.\n\n\U0001f600 Gr",
+            Finished("stop", 9, UNKNOWN_PROMPT_TOKENS, stop="\u00fc\u00df to"),
+        ),
+        (("today",), "".join(WORDS[:-1]) + " ", Finished("stop", 10, 9, stop="today")),  # complete in TGI's last event
         (("today!",), "".join(WORDS) + "day", Finished("length", 10, 9, "today")),
     ],
 )
@@ -661,7 +975,23 @@ def test_text_that_was_held_back_is_not_lost_at_the_length() -> None:
 
 def test_a_special_token_has_no_text_and_is_counted() -> None:
     first, end = event("<pad>", 1, special=True), event("</s>", 2, end="eos_token", special=True)
-    assert decode([first + end]) == [TokenEvent(5, "", -0.5), TokenEvent(5, "", -0.5), Finished("eos", 2, 9)]
+    assert decode([first + end]) == [
+        TokenEvent(5, "", -0.5, token="<pad>", special=True),
+        TokenEvent(5, "", -0.5, token="</s>", special=True),
+        Finished("eos", 2, 9),
+    ]
+
+
+def test_a_token_s_own_text_is_told_whatever_is_held_back() -> None:
+    *events, finished = decode([TO_LENGTH], stop=("today!",))
+    tokens = [heard for heard in events if isinstance(heard, TokenEvent)]
+    assert "".join(heard.token or "" for heard in tokens) == "".join(WORDS) + "day"
+    assert [heard.text for heard in tokens][-2:] == [" ", ""]
+    assert finished == Finished("length", 10, 9, "today")
+
+
+def test_without_a_length_the_answer_ends_where_tgi_ends_it() -> None:
+    assert decode([TO_LENGTH], max_new_tokens=None)[-1] == Finished("length", 10, 9)
 
 
 def test_the_likeliest_tokens_are_as_many_as_were_asked_for_at_most() -> None:
@@ -678,7 +1008,7 @@ def test_the_likeliest_tokens_are_as_many_as_were_asked_for_at_most() -> None:
 
 def test_a_logarithm_that_json_cannot_express_is_none() -> None:
     frame = {"index": 1, "token": token("a", 7, None), "generated_text": None, "details": None}
-    assert decode([b"data:" + json.dumps(frame).encode() + b"\n\n"]) == [TokenEvent(7, "a", None)]
+    assert decode([b"data:" + json.dumps(frame).encode() + b"\n\n"]) == [TokenEvent(7, "a", None, token="a")]
 
 
 def test_nothing_is_said_after_the_end() -> None:
@@ -768,6 +1098,197 @@ def test_no_bytes_raise_anything_but_our_own_errors(noise: bytes) -> None:
     assert isinstance(ENGINE.refusal(500, noise), GatewayError)
 
 
+# ---- what is heard of a chat ----
+
+CHUNK_WORDS = st.sampled_from(
+    ["choices", "delta", "content", "tool_calls", "function", "arguments", "name", "id", "finish_reason", "usage"]
+)
+
+
+def chunk(content: str | None, *, end: str | None = None, call: Any = None, report: Any = None) -> bytes:
+    """Return one chunk of a chat as TGI sends it: a text, or a name and a piece of the arguments of a call."""
+    delta: dict[str, Any] = {"role": "assistant", "content": content}
+    if call:
+        function = {"name": call[0], "arguments": call[1]}
+        delta = {"role": "assistant", "tool_calls": [{"index": 0, "id": "0", "type": "function", "function": function}]}
+    said = {"index": 0, "delta": delta, "logprobs": {"content": [report]} if report else None, "finish_reason": end}
+    return frame_of(choices=[said], usage=None)
+
+
+def frame_of(**frame: Any) -> bytes:
+    return b"data: " + json.dumps({"object": "chat.completion.chunk", "id": "", **frame}).encode() + b"\n\n"
+
+
+def usage(completion_tokens: int, prompt_tokens: int = 9) -> bytes:
+    return frame_of(choices=[], usage={"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens})
+
+
+DONE = b"data: [DONE]\n\n"
+HI = b":\n\n" + chunk("Hi") + chunk("") + chunk(" Gr\u00fc\u00df")
+
+
+def decode_chat(chunks: list[bytes], **asked: Any) -> Events:
+    return decode(chunks, **{"prompt": "", "chat": HELLO, **asked})
+
+
+@pytest.mark.parametrize(
+    ("stream", "asked", "text", "finished"),
+    [
+        (HI + chunk("", end="stop") + usage(4) + DONE, {}, "Hi Gr\u00fc\u00df", Finished("eos", 4, 9)),
+        (HI + chunk("!", end="length") + usage(4) + DONE, {}, "Hi Gr\u00fc\u00df!", Finished("length", 4, 9)),
+        (HI + chunk("!") + chunk("?"), {"max_new_tokens": 4}, "Hi Gr\u00fc\u00df!", Finished("length", 4, 0)),
+        (HI + chunk("!"), {"stop": ("i Gr",), "count_prompt": True}, "H", Finished("stop", 3, 0, stop="i Gr")),
+        (
+            HI + chunk("", end="stop") + usage(4) + DONE,
+            {"max_new_tokens": None},
+            "Hi Gr\u00fc\u00df",
+            Finished("eos", 4, 9),
+        ),
+        (
+            HI + chunk("", end="stop") + usage(4) + DONE,
+            {"stop": ("\u00df!",)},
+            "Hi Gr\u00fc\u00df",
+            Finished("eos", 4, 9, "\u00df"),
+        ),
+    ],
+)
+@pytest.mark.parametrize("chat", [HELLO, with_tools()])
+def test_a_chat_is_read_the_same_however_it_is_cut(
+    stream: bytes, asked: dict[str, Any], text: str, finished: Finished, chat: Chat
+) -> None:
+    whole = decode_chat([stream], chat=chat, **asked)
+    assert text_of(whole) == text
+    assert whole[-1] == finished
+    assert decode_chat([stream[i : i + 1] for i in range(len(stream))], chat=chat, **asked) == whole
+
+
+def test_a_chat_s_tokens_are_told_with_their_logprobs_and_their_kind() -> None:
+    tops = [{"token": "a", "logprob": -0.5}, {"token": "b", "logprob": -1.0}]
+    report = {"token": "a", "logprob": -0.5, "top_logprobs": tops}
+    end = {"token": "</s>", "logprob": None, "top_logprobs": tops}
+    stream = chunk("a", report=report) + chunk("", end="stop", report=end) + usage(2)
+    first, second, finished = decode_chat([stream], top_tokens=2, logprobs=True)
+    assert isinstance(first, TokenEvent)
+    assert isinstance(second, TokenEvent)
+    assert (first.text, first.token, first.logprob, first.special) == ("a", "a", -0.5, False)
+    assert [(chance.text, chance.probability) for chance in first.top] == [("a", math.exp(-0.5)), ("b", math.exp(-1))]
+    assert (second.text, second.token, second.logprob, second.special) == ("", "</s>", None, True)
+    assert finished == Finished("eos", 2, 9)
+
+
+def calls(*pieces: str, name: str = "weather") -> bytes:
+    """Return the chunks of a call with these pieces of its arguments, after TGI's own first one."""
+    return chunk(None, call=(name, "{")) + b"".join(chunk(None, call=(None, piece)) for piece in pieces)
+
+
+@pytest.mark.parametrize(
+    ("stream", "arguments", "reason"),
+    [
+        (calls(' "place', '":', ' "Rome', '"}') + usage(9), '{ "place": "Rome"}', "tool_calls"),
+        (calls(",", '"place":"Rome"}', "") + usage(9), '{"place":"Rome"}', "tool_calls"),
+        (calls(" ", ', "place":"a,,b"}') + usage(9), '{  "place":"a,,b"}', "tool_calls"),
+        (calls("}", "") + usage(9), "{}", "tool_calls"),
+        (calls() + usage(9), "{}", "tool_calls"),
+        (calls() + chunk("", end="stop") + usage(9), "{}", "tool_calls"),
+        (calls("}") + chunk("", end="stop") + usage(9), "{}", "tool_calls"),
+        (calls('"pl') + chunk(None, call=(None, "ace"), end="length") + usage(9), '{"place', "length"),
+        (chunk(None, call=("weather", "{"), end="length") + usage(9), "{", "length"),
+        (calls('"place":"Ro') + usage(9), '{"place":"Ro', "length"),
+    ],
+)
+@pytest.mark.parametrize("choice", ["auto", "required"])
+def test_a_call_of_a_tool_is_whole_and_ends_with_a_reason(
+    stream: bytes, arguments: str, reason: str, choice: str
+) -> None:
+    *events, finished = decode_chat([stream + DONE], chat=with_tools(choice))
+    assert isinstance(finished, Finished)
+    assert (finished.reason, finished.tokens_generated, finished.prompt_tokens) == (reason, 9, 9)
+    (called,) = collect([heard for heard in events if isinstance(heard, TokenEvent)], finished).tool_calls
+    assert (called.name, called.arguments) == ("weather", arguments)
+    assert called.id.startswith("call_")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "most", "reason"), [(5, 5, "length"), (5, 6, "eos"), (5, None, "eos"), (0, 5, "eos")]
+)
+def test_a_call_that_never_began_was_cut_off_or_is_no_call(tokens: int, most: int | None, reason: str) -> None:
+    (finished,) = decode_chat([usage(tokens) + DONE], chat=with_tools(), max_new_tokens=most)
+    assert finished == Finished(reason, tokens, 9)  # type: ignore[arg-type]
+
+
+def chat_failure(words: str) -> bytes:
+    return b"data: " + json.dumps({"error": {"message": words, "http_status_code": 422}}).encode() + b"\n\n" + DONE
+
+
+CHAT_FAILURES: list[tuple[str, type[GatewayError], str]] = [
+    ("Model is overloaded", QueueFull, "Try again"),
+    (f"Input validation error: {LENGTHS}", PromptTooLong, "2040 tokens"),
+    ("Input validation error: `top_p` must be > 0.0 and < 1.0", InvalidRequest, "`top_p` must be"),
+    ("Input validation error: my private prompt", InvalidRequest, "its log"),
+    ("Input validation error: grammar is not supported", Unsupported, "disable-grammar-support"),
+    ("Input validation error: grammar is not valid: my private schema", InvalidRequest, "Make it simpler"),
+    (
+        "Input validation error: cannot compile regex from schema: Unsupported JSON Schema structure private",
+        InvalidRequest,
+        "Make it simpler",
+    ),
+    ("Request failed during generation: Server error: CUDA out of memory.", GenerationFailed, "CUDA out of memory"),
+    ("Incomplete generation stream", GenerationFailed, "Incomplete generation"),
+    ("Tool error: my private text", InvalidRequest, "tool_choice"),
+    ("", GenerationFailed, "no reason given"),
+]
+
+
+@pytest.mark.parametrize(("words", "error", "told"), CHAT_FAILURES)
+@pytest.mark.parametrize("chat", [HELLO, with_tools()])
+def test_an_error_of_a_chat_is_known_by_its_words(words: str, error: type[GatewayError], told: str, chat: Chat) -> None:
+    with pytest.raises(error, match=told) as raised:
+        decode_chat([chat_failure(words)], chat=chat)
+    assert type(raised.value) is error
+    assert "private" not in raised.value.detail
+
+
+@pytest.mark.parametrize("chat", [HELLO, with_tools()])
+def test_an_error_in_the_midst_of_a_chat_is_a_failed_generation(chat: Chat) -> None:
+    with pytest.raises(GenerationFailed, match="in mid-answer: Model is overloaded"):
+        decode_chat([chunk("a") + chat_failure("Model is overloaded")], chat=chat)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"data: not json",
+        b"data: [1]",
+        DONE.strip(),
+        b'data: {"index":1}',
+        b'data: {"choices":7}',
+        b'data: {"choices":[7]}',
+        b'data: {"choices":[{"delta":{"tool_calls":[7]}}]}',
+        b'data: {"choices":[{"delta":{"tool_calls":7}}]}',
+        b"data: \xff",
+        b"data: " + b"[" * 100_000,
+    ],
+)
+@pytest.mark.parametrize("chat", [HELLO, with_tools()])
+def test_what_is_no_chunk_is_a_failed_generation(line: bytes, chat: Chat) -> None:
+    with pytest.raises(GenerationFailed, match="not a chat completion"):
+        decode_chat([line + b"\n\n"], chat=chat)
+
+
+@settings(derandomize=True)
+@given(
+    st.recursive(
+        st.none() | st.integers() | st.text() | st.sampled_from(["stop", "{"]),
+        lambda inner: st.lists(inner) | st.dictionaries(CHUNK_WORDS, inner),
+    )
+)
+def test_no_chunk_raises_anything_but_our_own_errors(frame: Any) -> None:
+    noise = b"data: " + json.dumps(frame).encode() + b"\n\n"
+    for chat in (HELLO, with_tools()):
+        with suppress(GatewayError):
+            decode_chat([noise, calls(), noise, usage(3)], chat=chat)
+
+
 # ---- refusals ----
 
 
@@ -803,6 +1324,20 @@ def body(words: str, kind: str) -> bytes:
             "its log",
         ),
         (422, b"Failed to deserialize the JSON body: my private prompt", InvalidRequest, "cannot read the request"),
+        (
+            422,
+            body("Template error: template not found", "template_error"),
+            InvalidRequest,
+            "no chat template. Send a prompt .*tokenizer-config-path",
+        ),
+        (
+            422,
+            body("Template error: syntax error: Only user roles (in <string>:1)\nprivate", "template_error"),
+            InvalidRequest,
+            "does not take this conversation: syntax error: Only user roles .*Change the roles",
+        ),
+        (422, body("Tool error: Tool with name private not found", "tool_error"), InvalidRequest, "in tool_choice"),
+        (422, body("Input validation error: grammar is not supported", "validation"), Unsupported, "Leave out tools"),
         (429, body("Model is overloaded", "overloaded"), QueueFull, "Try again in a moment"),
         (429, b"", QueueFull, "Try again in a moment"),
         (424, body("Request failed during generation: boom", "generation"), GenerationFailed, r"failed: boom\.$"),

@@ -61,6 +61,8 @@ class Generation:
     seed: int
     stop: Sequence[str] = ()
     top_n: int = 0
+    forced: Sequence[int] | None = None
+    """The only token that may come at each place, where a grammar rules."""
     steps: list[Step] = field(default_factory=list)
     text: str = ""
     """Without special tokens, but with the stop text that ended it."""
@@ -90,7 +92,7 @@ class Generation:
 
     def step(self) -> Step:
         """Make one more token."""
-        logprobs = model.log_softmax(warped(model.logits(self._context), self._context, self.sampling))
+        logprobs = model.log_softmax(warped(self._allowed(), self._context, self.sampling))
         chosen = self._choose(logprobs)
         self._context.append(chosen)
         text = self._detokenizer.feed(chosen)
@@ -101,6 +103,14 @@ class Generation:
         if self.finish_reason:
             self.text += self._detokenizer.rest()
         return step
+
+    def _allowed(self) -> Sequence[float]:
+        """Return the logits of what the grammar lets through."""
+        scores = model.logits(self._context)
+        if self.forced is None:
+            return scores
+        only = self.forced[len(self.steps)]
+        return [score if token == only else REMOVED for token, score in enumerate(scores)]
 
     def _choose(self, logprobs: Sequence[float]) -> int:
         if not self.sampling.samples:

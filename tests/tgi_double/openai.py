@@ -8,11 +8,12 @@ from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing, suppress
 from typing import Any
 
+from . import tools
 from .answers import DONE, answer, event, number, openai_error, stream_headers, times
 from .generation import Generation, Step, Token
 from .native import Body, token_list
 from .service import Answer, Service
-from .validation import ABSENT_PARAMETERS, Refused, invalid
+from .validation import ABSENT_PARAMETERS, Refused
 from .web import Response, Stream
 
 VERSION = "3.3.6-dev0"
@@ -33,7 +34,8 @@ def templated(service: Service, body: Body) -> str:
     """
     if service.personality.no_template:
         raise Refused("Template error: template not found", "template_error")
-    *earlier, last = [f"{message['role']}: {message['content'] or ''}" for message in body["messages"]] or [""]
+    *earlier, last = [f"{message['role']}: {message['content']}" for message in body["messages"]] or [""]
+    last += tools.shown(body) if tools.chosen(body) else ""
     ends_open = bool(body["messages"]) and body["messages"][-1]["role"] == "assistant"
     return "\n".join([*earlier, last] if ends_open else [*earlier, last, "assistant:"])
 
@@ -69,15 +71,33 @@ async def chat(service: Service, body: Body) -> Response | Stream:
     service.metrics.count("tgi_request_count")  # once here and once below: TGI's own double count
     if body["response_format"] is not None and body["tools"] is not None:
         raise Refused("Tool error: Grammar and tools are mutually exclusive", "tool_error")
-    if body["tools"] and body["tool_choice"] != "none":
-        raise invalid("grammar is not supported")  # tools are a grammar, and this double has none
-    prompt, parameters = templated(service, body), _chat_parameters(body)
-    characters = sum(len(message["content"] or "") for message in body["messages"])
+    prompt, parameters, name = templated(service, body), _chat_parameters(body), tools.chosen(body)
+    characters = sum(len(message["content"]) for message in body["messages"])
+    if name:
+        parameters["grammar"] = tools.grammar(body, name)
     if body["stream"]:
         frames = _chat_frames(service, body, prompt, parameters)
         return Stream(frames, stream_headers(characters), service.personality.keep_alive_s)
     whole = await service.generate(prompt, parameters, "chat_completions")
-    return answer(_chat_answer(service, body, whole), times(whole, characters))
+    message = await _message(service, body, whole.best.text)
+    return answer(_chat_answer(service, body, whole, message), times(whole, characters))
+
+
+async def _message(service: Service, body: Body, text: str) -> dict[str, Any]:
+    """Return the message; where no tool is called, the text of a second answer (tgi.md 1.2)."""
+    name = tools.chosen(body)
+    if name and name != tools.NO_TOOL:
+        return {"role": "assistant", "tool_calls": [tools.call_of(text)]}
+    if name:
+        tools.call_of(text)
+        plain = _without_tools(body)
+        again = await service.generate(templated(service, plain), _chat_parameters(plain), "chat_completions")
+        text = again.best.text
+    return {"role": "assistant", "content": text}
+
+
+def _without_tools(body: Body) -> Body:
+    return {**body, "tools": None}
 
 
 def _chat_head(service: Service, body: Body, kind: str) -> dict[str, Any]:
@@ -85,11 +105,11 @@ def _chat_head(service: Service, body: Body, kind: str) -> dict[str, Any]:
     return {"object": kind, "id": "", "created": int(time.time()), "model": model, "system_fingerprint": FINGERPRINT}
 
 
-def _chat_answer(service: Service, body: Body, whole: Answer) -> dict[str, Any]:
+def _chat_answer(service: Service, body: Body, whole: Answer, message: Mapping[str, Any]) -> dict[str, Any]:
     best = whole.best
     choice = {
         "index": 0,
-        "message": {"role": "assistant", "content": best.text},
+        "message": message,
         "logprobs": _logprobs(best.steps) if body["logprobs"] else None,
         "finish_reason": PLAIN_REASONS[best.finish_reason or ""],
     }
@@ -101,10 +121,22 @@ async def _chat_frames(
     service: Service, body: Body, prompt: str, parameters: Mapping[str, Any]
 ) -> AsyncGenerator[bytes, None]:
     head = _chat_head(service, body, "chat.completion.chunk")
+    call = tools.CallStream() if tools.chosen(body) else None
     try:
         async with aclosing(service.stream(prompt, parameters, "chat_completions")) as steps:
             async for generation, step in steps:
-                yield event({**head, "choices": [_chat_choice(generation, step, body)], "usage": None})
+                choice = _chat_choice(generation, step, body, call)
+                if call and call.name == tools.NO_TOOL:
+                    break
+                if choice:
+                    yield event({**head, "choices": [choice], "usage": None})
+        if call and call.name == tools.NO_TOOL:  # TGI starts from the beginning
+            plain = _without_tools(body)
+            again = _chat_frames(service, plain, templated(service, plain), _chat_parameters(plain))
+            async with aclosing(again) as frames:
+                async for frame in frames:
+                    yield frame
+            return
         if body["stream_options"]["include_usage"]:
             yield event({**head, "choices": [], "usage": usage(len(generation.prompt), len(generation.steps))})
     except Refused as refused:
@@ -112,11 +144,22 @@ async def _chat_frames(
     yield DONE
 
 
-def _chat_choice(generation: Generation, step: Step, body: Body) -> dict[str, Any]:
+def _chat_choice(
+    generation: Generation, step: Step, body: Body, call: tools.CallStream | None
+) -> dict[str, Any] | None:
+    """Return what a token adds to the answer; None where TGI sends nothing, not even the reason of the end."""
     reason = generation.finish_reason
+    delta: dict[str, Any] = {"role": "assistant", "content": "" if step.token.special else step.token.text}
+    if call and (piece := call.feed(step.token.text)) is None:
+        return None
+    if call and piece and not step.token.special:
+        name, arguments = piece
+        function = {"name": name, "arguments": arguments}
+        part = {"index": 0, "id": tools.ID, "type": "function", "function": function}
+        delta = {"role": "assistant", "tool_calls": [part]}
     return {
         "index": 0,
-        "delta": {"role": "assistant", "content": "" if step.token.special else step.token.text},
+        "delta": delta,
         "logprobs": _logprobs([step]) if body["logprobs"] else None,
         "finish_reason": PLAIN_REASONS[reason] if reason else None,
     }

@@ -88,7 +88,7 @@ class Service:
             return [generation async for generation, _step in tokens][-1]
 
     async def _tokens(self, job: Job, seed: int) -> AsyncGenerator[tuple[Generation, Step], None]:
-        generation = Generation(job.prompt, job.sampling, job.limit, seed, job.stop, job.top_n)
+        generation = Generation(job.prompt, job.sampling, job.limit, seed, job.stop, job.top_n, job.forced)
         while generation.finish_reason is None:
             await self._misbehave(len(generation.steps))
             await self._pause(self.personality.token_s)
@@ -148,6 +148,8 @@ class Service:
             raise
         except (asyncio.CancelledError, GeneratorExit):
             self.metrics.count("tgi_request_failure", err="dropped")
+            if self.personality.tells_aborts:  # TGI says nothing of it
+                self._log.bare(f"aborted at {time.monotonic():.6f}")
             raise
 
     def _succeeded(self, span: str, job: Job, generation: Generation, total_s: float) -> None:

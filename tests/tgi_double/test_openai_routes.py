@@ -159,10 +159,3 @@ def test_a_completion_stream_has_empty_reasons_raw_last_ones_and_leaks_the_end_t
         assert all(problems(chunk, "Chunk") == [] for chunk in mine[:-1])
         assert problems(mine[-1], "CompletionFinal") == []
         assert mine[-1]["usage"]["completion_tokens"] == 3
-
-
-def test_what_needs_a_grammar_is_refused_as_with_grammars_disabled(client: httpx.Client) -> None:
-    tool = {"type": "function", "function": {"name": "f", "arguments": {}}}
-    for body in ({"tools": [tool]}, {"response_format": {"type": "json", "value": {"properties": {}}}}):
-        answer = client.post("/v1/chat/completions", json={"messages": HELLO, **body})
-        assert (answer.status_code, answer.json()["error"]) == (422, "Input validation error: grammar is not supported")

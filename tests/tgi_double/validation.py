@@ -5,6 +5,7 @@ A wrong type is `Unreadable` (422, plain text); a broken rule is `Refused` (422,
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import struct
@@ -14,7 +15,8 @@ from typing import Any
 
 from .arguments import Args
 from .generation import CHUNK_TOKENS, Sampling, budget
-from .model import tokenize
+from .grammar import BadGrammar, smallest
+from .model import EOS, tokenize
 
 Reader = Callable[[Any, str], Any]
 REQUIRED = object()
@@ -126,10 +128,32 @@ def prompts(value: Any, where: str) -> list[str]:
 
 def grammar(value: Any, where: str) -> dict[str, Any]:
     kinds = ("json", "json_object", "regex", "json_schema")
-    found = body_of({"type": Field(text), "value": Field(anything)})(value, where)
+    found: dict[str, Any] = body_of({"type": Field(text), "value": Field(anything)})(value, where)
     if found["type"] not in kinds:
         raise Unreadable(f"{where}: unknown variant `{found['type']}`, expected one of `json`, `regex`, `json_schema`")
-    return found  # type: ignore[no-any-return]
+    if found["type"] == "regex":
+        text(found["value"], where)
+    if found["type"] == "json_schema":
+        body_of({"name": _optional(text), "schema": Field(anything)})(found["value"], where)
+    return found
+
+
+def tool(value: Any, where: str) -> dict[str, Any]:
+    """Read a tool as its function; TGI knows `parameters` as `arguments` too, and needs one of them."""
+    function = body_of({"type": Field(text), "function": Field(anything)})(value, where)["function"]
+    found: dict[str, Any] = body_of({"name": Field(text), "description": _optional(text)})(function, where)
+    arguments = next((function[name] for name in ("arguments", "parameters") if name in function), REQUIRED)
+    if arguments is REQUIRED:
+        raise Unreadable(f"{where}: missing field `arguments`")
+    return {**found, "arguments": arguments}
+
+
+def tool_choice(value: Any, where: str) -> str:
+    """Read it as a word: `auto`, `none`, `required`, or the name of the function."""
+    if isinstance(value, str):
+        return value
+    function = body_of({"function": Field(body_of({"name": Field(text)}))})(value, where)["function"]
+    return str(function["name"])
 
 
 def message(value: Any, where: str) -> dict[str, Any]:
@@ -139,9 +163,13 @@ def message(value: Any, where: str) -> dict[str, Any]:
         "tool_calls": Field(list_of(anything), default=None, nullable=True),
         "name": Field(text, default=None, nullable=True),
     }
+    if isinstance(value, dict) and value.get("content", ...) is None:
+        value = {name: each for name, each in value.items() if name != "content"}
     found: dict[str, Any] = body_of(fields)(value, where)
     if found["content"] is None and found["tool_calls"] is None:
         raise Unreadable(f"{where}: data did not match any variant of untagged enum MessageBody")
+    if found["content"] is None:  # the template is shown the calls as JSON; beside a content they are lost
+        found["content"] = json.dumps(found["tool_calls"], ensure_ascii=False)
     return found
 
 
@@ -213,8 +241,8 @@ CHAT = {
     "seed": _optional(u64),
     "temperature": _optional(f32),
     "top_p": _optional(f32),
-    "tools": _optional(list_of(anything)),
-    "tool_choice": _optional(anything),
+    "tools": _optional(list_of(tool)),
+    "tool_choice": _optional(tool_choice),
     "response_format": _optional(grammar),
 }
 COMPLETION = {
@@ -252,6 +280,8 @@ class Job:
     stop: Sequence[str]
     top_n: int
     parameters: Mapping[str, Any]
+    forced: Sequence[int] | None = None
+    """The only tokens that a grammar lets through, in their order."""
 
 
 def validated(inputs: str, parameters: Mapping[str, Any], limits: Limits) -> Job:
@@ -267,11 +297,22 @@ def validated(inputs: str, parameters: Mapping[str, Any], limits: Limits) -> Job
         raise invalid("`inputs` cannot be empty")
     prompt = _prompt(inputs, parameters["truncate"], limits)
     limit = _limit(len(prompt), parameters["max_new_tokens"], limits)
-    if parameters["grammar"] is not None:
-        raise invalid("grammar is not supported")  # the double runs as if with --disable-grammar-support
+    forced = _forced(parameters["grammar"], limits.args)
     seed = parameters["seed"] if parameters["seed"] is not None else random.SystemRandom().getrandbits(64)
     stop, top_n = parameters["stop"], parameters["top_n_tokens"] or 0
-    return Job(prompt, _sampling(parameters), limit, seed, stop, top_n, parameters)
+    return Job(prompt, _sampling(parameters), limit, seed, stop, top_n, parameters, forced)
+
+
+def _forced(given: Mapping[str, Any] | None, args: Args) -> Sequence[int] | None:
+    if given is None:
+        return None
+    if args.disable_grammar_support:
+        raise invalid("grammar is not supported")
+    try:
+        text = smallest(given)
+    except BadGrammar as error:
+        raise invalid(str(error)) from None
+    return [*(piece.id for piece in tokenize(text)), EOS]
 
 
 def checked_best_of(parameters: Mapping[str, Any], args: Args) -> int:
