@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from http import HTTPMethod
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -13,6 +14,7 @@ from pydantic.json_schema import models_json_schema
 from starlette._utils import get_route_path
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Match
 from starlette.types import Scope
 
 from gateway.api.rights import right_for
@@ -220,9 +222,16 @@ async def _http(request: Request, error: Exception) -> Response:
             return render(NotFound(f"There is nothing at {request.url.path}; GET /docs shows what there is."), scope)
         case 405:
             words = f"{request.method} is not possible here; see the Allow header, or GET /docs."
-            return render(MethodNotAllowed(words), scope, error.headers)
+            return render(MethodNotAllowed(words), scope, {"allow": ", ".join(_methods(request))})
         case _:
             return JSONResponse({"detail": error.detail, "error_code": "INTERNAL_ERROR"}, error.status_code)
+
+
+def _methods(request: Request) -> list[str]:
+    """Return the methods that an address has, of all its routes: Starlette itself tells of the first one only."""
+    routes: Sequence[BaseRoute] = request.app.routes
+    scopes = {method.value: {**request.scope, "method": method.value} for method in HTTPMethod}
+    return [name for name, scope in scopes.items() if any(each.matches(scope)[0] is Match.FULL for each in routes)]
 
 
 def our_fault(error: Exception, scope: Scope) -> Response:
