@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -82,8 +83,8 @@ class Server:
         self.handle: Handle
         self.phases: list[str] = []
 
-    async def start(self) -> None:
-        self.handle = await self.runtime.start(ENGINE.launch(spec(), "smollm2", SECRET), self.ear)
+    async def start(self, **more: Any) -> None:
+        self.handle = await self.runtime.start(ENGINE.launch(spec(**more), "smollm2", SECRET), self.ear)
         async with httpx.AsyncClient(base_url=self.handle.base_url, trust_env=False) as client:
             async with asyncio.timeout(READY_S):
                 while not await self._is_ready(client):
@@ -143,13 +144,22 @@ def ask(prompt: str = CAPITAL, **more: Any) -> GenerationRequest:
     return GenerationRequest(**{"prompt": prompt, "max_new_tokens": 8, "temperature": 0.0, **more})
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
+@contextmanager
+def serving(**more: Any) -> Iterator[Server]:
+    """Yield a loaded server of another model, which ends with the block."""
     with asyncio.Runner() as runner:
         server = Server(runner)
-        runner.run(server.start())
+        try:
+            runner.run(server.start(**more))
+            yield server
+        finally:
+            runner.run(server.runtime.aclose())
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with serving() as server:
         yield server
-        runner.run(server.runtime.aclose())
 
 
 # ---- answers ----
@@ -323,10 +333,12 @@ def test_a_last_turn_of_the_assistant_is_continued(server: Server) -> None:
 
 
 def test_a_conversation_is_told_whole(server: Server) -> None:
-    alone = server.chat(HELLO, max_new_tokens=1).prompt_tokens
-    turns = (Message("system", ("Be brief.",)), Message("user", ("Hi",)), Message("assistant", ("Hello",)), HELLO)
-    assert server.chat(*turns, max_new_tokens=1).prompt_tokens != alone
-    assert "Be brief." in rendered(server, messages=[{"role": "system", "content": "Be brief."}])
+    texts = [("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello"), ("user", HELLO)]
+    prompt = rendered(server, messages=[{"role": role, "content": text} for role, text in texts])
+    turns = (Message("system", ("Be ", "brief.")), "Hi", Message("assistant", ("Hello",)), HELLO)
+
+    assert [prompt.count(text) for _, text in texts] == [1] * 4
+    assert server.chat(*turns, max_new_tokens=20).text == server.generate(prompt, max_new_tokens=20).text
 
 
 def test_stop_texts_in_a_chat(server: Server) -> None:
@@ -348,16 +360,10 @@ def test_characters_of_a_chat_are_never_cut(server: Server, tokens: int) -> None
     assert [token.text for token in result.tokens[:3]] == ["", "", "\U0001f34d"]
 
 
-def test_a_context_that_is_full_ends_a_chat(server: Server) -> None:
-    result = server.chat("w " * 450, max_new_tokens=500)
-
-    assert result.reason == "length"
-    assert result.prompt_tokens + result.tokens_generated == pytest.approx(512, abs=1)
-
-
-def test_a_chat_that_ends_in_the_midst_says_so(server: Server) -> None:
+@pytest.mark.parametrize("most", [None, 500])
+def test_a_context_that_is_full_ends_a_chat(server: Server, most: int | None) -> None:
     turns = (Message("user", ("Count. " + "w " * 440,)), Message("assistant", ("1 2 3 4 5 6 7 8 9",)))
-    result = server.chat(*turns, max_new_tokens=None)
+    result = server.chat(*turns, max_new_tokens=most)
 
     assert result.reason == "length"
     assert result.prompt_tokens + result.tokens_generated == pytest.approx(512, abs=1)
@@ -386,6 +392,28 @@ def test_log_probabilities_of_a_chat(server: Server) -> None:
 
     assert [token.token for token in tokens] == [token.text for token in tokens]
     assert all(token.logprob is not None and token.logprob <= 0 and token.top == () for token in tokens)
+
+
+def test_a_template_of_the_catalog_makes_the_prompt() -> None:
+    template = (
+        "{% for message in messages %}{% if message.role == 'system' %}{{ raise_exception('no system, please') }}"
+        "{% endif %}{{ message.content }}{% endfor %}{% if add_generation_prompt %} is{% endif %}"
+    )
+    with serving(chat_template=template) as server:
+        assert server.chat("The capital of France", max_new_tokens=1).text == " Paris"
+        assert server.chat("weather?", tools=(WEATHER,), max_new_tokens=1).prompt_tokens > 50
+        with pytest.raises(InvalidRequest, match="does not take this conversation: no system, please"):
+            server.chat(Message("system", ("Be kind",)), HELLO)
+
+
+def test_a_model_without_a_chat_template_does_not_chat(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(weights().read_bytes().replace(b"tokenizer.chat_template", b"tokenizer.chat_Template", 1))
+    with serving(weights=path, weights_sha256=None) as server:
+        with pytest.raises(InvalidRequest, match="has no chat template, so it cannot chat"):
+            server.chat("Hi")
+        assert server.generate(max_new_tokens=1).text == " Paris"
+    path.unlink()
 
 
 # ---- forms ----
