@@ -84,7 +84,7 @@ def _plain(value: Any) -> Any:
 
 def _or_null(field: JsonSchemaValue) -> JsonSchemaValue:
     """Return the JSON Schema of a field that may be null as well."""
-    about = {key: field[key] for key in ("title", "description", "default") if key in field}
+    about: JsonSchemaValue = {key: field[key] for key in ("title", "description", "default") if key in field}
     rule = {key: value for key, value in field.items() if key not in about}
     kinds = rule["anyOf"] if rule.keys() == {"anyOf"} else [rule]
     null = {"type": "null"}
