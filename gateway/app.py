@@ -25,7 +25,7 @@ from gateway.api.autotrain import autotrain_router
 from gateway.api.generate import generate_router
 from gateway.api.inference import inference_router
 from gateway.api.llm_service import llm_service_router
-from gateway.api.middleware import BodyLimit, LoopbackOnly, PlainPaths, PlainRefusal, RequestLog
+from gateway.api.middleware import BodyLimit, Lingering, LoopbackOnly, PlainPaths, PlainRefusal, RequestLog
 from gateway.api.models import models_router
 from gateway.api.openai import openai_router
 from gateway.api.overview import overview_router
@@ -164,6 +164,7 @@ def compose(settings: Settings, catalog: Catalog) -> FastAPI:
     if keys is None and not settings.allow_insecure:
         app.add_middleware(LoopbackOnly, refusal=_not_for_you)
     app.add_middleware(RequestLog)
+    app.add_middleware(Lingering)
     app.add_middleware(PlainRefusal)
     return app
 

@@ -6,8 +6,18 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError
 
 from gateway.catalog import ModelSpec
 from gateway.generation import GenerationRequest, TokenChance
@@ -31,7 +41,7 @@ def is_unicode(text: str) -> str:
     return text
 
 
-Prompt = Annotated[str, AfterValidator(not_blank)]
+Prompt = Annotated[str, AfterValidator(not_blank), Field(json_schema_extra={"pattern": r"\S"})]
 MOST_TOKENS = 10_000_000
 """Beyond any model: what bounds a count of tokens where nothing better is known."""
 StopText = Annotated[str, Field(min_length=1, max_length=1000)]
@@ -46,14 +56,39 @@ StopTexts = Annotated[
 
 
 class Body(BaseModel):
-    """A request's body. Unknown fields are ignored, and null means not given."""
+    """A request's body. Unknown fields are ignored, null means not given, and 5.0 is an integer, as in JSON Schema."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
 
     @model_validator(mode="before")
     @classmethod
     def _without_null(cls, body: Any) -> Any:
-        return {name: value for name, value in body.items() if value is not None} if isinstance(body, dict) else body
+        if not isinstance(body, dict):
+            return body
+        return {name: _plain(value) for name, value in body.items() if value is not None}
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        reference = handler(core_schema)
+        schema = handler.resolve_ref_schema(reference)
+        required = schema.get("required", ())
+        schema["properties"] = {
+            name: field if name in required else _or_null(field) for name, field in schema["properties"].items()
+        }
+        return reference
+
+
+def _plain(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _or_null(field: JsonSchemaValue) -> JsonSchemaValue:
+    """Return the JSON Schema of a field that may be null as well."""
+    about: JsonSchemaValue = {key: field[key] for key in ("title", "description", "default") if key in field}
+    rule = {key: value for key, value in field.items() if key not in about}
+    kinds = rule["anyOf"] if rule.keys() == {"anyOf"} else [rule]
+    null = {"type": "null"}
+    return {**about, "anyOf": kinds if null in kinds else [*kinds, null]}
 
 
 # ---- requests -------------------------------------------------------------------------------------------------------

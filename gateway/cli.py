@@ -8,15 +8,14 @@ answer at once.
 from __future__ import annotations
 
 import asyncio
+import importlib
 import io
 import json
 import math
 import os
-import shutil
 import signal
 import sys
-import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -27,23 +26,23 @@ import click
 from gateway.client import (
     DEFAULT_URL,
     AsyncInferenceClient,
+    ChatMessage,
+    ChatParameters,
     ClientError,
     GatewayRefused,
     InferenceClient,
     Model,
     Parameters,
-    Progress,
     Started,
 )
 from gateway.errors import CatalogError, StartFailed
+from gateway.terminal import Display, echo_json, echo_text, harmless, how_far, table, with_progress
 
 if TYPE_CHECKING:
     from gateway.catalog import ModelSpec
 
 PULLED = "done: "
-COMING_UP = ("starting", "loading")
 DOWN = ("stopped", "failed")
-LOOK_EVERY_S = 1.0
 CUT_SHORT = 128 + signal.SIGINT
 
 T = TypeVar("T")
@@ -65,7 +64,7 @@ class Failed(click.ClickException):
             echo_json({"error": self._about})
             return
         for line in self._lines:
-            click.echo(_harmless(line), file=file, err=True)
+            click.echo(harmless(line), file=file, err=True)
 
 
 class Unusable(Failed):
@@ -151,28 +150,6 @@ url_option = click.option(
 )
 
 
-def echo_json(value: object) -> None:
-    click.echo(json.dumps(value, ensure_ascii=False))
-
-
-def echo_text(text: str, *, end: str = "\n") -> None:
-    """Write text that somebody else made: as it is, but harmless to a terminal."""
-    if sys.stdout.isatty():
-        text = _harmless(text)
-    click.echo(text + end, nl=False, color=True)  # color: or click would cut escape sequences out of files, too
-
-
-def _harmless(text: str) -> str:
-    return "".join(char if char.isprintable() or char in "\n\t" else "\N{REPLACEMENT CHARACTER}" for char in text)
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    """Return rows as columns, the last one ragged."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-    return "\n".join(line.rstrip() for line in lines)
-
-
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="tgi-gateway", prog_name="gateway")
 def main() -> None:
@@ -184,6 +161,7 @@ def main() -> None:
       gateway serve                                     serve its models at http://127.0.0.1:8000
       gateway generate smollm2-135m "The sky is" --stream
                                                         in another terminal: one answer, starting the model
+      gateway chat smollm2-135m                         a conversation with it
       gateway models                                    what runs, and what has failed
 
     All commands but `serve`, `check`, `doctor` and `keys` talk to a gateway that runs: at --url, at GATEWAY_URL, or on
@@ -283,7 +261,7 @@ def check(file: Path | None, schema: bool, as_json: bool) -> None:
     rows = [
         [*(model[key] for key in ("id", "engine", "runtime", "runs")), "; ".join(model["notes"])] for model in models
     ]
-    click.echo(_table([["MODEL", "ENGINE", "RUNTIME", "RUNS", "NOTES"], *rows]))
+    click.echo(table([["MODEL", "ENGINE", "RUNTIME", "RUNS", "NOTES"], *rows]))
 
 
 def _plan(spec: ModelSpec) -> dict[str, Any]:
@@ -420,7 +398,7 @@ def keys_list(file: Path, as_json: bool) -> None:
     rows = [
         [key["name"], ",".join(key["rights"]), *(str(key[limit] or "-") for limit in list(key)[2:])] for key in found
     ]
-    click.echo(_table([["NAME", "RIGHTS", "REQUESTS/MINUTE", "AT ONCE"], *rows]))
+    click.echo(table([["NAME", "RIGHTS", "REQUESTS/MINUTE", "AT ONCE"], *rows]))
 
 
 @keys.command("remove")
@@ -491,7 +469,7 @@ def models(url: str, as_json: bool) -> None:
     if as_json:
         echo_json({"models": found})
         return
-    echo_text(_table([["MODEL", "STATE", "ENGINE", "RUNTIME", "BUSY", "QUEUED", "ABOUT"], *map(_row, found)]))
+    echo_text(table([["MODEL", "STATE", "ENGINE", "RUNTIME", "BUSY", "QUEUED", "ABOUT"], *map(_row, found)]))
 
 
 def _row(model: Model) -> list[str]:
@@ -501,7 +479,7 @@ def _row(model: Model) -> list[str]:
 
 def _about_model(model: Model) -> str:
     if model["progress"]:
-        return _how_far(model["progress"])
+        return how_far(model["progress"])
     if model["last_error"] and model["state"] == "failed":
         return " ".join(model["last_error"]["detail"].split())
     return ""
@@ -524,7 +502,7 @@ def start(model_id: str, no_wait: bool, url: str, as_json: bool) -> None:
       gateway start mistral-7b --no-wait
     """
     answer = _talk(
-        url, lambda client: _with_progress(client, model_id, client.start(model_id, wait=not no_wait), not as_json)
+        url, lambda client: with_progress(client, model_id, client.start(model_id, wait=not no_wait), not as_json)
     )
     _tell(answer, as_json)
 
@@ -538,7 +516,7 @@ def restart(model_id: str, url: str, as_json: bool) -> None:
 
     Its running requests finish first, within drain_timeout; those that wait are answered by the new server.
     """
-    _tell(_talk(url, lambda client: _with_progress(client, model_id, client.restart(model_id), not as_json)), as_json)
+    _tell(_talk(url, lambda client: with_progress(client, model_id, client.restart(model_id), not as_json)), as_json)
 
 
 def _tell(started: Started, as_json: bool) -> None:
@@ -608,7 +586,7 @@ def _report_stops(ends: Mapping[str, ClientError | None], as_json: bool) -> None
     else:
         click.echo(f"Stopped: {', '.join(stopped) or 'nothing was running'}.")
         for model_id, error in failed.items():
-            click.echo(_harmless(f"{model_id}: {error}"), err=True)
+            click.echo(harmless(f"{model_id}: {error}"), err=True)
     if failed:
         raise click.exceptions.Exit(1)
 
@@ -708,13 +686,13 @@ def generate(
         _talk(url, lambda client: _print_stream(client, prompt, asked))
         return
     asked["return_full_text"] = False
-    answer = _talk(url, lambda client: _with_progress(client, model_id, client.generate(prompt, **asked), not as_json))
+    answer = _talk(url, lambda client: with_progress(client, model_id, client.generate(prompt, **asked), not as_json))
     echo_json(answer) if as_json else echo_text(answer["generated_text"])
 
 
 async def _print_stream(client: AsyncInferenceClient, prompt: str, asked: Parameters) -> None:
     async with aclosing(client.stream(prompt, **asked)) as texts:
-        echo_text(await _with_progress(client, asked["model"] or "", anext(texts, ""), True), end="")
+        echo_text(await with_progress(client, asked["model"] or "", anext(texts, ""), True), end="")
         try:
             async for text in texts:
                 echo_text(text, end="")
@@ -732,61 +710,106 @@ def _talk(url: str, work: Callable[[AsyncInferenceClient], Coroutine[Any, Any, T
     return asyncio.run(talk())
 
 
-# ---- progress -------------------------------------------------------------------------------------------------------
+@main.command()
+@click.argument("model_id", metavar="ID")
+@click.option("--system", metavar="TEXT", help="What the model is told before the conversation begins.")
+@click.option("--max-tokens", type=click.IntRange(min=1), help="Longest answer in tokens.")
+@click.option(
+    "--temperature", type=click.FloatRange(0, 2), callback=_finite, help="0 always takes the likeliest token."
+)
+@url_option
+@json_option
+def chat(
+    model_id: str, system: str | None, max_tokens: int | None, temperature: float | None, url: str, as_json: bool
+) -> None:
+    """Talk with a model. Each line is a turn, and its answer is printed as it comes.
+
+    Ctrl-C ends an answer, and what has come of it stays in the conversation; Ctrl-D ends the conversation, and
+    /clear begins it anew. Lines may also come from a file or a pipe: then the first failure ends it, and with --json
+    each answer is an object on a line of its own.
+
+    \b
+    Examples:
+      gateway chat smollm2-135m
+      gateway chat smollm2-135m --system "Answer in one word." --temperature 0
+      printf 'Hello!\\nWho are you?\\n' | gateway chat smollm2-135m --json | jq -r .content
+    """
+    asked: ChatParameters = {"max_tokens": max_tokens, "temperature": temperature}
+    conversation = Conversation(system)
+    for line in _turns():
+        if line == "/clear":
+            conversation = Conversation(system)
+        elif line.strip():
+            _take_turn(conversation, line, url, model_id, asked, as_json)
 
 
-async def _with_progress(client: AsyncInferenceClient, model_id: str, work: Awaitable[T], shown: bool) -> T:
-    """Return what `work` returns; meanwhile tell on stderr how far the model's start has come."""
-    watching = asyncio.create_task(_watch(client, model_id)) if shown else None
+class Conversation:
+    """What was said so far."""
+
+    def __init__(self, system: str | None) -> None:
+        self.messages: list[ChatMessage] = [{"role": "system", "content": system}] if system else []
+
+    def say(self, role: str, content: str) -> None:
+        self.messages.append({"role": role, "content": content})
+
+
+def _turns() -> Iterator[str]:
+    """Yield what the user says, until Ctrl-D or the end of the file."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
+    talking = sys.stdin.isatty()
+    if talking:
+        with suppress(ImportError):  # with it the terminal's lines can be edited, and come back by the arrow keys
+            importlib.import_module("readline")
+    with suppress(EOFError):
+        while True:
+            yield input("> " if talking else "")
+
+
+def _take_turn(
+    conversation: Conversation, line: str, url: str, model_id: str, asked: ChatParameters, as_json: bool
+) -> None:
+    """Print the answer to a line. On a terminal the conversation goes on after a failure, without that line."""
+    conversation.say("user", line)
+    said: list[str] = []
     try:
-        return await work
-    finally:
-        if watching:
-            watching.cancel()
-            await asyncio.wait([watching])
+        _talk(url, lambda client: _print_turn(client, model_id, conversation.messages, asked, said, shown=not as_json))
+    except ClientError as error:
+        conversation.messages.pop()
+        if not sys.stdin.isatty():
+            raise
+        for words in _lines_about(error):
+            click.echo(harmless(words), err=True)
+        return
+    except KeyboardInterrupt:
+        if not sys.stdin.isatty():
+            raise
+    conversation.say("assistant", "".join(said))
+    if as_json:
+        echo_json(conversation.messages[-1])
 
 
-async def _watch(client: AsyncInferenceClient, model_id: str) -> None:
-    display = Display()
-    try:
-        with suppress(ClientError):  # the work itself meets it too, and reports it
-            while True:
-                model = await client.model(model_id)
-                if model["state"] in COMING_UP:
-                    phase = model["progress"]["phase"] if model["progress"] else model["state"]
-                    display.show(f"{model_id}: {phase}", f"{model_id}: {_how_far(model['progress']) or phase}")
-                await asyncio.sleep(LOOK_EVERY_S)
-    finally:
-        display.clear()
+async def _print_turn(
+    client: AsyncInferenceClient,
+    model_id: str,
+    messages: Sequence[ChatMessage],
+    asked: ChatParameters,
+    said: list[str],
+    *,
+    shown: bool,
+) -> None:
+    """Add to `said` what comes, piece by piece."""
 
+    def take(text: str) -> None:
+        said.append(text)
+        if shown:
+            echo_text(text, end="")
 
-def _how_far(progress: Progress | None) -> str:
-    if progress is None:
-        return ""
-    scale, unit = (1e6, "MB") if progress["unit"] == "bytes" else (1, progress["unit"])
-    amounts = [f"{amount / scale:.0f}" for amount in (progress["done"], progress["total"]) if amount is not None]
-    return " ".join(filter(None, [progress["phase"], "/".join(amounts), unit if amounts else None]))
-
-
-class Display:
-    """A line on stderr: rewritten on a terminal, elsewhere a new one for each phase."""
-
-    def __init__(self) -> None:
-        self._rewritten = sys.stderr.isatty()
-        self._began_at = time.monotonic()
-        self._phase = ""
-
-    def show(self, phase: str, words: str) -> None:
-        if self._rewritten:
-            self._rewrite(f"{_harmless(words)} ({time.monotonic() - self._began_at:.0f} s)")
-        elif phase != self._phase:
-            click.echo(phase, err=True)
-        self._phase = phase
-
-    def clear(self) -> None:
-        if self._rewritten and self._phase:
-            self._rewrite("")
-
-    def _rewrite(self, line: str) -> None:
-        room = shutil.get_terminal_size().columns - 1
-        click.echo(f"\r\x1b[2K{line[:room]}", nl=False, err=True, color=True)
+    async with aclosing(client.chat(model_id, messages, **asked)) as texts:
+        try:
+            take(await with_progress(client, model_id, anext(texts, ""), shown))
+            async for text in texts:
+                take(text)
+        finally:
+            if shown and said:
+                click.echo()

@@ -16,7 +16,7 @@ gateway's defaults hold. Talks HTTP, and imports nothing else of the package.
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, Generator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NotRequired, Protocol, Self, TypedDict, TypeVar, Unpack, cast
@@ -57,6 +57,27 @@ class Parameters(TypedDict, total=False):
     """Report so many of the likeliest tokens at each position, in `tokens`."""
     return_full_text: bool | None
     """Whether generated_text begins with the prompt; never in streams."""
+
+
+class ChatMessage(TypedDict):
+    """One turn of a conversation, in OpenAI's words."""
+
+    role: str
+    """`system`, `user` or `assistant`."""
+    content: str
+
+
+class ChatParameters(TypedDict, total=False):
+    """What an answer in a conversation may be asked. None counts as not given."""
+
+    max_tokens: int | None
+    temperature: float | None
+    """0 to 2; 0 always takes the likeliest token."""
+    top_p: float | None
+    stop: list[str] | str | None
+    seed: int | None
+    frequency_penalty: float | None
+    presence_penalty: float | None
 
 
 class Candidate(TypedDict):
@@ -214,11 +235,19 @@ def _refusal(response: httpx.Response) -> GatewayRefused:
         said = response.json()
     except ValueError:
         said = None
+    if isinstance(said, dict) and isinstance(said.get("error"), dict):
+        return _openai_refusal(response.status_code, said["error"], _retry_after(response))
     if not isinstance(said, dict) or "detail" not in said:
         words = f"HTTP {response.status_code} {response.reason_phrase}, and not in a gateway's words"
         return GatewayRefused(response.status_code, "UNKNOWN", f"{words}: is this its address?", _retry_after(response))
     detail, code = said.pop("detail"), said.pop("error_code", "UNKNOWN")
     return GatewayRefused(response.status_code, str(code), _words(detail), _retry_after(response), said)
+
+
+def _openai_refusal(status: int, error: Mapping[str, Any], retry_after_s: float | None = None) -> GatewayRefused:
+    """Return the error that an object of OpenAI's shape stands for."""
+    extra = {name: value for name, value in error.items() if name not in ("message", "code", "type", "param")}
+    return GatewayRefused(status, str(error.get("code") or "UNKNOWN"), str(error.get("message")), retry_after_s, extra)
 
 
 def _retry_after(response: httpx.Response) -> float | None:
@@ -273,6 +302,14 @@ def _generation(path: str, prompt: str, parameters: Parameters) -> _Call:
     if "model" in given:
         given["model_id"] = given.pop("model")
     return _Call("POST", path, {"prompt": prompt, **given}, patient=True)
+
+
+def _conversation(model_id: str, messages: Sequence[ChatMessage], parameters: ChatParameters) -> _Call:
+    if unknown := parameters.keys() - ChatParameters.__annotations__.keys():
+        raise TypeError(f"no such parameter: {', '.join(sorted(unknown))}")
+    given = {name: value for name, value in parameters.items() if value is not None}
+    body = {"model": model_id, "messages": list(messages), **given, "stream": True}
+    return _Call("POST", "/v1/chat/completions", body, patient=True)
 
 
 def _model(model_id: str) -> _Call:
@@ -466,6 +503,33 @@ class _Tokens:
         return iter(())
 
 
+class _Turn:
+    """The texts of an assistant's turn, from chunks in OpenAI's shape."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._frames = _Frames()
+        self._complete = False
+
+    def feed(self, chunk: bytes) -> Iterator[str]:
+        for frame in self._frames.feed(chunk):
+            data = "\n".join(frame.data)
+            if data == "[DONE]":
+                self._complete = True
+                continue
+            said = json.loads(data)
+            if "error" in said:
+                raise _openai_refusal(200, said["error"])
+            for choice in said["choices"]:
+                if text := choice["delta"].get("content"):
+                    yield text
+
+    def end(self) -> Iterator[str]:
+        if not self._complete:
+            raise GatewayUnreachable(self._url, f"The gateway at {self._url} ended a stream before its last token.")
+        return iter(())
+
+
 class _PullLines:
     """How far a pull has come. Its last line says that it is done, or why it failed."""
 
@@ -512,6 +576,15 @@ class InferenceClient:
     def stream(self, prompt: str, **parameters: Unpack[Parameters]) -> Generator[str]:
         """Yield the texts of the answer's tokens as they come; closing the iterator ends the generation."""
         return self._read(_generation("/generate_stream", prompt, parameters), _Tokens(self._gateway.url))
+
+    def chat(
+        self,
+        id: str,  # noqa: A002 - what the contract calls it
+        messages: Sequence[ChatMessage],
+        **parameters: Unpack[ChatParameters],
+    ) -> Generator[str]:
+        """Yield the pieces of the assistant's next turn as they come; closing the iterator ends the generation."""
+        return self._read(_conversation(id, messages, parameters), _Turn(self._gateway.url))
 
     def models(self) -> list[Model]:
         """Return all models of the catalog."""
@@ -591,6 +664,14 @@ class AsyncInferenceClient:
 
     def stream(self, prompt: str, **parameters: Unpack[Parameters]) -> AsyncGenerator[str]:
         return self._read(_generation("/generate_stream", prompt, parameters), _Tokens(self._gateway.url))
+
+    def chat(
+        self,
+        id: str,  # noqa: A002
+        messages: Sequence[ChatMessage],
+        **parameters: Unpack[ChatParameters],
+    ) -> AsyncGenerator[str]:
+        return self._read(_conversation(id, messages, parameters), _Turn(self._gateway.url))
 
     async def models(self) -> list[Model]:
         return self._gateway.models(await self._ask(_MODELS))

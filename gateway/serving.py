@@ -214,11 +214,12 @@ def _log_config(log_format: str) -> dict[str, Any]:
 
 
 class JsonLines(logging.Formatter):
-    """One JSON object a line."""
+    """One JSON object a line; what a record has as `facts` are fields of it."""
 
     def format(self, record: logging.LogRecord) -> str:
         at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         event = {"time": at, "level": record.levelname, "logger": record.name, "message": record.getMessage()}
+        event |= getattr(record, "facts", {})
         if record.exc_info:
             event["exception"] = self.formatException(record.exc_info)
         return json.dumps(event, ensure_ascii=False)

@@ -1,9 +1,13 @@
-"""The composition root: what it refuses before anything runs."""
+"""The composition root: what it refuses before anything runs, and what its OpenAPI document tells."""
 
+import asyncio
 from pathlib import Path
 
+import httpx
 import pytest
+from fastapi import FastAPI
 
+from gateway.api.rights import right_for
 from gateway.app import check_one_worker, create_app
 from gateway.errors import CatalogError
 from gateway.shapes import api_of
@@ -35,15 +39,20 @@ def test_the_application_is_made_of_the_environment_alone() -> None:
         create_app(environ={"GATEWAY_HOST": "0.0.0.0"})
 
 
-def test_the_openapi_document_tells_of_every_error_in_its_shape(tmp_path: Path) -> None:
-    catalog = tmp_path / "models.yaml"
+def application(folder: Path) -> FastAPI:
+    catalog = folder / "models.yaml"
     catalog.write_text("models: {m: {engine: llamacpp, weights: m.gguf}}")
-    document = create_app(environ={"GATEWAY_CATALOG": str(catalog)}).openapi()
-    paths, kinds = document["paths"], {"documents": "Problem", "openai": "OpenAiProblem", "tgi": "TgiProblem"}
+    return create_app(environ={"GATEWAY_CATALOG": str(catalog)})
+
+
+def test_the_openapi_document_tells_of_every_error_in_its_shape(tmp_path: Path) -> None:
+    document = application(tmp_path).openapi()
+    paths, names = document["paths"], {"documents": "Problem", "openai": "OpenAiProblem", "tgi": "TgiProblem"}
 
     for path, operations in paths.items():
-        problem = {"$ref": f"#/components/schemas/{kinds[api_of(path)]}"}
+        problem = {"$ref": f"#/components/schemas/{names[api_of(path)]}"}
         for operation in operations.values():
+            assert operation["security"] == ([{"key": []}, {}] if right_for(path) else [])
             for status, answer in operation["responses"].items():
                 if int(status) >= 400:
                     assert answer["content"] == {"application/json": {"schema": problem}}, (path, status)
@@ -69,3 +78,50 @@ def test_the_openapi_document_tells_of_every_error_in_its_shape(tmp_path: Path) 
     assert list(paths["/generate_stream"]["post"]["responses"]["200"]["content"]) == ["text/event-stream"]
     assert list(paths["/models/{model_id}/logs"]["get"]["responses"]["200"]["content"]) == ["text/plain"]
     assert {"detail", "error_code"} == set(document["components"]["schemas"]["Problem"]["properties"])
+
+
+def test_the_openapi_document_has_events_one_by_one(tmp_path: Path) -> None:
+    paths = application(tmp_path).openapi()["paths"]
+    for path, method in (
+        ("/generate", "post"),
+        ("/generate_stream", "post"),
+        ("/inference", "post"),
+        ("/events", "get"),
+    ):
+        content = paths[path][method]["responses"]["200"]["content"]["text/event-stream"]
+        assert list(content) == ["itemSchema"], path
+        assert content["itemSchema"]["required"] == ["data"]
+
+
+def test_the_openapi_document_has_the_shape_of_every_answer_in_json(tmp_path: Path) -> None:
+    for path, operations in application(tmp_path).openapi()["paths"].items():
+        for method, operation in operations.items():
+            for status, answer in operation["responses"].items():
+                if "application/json" in answer["content"]:
+                    assert "$ref" in answer["content"]["application/json"]["schema"], (path, method, status)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("POST", "/models", "GET, HEAD"),
+        ("OPTIONS", "/health", "GET, HEAD"),
+        ("DELETE", "/", "GET, HEAD"),
+        ("PUT", "/models/m/llm-service/health/", "GET, HEAD"),
+        ("HEAD", "/models/m", "GET"),
+        ("GET", "/generate", "POST"),
+        ("GET", "/models/m/start", "POST"),
+    ],
+)
+def test_whoever_asks_by_a_wrong_method_is_told_of_all_that_the_address_has(
+    method: str, path: str, allowed: str, tmp_path: Path
+) -> None:
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(application(tmp_path))
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+            return await client.request(method, path)
+
+    answer = asyncio.run(ask())
+
+    assert answer.status_code == 405
+    assert answer.headers["allow"] == allowed

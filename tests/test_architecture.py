@@ -36,6 +36,7 @@ FLOORS = [
     ["gateway.api"],
     ["gateway.app"],
     ["gateway.serving", "gateway.doctor"],
+    ["gateway.terminal"],
     ["gateway.cli"],
     ["gateway.__main__"],
 ]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import json
 import os
+import pty
 import re
+import select
 import signal
 import socket
 import subprocess
@@ -18,13 +20,15 @@ from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
+import httpx
 import pytest
 import respx
 from click.testing import CliRunner, Result
 
 from gateway import cli
+from gateway.terminal import Display
 
 URL = "http://127.0.0.1:8000"
 LONG_S = 90.0
@@ -91,7 +95,20 @@ def test_help_shows_how_to_begin() -> None:
         assert words in result.stdout
 
 
-COMMANDS = ["serve", "check", "doctor", "models", "start", "stop", "restart", "logs", "pull", "generate", "keys"]
+COMMANDS = [
+    "serve",
+    "check",
+    "doctor",
+    "models",
+    "start",
+    "stop",
+    "restart",
+    "logs",
+    "pull",
+    "generate",
+    "chat",
+    "keys",
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -112,7 +129,7 @@ def test_the_package_runs_as_a_program() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["chat"], "No such command 'chat'"),
+        (["speak"], "No such command 'speak'"),
         (["pull"], "Missing argument 'ID'"),
         (["start"], "Missing argument 'ID'"),
         (["stop"], "Name one model, or say --all."),
@@ -594,6 +611,78 @@ def test_generate_asks_for_what_was_said_and_prints_the_continuation(gateway: re
     }  # fmt: skip
 
 
+def chunks(*texts: str, done: bool = True) -> str:
+    said = [{"choices": [{"index": 0, "delta": {"content": text}}], "usage": None} for text in texts]
+    frames = [f"data: {json.dumps(chunk)}\n\n" for chunk in said]
+    return "".join(frames) + ("data: [DONE]\n\n" if done else "")
+
+
+def talk(lines: str, *arguments: str) -> Any:
+    return CliRunner().invoke(cli.main, ["chat", "m", *arguments], input=lines)
+
+
+def test_chat_sends_all_that_was_said(gateway: respx.MockRouter) -> None:
+    route = gateway.post("/v1/chat/completions")
+    route.side_effect = [httpx.Response(200, text=chunks("Hi", " \x1b[1myou")), httpx.Response(200, text=chunks("Yes"))]
+    gateway.get("/models/m").respond(json=model("m", "ready"))
+
+    result = talk("Hello\n\n  \nReally?\n", "--system", "Be kind.", "--temperature", "0", "--max-tokens", "9")
+
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "Hi \x1b[1myou\nYes\n", "")
+    assert json.loads(route.calls.last.request.content) == {
+        "model": "m",
+        "messages": [
+            {"role": "system", "content": "Be kind."},
+            {"role": "user", "content": "Hello"},
+            {"role": "assistant", "content": "Hi \x1b[1myou"},
+            {"role": "user", "content": "Really?"},
+        ],
+        "temperature": 0.0,
+        "max_tokens": 9,
+        "stream": True,
+    }
+
+
+def test_chat_is_forgotten_by_clear_but_for_the_system(gateway: respx.MockRouter) -> None:
+    route = gateway.post("/v1/chat/completions").respond(text=chunks("ok"))
+    gateway.get("/models/m").respond(json=model("m", "ready"))
+
+    talk("one\n/clear\ntwo\n", "--system", "S")
+
+    said = json.loads(route.calls.last.request.content)["messages"]
+    assert [message["content"] for message in said] == ["S", "two"]
+
+
+def test_chat_as_json_is_an_object_an_answer(gateway: respx.MockRouter) -> None:
+    gateway.post("/v1/chat/completions").respond(text=chunks("a", "b"))
+
+    result = talk("one\ntwo\n", "--json")
+
+    assert result.stdout.splitlines() == ['{"role": "assistant", "content": "ab"}'] * 2
+
+
+@pytest.mark.parametrize(
+    ("status", "text", "words"),
+    [
+        (404, '{"error": {"message": "No such model.", "code": "MODEL_NOT_FOUND"}}', "MODEL_NOT_FOUND: No such model."),
+        (200, chunks("a", done=False), "ended a stream before its last token"),
+        (200, 'data: {"error": {"message": "It broke.", "code": "GENERATION_FAILED"}}\n\n', "It broke."),
+        (502, "<html>", "HTTP 502"),
+    ],
+)
+def test_chat_of_a_pipe_ends_with_the_first_failure(
+    gateway: respx.MockRouter, status: int, text: str, words: str
+) -> None:
+    route = gateway.post("/v1/chat/completions").respond(status, text=text)
+    gateway.get("/models/m").respond(json=model("m", "ready"))
+
+    result = talk("one\ntwo\n")
+
+    assert result.exit_code == 1
+    assert words in result.stderr
+    assert route.call_count == 1
+
+
 def test_pull_tells_how_far_it_has_come_and_what_came_of_it(gateway: respx.MockRouter) -> None:
     lines = ["pulling, 1.0 MB of 9.0 MB", "pulling, 9.0 MB of 9.0 MB", "extracting", "done: image and weights are here"]
     gateway.post("/models/m/pull").respond(text="".join(f"{line}\n" for line in lines))
@@ -621,7 +710,7 @@ def test_pull_that_fails_is_status_1_early_or_late(gateway: respx.MockRouter) ->
 
 
 def test_progress_is_a_line_for_each_phase_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    display = cli.Display()
+    display = Display()
 
     for done in (1, 2):
         display.show("m: pulling", f"m: pulling {done}/9 MB")
@@ -636,7 +725,7 @@ def test_progress_is_one_rewritten_line_on_a_terminal(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "20")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    display = cli.Display()
+    display = Display()
 
     display.show("m: pulling", "m: pulling \x1b]0;evil\x07 and a long way to go")
     display.clear()
@@ -711,6 +800,95 @@ def test_ctrl_c_ends_it_quietly() -> None:
         _, said = process.communicate(timeout=LONG_S)
         assert (process.returncode, said) == (130, "")
         assert left.wait(LONG_S)
+
+
+class HalfAnswers(BaseHTTPRequestHandler):
+    """A gateway whose first answer in a conversation stops in its midst and waits; later ones are whole."""
+
+    asked: ClassVar[list[Any]]
+    left: ClassVar[threading.Event]
+
+    def do_GET(self) -> None:
+        self.send_error(404)
+
+    def do_POST(self) -> None:
+        self.asked.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
+        self.send_response(200)
+        self.end_headers()
+        first = len(self.asked) == 1
+        self.wfile.write(chunks("so far" if first else "whole", done=not first).encode())
+        if first:
+            self.rfile.read(1)  # the caller says nothing more: its end of the connection is what comes
+            self.left.set()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+class Terminal:
+    """A command on a terminal of its own."""
+
+    def __init__(self, *arguments: str) -> None:
+        heeding = "import signal as s; s.signal(s.SIGINT, s.default_int_handler); from gateway.cli import main; main()"
+        self._ours, theirs = pty.openpty()
+        command = [sys.executable, "-c", heeding, *arguments]
+        self.process = subprocess.Popen(
+            command,
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            start_new_session=True,
+            env={**os.environ, "TERM": "dumb"},
+        )
+        os.close(theirs)
+        self._seen = ""
+
+    def wait_for(self, words: str) -> None:
+        """Return once these words have been written since the last ones that were waited for."""
+        while words not in self._seen:
+            assert select.select([self._ours], [], [], LONG_S)[0], self._seen
+            self._seen += os.read(self._ours, 1000).decode()
+        self._seen = self._seen.partition(words)[2]
+
+    def write(self, keys: str) -> None:
+        os.write(self._ours, keys.encode())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self._ours)
+
+
+def test_ctrl_c_ends_an_answer_of_a_chat_and_ctrl_d_the_chat() -> None:
+    class Handler(HalfAnswers):
+        asked: ClassVar[list[Any]] = []
+        left = threading.Event()
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            with Terminal("chat", "m", "--url", f"http://127.0.0.1:{server.server_port}") as terminal:
+                terminal.wait_for("> ")
+                terminal.write("one\n")
+                terminal.wait_for("so far")
+                terminal.process.send_signal(signal.SIGINT)
+                terminal.wait_for("> ")
+                assert Handler.left.wait(LONG_S)
+                terminal.write("two\n")
+                terminal.wait_for("whole")
+                terminal.wait_for("> ")
+                terminal.write("\x04")
+
+                assert terminal.process.wait(LONG_S) == 0
+        finally:
+            server.shutdown()
+            thread.join(LONG_S)
+    said = [message["content"] for message in Handler.asked[1]["messages"]]
+    assert said == ["one", "so far", "two"]
 
 
 # ---- with the embedded model ----------------------------------------------------------------------------------------

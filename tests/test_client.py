@@ -11,7 +11,14 @@ import httpx
 import pytest
 import respx
 
-from gateway.client import AsyncInferenceClient, ClientError, GatewayRefused, GatewayUnreachable, InferenceClient
+from gateway.client import (
+    AsyncInferenceClient,
+    ChatMessage,
+    ClientError,
+    GatewayRefused,
+    GatewayUnreachable,
+    InferenceClient,
+)
 
 URL = "http://gateway.test:8000"
 ANSWER = {
@@ -352,6 +359,54 @@ def test_a_stream_may_be_refused_with_a_status(both: Both, gateway: respx.MockRo
 
     with pytest.raises(GatewayRefused, match="No model is called 'x'"):
         both.stream("p", model="x")
+
+
+def chunk(text: str | None, **more: Any) -> bytes:
+    said = {"choices": [{"index": 0, "delta": {"content": text} if text is not None else {}}], "usage": None, **more}
+    return b"data: " + json.dumps(said, ensure_ascii=False).encode() + b"\n\n"
+
+
+TURN = (
+    chunk("") + chunk(" caf\u00e9") + b": still working\n\n" + chunk(None) + chunk(" \U0001f600") + b"data: [DONE]\n\n"
+)
+HELLO: list[ChatMessage] = [{"role": "user", "content": "Hello"}]
+
+
+@pytest.mark.parametrize("size", [1, 3, 64, 10_000])
+def test_a_turn_is_the_same_however_it_is_cut(both: Both, gateway: respx.MockRouter, size: int) -> None:
+    pieces = [TURN[i : i + size] for i in range(0, len(TURN), size)]
+    route = gateway.post("/v1/chat/completions").respond(stream=Cut(*pieces))
+
+    assert both.chat("m", HELLO, temperature=0, max_tokens=None) == [" caf\u00e9", " \U0001f600"]
+    assert sent(route) == {"model": "m", "messages": HELLO, "temperature": 0, "stream": True}
+
+
+@pytest.mark.parametrize("body", [b"", chunk("a"), chunk("a") + b"data: [DONE]"])
+def test_a_turn_without_its_end_is_an_error(both: Both, gateway: respx.MockRouter, body: bytes) -> None:
+    gateway.post("/v1/chat/completions").respond(stream=Cut(body))
+
+    with pytest.raises(GatewayUnreachable, match="ended a stream before its last token"):
+        both.chat("m", HELLO)
+
+
+def test_a_turn_may_be_refused_early_and_late_in_openais_words(both: Both, gateway: respx.MockRouter) -> None:
+    error = {"message": "No.", "type": "server_error", "param": None, "code": "START_FAILED", "fix": "Do."}
+    late = chunk("a") + b"data: " + json.dumps({"error": error}).encode() + b"\n\n"
+    gateway.post("/v1/chat/completions").side_effect = [
+        httpx.Response(503, json={"error": error}, headers={"Retry-After": "7"}),
+        httpx.Response(200, stream=Cut(late)),
+    ]
+
+    for status, retry_after_s in ((503, 7.0), (200, None)):
+        with pytest.raises(GatewayRefused, match="START_FAILED: No") as caught:
+            both.chat("m", HELLO)
+        assert (caught.value.status, caught.value.retry_after_s) == (status, retry_after_s)
+        assert caught.value.extra == {"fix": "Do."}
+
+
+def test_a_misspelt_parameter_of_a_chat_is_refused(both: Both) -> None:
+    with pytest.raises(TypeError, match="no such parameter: temprature"):
+        both.chat("m", HELLO, temprature=1)
 
 
 def test_a_stream_left_early_closes_its_connection(gateway: respx.MockRouter) -> None:

@@ -13,7 +13,7 @@ from gateway.departure import Departed, interruptible, until_departure
 from gateway.dialects.native import NativeReply, to_request
 from gateway.errors import GenerationFailed, QueueFull
 from gateway.generation import Finished, TokenEvent
-from gateway.writers import COMMENT, LAST_WORDS_S, Alone, StreamWriter
+from gateway.writers import COMMENT, LAST_WORDS_S, Alone, Stream, StreamWriter
 from tests.dialects.test_native import body
 from tests.fleet.scenes import spec
 from tests.simulator.loop import SimulatedLoop
@@ -104,6 +104,35 @@ def test_a_caller_who_does_not_read_is_not_told_for_ever() -> None:
             await stream.fail(GenerationFailed("broke"))
 
             assert asyncio.get_running_loop().time() - began == LAST_WORDS_S
+
+    play(scene)
+
+
+def test_no_comment_goes_out_within_an_event_and_an_error_gets_one_of_its_own() -> None:
+    async def scene() -> None:
+        wire = Wire()
+        with Stream(wire.send) as stream:
+            await stream.write(b'data: {"half":')
+            await asyncio.sleep(25)
+            await stream.fail(GenerationFailed("broke"), b"data: {}\n\n")
+
+        assert wire.bodies == [b'data: {"half":', b"\n\ndata: {}\n\n"]
+
+    play(scene)
+
+
+def test_writes_of_several_never_go_out_before_the_status() -> None:
+    async def scene() -> None:
+        sent: list[str] = []
+
+        async def slowly(message: Message) -> None:
+            await asyncio.sleep(1)
+            sent.append(message["type"])
+
+        with Stream(slowly) as stream:
+            await asyncio.gather(*(stream.write(b"data: x\n\n") for _ in range(3)))
+
+        assert sent == ["http.response.start"] + ["http.response.body"] * 3
 
     play(scene)
 

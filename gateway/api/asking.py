@@ -45,11 +45,12 @@ def within_context(spec: ModelSpec, asked: int | None, *field: str) -> None:
 def exchange(
     instance: Instance, wanted: GenerationRequest, client: Client, request: Request, prefer: str | None
 ) -> Exchange:
-    """Return the exchange that answers `request`.
+    """Return the exchange that answers `request`, and have the log name its model.
 
     Raises:
         Unsupported: the engine cannot do what is asked.
     """
+    request.state.model = instance.spec.id
     return Exchange(instance, wanted, client, request_id=request_id_of(request.scope), max_wait_s=max_wait_s(prefer))
 
 

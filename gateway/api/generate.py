@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request
 from gateway.api.asking import Prefer, exchange, model_of, within_context
 from gateway.api.json_body import JsonRoute
 from gateway.api.problems import documented
-from gateway.api.streams import EventStream
+from gateway.api.streams import EVENTS, EventStream
 from gateway.dialects.native import GenerateAnswer, GenerateBody, NativeReply, to_request, with_catalog
 from gateway.fleet.fleet import Fleet
 from gateway.relay import Client, Relay
@@ -19,10 +19,7 @@ from gateway.writers import Alone
 def generate_router(fleet: Fleet, client: Client) -> APIRouter:
     router = APIRouter(tags=["generation"], route_class=JsonRoute)
     errors = documented(400, 404, 408, 413, 422, 500, 502, 503, 504)
-    stream = {
-        "content": {"text/event-stream": {}},
-        "description": "The text; streamed, its tokens as they come",
-    }
+    stream = {"content": EVENTS, "description": "The text; streamed, its tokens as they come"}
 
     @router.post("/generate", summary="Generate text", response_model=GenerateAnswer, responses={**errors, 200: stream})
     async def generate(request: Request, body: GenerateBody, prefer: Prefer = None) -> Any:

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request
 from gateway.api.asking import Prefer, exchange, invalid, model_of, within_context
 from gateway.api.json_body import JsonRoute
 from gateway.api.problems import documented
+from gateway.api.streams import EVENTS
 from gateway.dialects import inference as dialect
 from gateway.dialects.inference import InferenceAnswer, InferenceBody, InferenceReply
 from gateway.fleet.fleet import Fleet
@@ -19,7 +20,7 @@ from gateway.writers import Alone
 def inference_router(fleet: Fleet, client: Client) -> APIRouter:
     router = APIRouter(tags=["generation"], route_class=JsonRoute)
     errors = documented(400, 404, 408, 413, 422, 500, 502, 503, 504)
-    stream = {"content": {"text/event-stream": {}}, "description": "The text; streamed, its pieces as they come"}
+    stream = {"content": EVENTS, "description": "The text; streamed, its pieces as they come"}
 
     @router.post("/inference", summary="Infer", response_model=InferenceAnswer, responses={**errors, 200: stream})
     async def inference(request: Request, body: InferenceBody, prefer: Prefer = None) -> Any:

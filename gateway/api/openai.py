@@ -34,6 +34,12 @@ B = TypeVar("B", bound=Body)
 UNREAD = WrapValidator(lambda said, _: said)
 """Leaves a body as it came: who reads it depends on the model. Its documentation stays that of its type."""
 
+_DATA = {"type": "string", "description": "A chunk as JSON, and at last [DONE]"}
+CHUNKS: dict[str, Any] = {
+    "text/event-stream": {"itemSchema": {"type": "object", "properties": {"data": _DATA}, "required": ["data"]}}
+}
+"""How a stream stands in the OpenAPI document."""
+
 
 class OpenAiModel(BaseModel):
     """One model of the catalog. `created` is 0: when it was made is not known."""
@@ -58,7 +64,7 @@ class OpenAiModels(BaseModel):
 def openai_router(fleet: Fleet, client: Client) -> APIRouter:
     router = APIRouter(prefix="/v1", tags=["openai"], route_class=JsonRoute)
     errors = documented(400, 404, 408, 413, 422, 500, 502, 503, 504)
-    stream = {"content": {"text/event-stream": {}}, "description": "The answer; streamed, its pieces as they come"}
+    stream = {"content": CHUNKS, "description": "The answer; streamed, its pieces as they come"}
 
     async def answer(
         request: Request, said: Any, body_kind: type[B], prefer: str | None, translated: Callable[..., Response]
@@ -115,9 +121,9 @@ def chat(
     body: ChatCompletionBody,
     prefer: str | None,
     *,
-    keep_stop: bool = False,
+    as_tgi: bool = False,
 ) -> Relay:
-    """Return the answer to a conversation; `keep_stop` leaves the stop text that ended it in it.
+    """Return the answer to a conversation; `as_tgi` as TGI's own `/v1` gives it, with the stop text that ended it.
 
     Raises:
         RequestValidationError: more tokens are asked for than the model's context has.
@@ -125,7 +131,7 @@ def chat(
     """
     _within_context(instance, body)
     wanted = openai_chat.to_requests(instance.spec, body)
-    choices = ChatChoices(_heading("chatcmpl", instance, body), body, keep_stop=keep_stop)
+    choices = ChatChoices(_heading("chatcmpl", instance, body, as_tgi=as_tgi), body, keep_stop=as_tgi)
     return Relay([exchange(instance, each, client, request, prefer) for each in wanted], choices)
 
 
@@ -136,13 +142,13 @@ def completion(
     body: CompletionBody,
     prefer: str | None,
     *,
-    keep_stop: bool = False,
+    as_tgi: bool = False,
 ) -> Relay:
-    """Return the continuations of the prompts; else as `chat`. With `keep_stop`, TGI's way, no default limits them."""
+    """Return the continuations of the prompts; else as `chat`. TGI has no default length: it fills the context."""
     _within_context(instance, body)
-    default = None if keep_stop else openai_completions.DEFAULT_NEW_TOKENS
+    default = None if as_tgi else openai_completions.DEFAULT_NEW_TOKENS
     wanted = openai_completions.to_requests(instance.spec, body, default_new_tokens=default)
-    choices = CompletionChoices(_heading("cmpl", instance, body), body, keep_stop=keep_stop)
+    choices = CompletionChoices(_heading("cmpl", instance, body, as_tgi=as_tgi), body, keep_stop=as_tgi)
     return Relay([exchange(instance, each, client, request, prefer) for each in wanted], choices)
 
 
@@ -151,8 +157,10 @@ def _within_context(instance: Instance, body: SampledBody) -> None:
         within_context(instance.spec, getattr(body, field), field)
 
 
-def _heading(kind: str, instance: Instance, body: SampledBody) -> Heading:
-    return Heading(f"{kind}-{secrets.token_hex(12)}", int(time.time()), body.model or instance.spec.id)
+def _heading(kind: str, instance: Instance, body: SampledBody, *, as_tgi: bool) -> Heading:
+    name = body.model or instance.spec.id
+    fingerprint = f"tgi-gateway-{instance.spec.engine}" if as_tgi else None
+    return Heading(f"{kind}-{secrets.token_hex(12)}", int(time.time()), name, fingerprint)
 
 
 # ---- answers that are put through ----

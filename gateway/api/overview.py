@@ -8,11 +8,12 @@ from datetime import UTC, datetime
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header
+from pydantic import BaseModel
 from starlette.responses import Response
 
 from gateway.api.problems import documented
 from gateway.api.reports import GatewayInfo, GatewayStatus, Reports
-from gateway.api.streams import EventStream, LineStream
+from gateway.api.streams import EVENTS, EventStream, LineStream
 from gateway.fleet.fleet import Fleet
 from gateway.fleet.journal import Entry, Journal
 from gateway.lifecycle import RUNNING, State
@@ -21,6 +22,9 @@ ENDPOINTS = {
     "POST /generate": "Generate text from prompt",
     "POST /inference": "Generate text, the continuation alone",
     "POST /api/llm/inference": "Continue many prompts",
+    "POST /v1/chat/completions": "OpenAI's chats",
+    "POST /v1/completions": "OpenAI's completions",
+    "GET /v1/models": "OpenAI's list of models",
     "GET /models": "The models, and what they are doing",
     "GET /health": "Health check",
     "GET /status": "The gateway, its GPUs and the default model",
@@ -30,12 +34,34 @@ ENDPOINTS = {
 }
 
 
+class Overview(BaseModel):
+    message: str
+    service: str
+    version: str
+    status: str
+    checkpoint: str | None
+    models: list[str]
+    running_containers: list[str]
+    endpoints: dict[str, str]
+
+
+class Health(BaseModel):
+    """`model_loaded` and `checkpoint` are the default model's; null is that there is none."""
+
+    model_config = {"protected_namespaces": ()}
+
+    status: str
+    model_loaded: bool
+    checkpoint: str | None
+    timestamp: str
+
+
 def overview_router(fleet: Fleet, reports: Reports) -> APIRouter:
     router = APIRouter(tags=["gateway"])
 
-    @router.get("/", summary="Get API info")
+    @router.get("/", summary="Get API info", response_model=Overview)
     @router.head("/", include_in_schema=False)
-    async def root() -> dict[str, Any]:
+    async def root() -> Any:
         statuses = fleet.statuses()
         return {
             "message": "LLM Inference API",
@@ -48,11 +74,11 @@ def overview_router(fleet: Fleet, reports: Reports) -> APIRouter:
             "endpoints": ENDPOINTS,
         }
 
-    @router.get("/health", summary="Is the gateway up?")
+    @router.get("/health", summary="Is the gateway up?", response_model=Health)
     @router.head("/health", include_in_schema=False)
     @router.head("/health/live", include_in_schema=False)
     @router.get("/health/live", include_in_schema=False)
-    async def health() -> dict[str, Any]:
+    async def health() -> Any:
         """200 once the gateway serves, whatever its models do. Wakes none of them."""
         default = fleet.catalog.default_model
         loaded = default is not None and fleet.status(fleet.catalog.models[default]).state is State.READY
@@ -69,7 +95,12 @@ def overview_router(fleet: Fleet, reports: Reports) -> APIRouter:
         """What the model's files and the catalog's `metadata` tell; null is not known. Wakes no model."""
         return await reports.gateway_info()
 
-    @router.get("/events", summary="Follow what happens", response_class=EventStream, responses=documented(422))
+    @router.get(
+        "/events",
+        summary="Follow what happens",
+        response_class=EventStream,
+        responses={200: {"content": EVENTS}, **documented(422)},
+    )
     async def events(last_event_id: Annotated[str | None, Header()] = None) -> Response:
         """Server-sent events `state` and `progress`; with `Last-Event-ID` those since then first, 1,000 at most."""
         journal = fleet.journal

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from http import HTTPMethod
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -13,6 +14,7 @@ from pydantic.json_schema import models_json_schema
 from starlette._utils import get_route_path
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Match
 from starlette.types import Scope
 
 from gateway.api.rights import right_for
@@ -110,12 +112,19 @@ def with_problem(document: dict[str, Any]) -> dict[str, Any]:
     """Return an OpenAPI document with the shapes of errors in it, those of any address that asks for a key included."""
     for path, item in document["paths"].items():
         for operation in item.values():
-            asks = documented(401, 403, 429) if right_for(path) else {}
-            operation["responses"] = _in_shape(api_of(path), {**asks, **operation["responses"]})
+            asks = right_for(path) is not None
+            keys = documented(401, 403, 429) if asks else {}
+            operation["responses"] = _in_shape(api_of(path), {**keys, **operation["responses"]})
+            operation["security"] = [{"key": []}, {}] if asks else []
     kinds = [(model, "serialization") for model in _SCHEMAS.values()]
     schemas = models_json_schema(kinds, ref_template="#/components/schemas/{model}")[1]["$defs"]  # type: ignore[arg-type]
-    document.setdefault("components", {}).setdefault("schemas", {}).update(schemas)
+    components = document.setdefault("components", {})
+    components.setdefault("schemas", {}).update(schemas)
+    components["securitySchemes"] = {"key": _KEY}
     return document
+
+
+_KEY = {"type": "http", "scheme": "bearer", "description": "One that `gateway keys add` has made, where there are any"}
 
 
 def _in_shape(api: Api, responses: dict[int | str, Any]) -> dict[int | str, Any]:
@@ -239,7 +248,7 @@ async def _http(request: Request, error: Exception) -> Response:
             return render(NotFound(f"There is nothing at {request.url.path}; GET /docs shows what there is."), scope)
         case 405:
             words = f"{request.method} is not possible here; see the Allow header, or GET /docs."
-            return render(MethodNotAllowed(words), scope, error.headers)
+            return render(MethodNotAllowed(words), scope, {"allow": ", ".join(_methods(request))})
         case _:
             return JSONResponse({"detail": error.detail, "error_code": "INTERNAL_ERROR"}, error.status_code)
 
@@ -247,6 +256,13 @@ async def _http(request: Request, error: Exception) -> Response:
 def _of_unread_body(error: GatewayError) -> dict[str, str]:
     """Return the headers of an answer to a request whose body was not read to its end."""
     return {"connection": "close"} if isinstance(error, BodyTimeout | BodyTooLarge) else {}
+
+
+def _methods(request: Request) -> list[str]:
+    """Return the methods that an address has, of all its routes: Starlette itself tells of the first one only."""
+    routes: Sequence[BaseRoute] = request.app.routes
+    scopes = {method.value: {**request.scope, "method": method.value} for method in HTTPMethod}
+    return [name for name, scope in scopes.items() if any(each.matches(scope)[0] is Match.FULL for each in routes)]
 
 
 def our_fault(error: Exception, scope: Scope) -> Response:

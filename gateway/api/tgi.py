@@ -178,7 +178,7 @@ def _add_openai(router: APIRouter, fleet: Fleet, client: Client) -> None:
     ) -> Any:
         """As the gateway's `/v1`, with the model of this address and the stop text kept."""
         instance = fleet.get(fleet.catalog.by_id(model_id))
-        return openai.chat(instance, client, request, body, prefer, keep_stop=True)
+        return openai.chat(instance, client, request, body, prefer, as_tgi=True)
 
     @router.post(
         BASE + "/v1/completions",
@@ -189,7 +189,7 @@ def _add_openai(router: APIRouter, fleet: Fleet, client: Client) -> None:
     async def completions(model_id: str, request: Request, body: CompletionBody, prefer: Prefer = None) -> Any:
         """As the gateway's `/v1`, with the model of this address and the stop text kept."""
         instance = fleet.get(fleet.catalog.by_id(model_id))
-        return openai.completion(instance, client, request, body, prefer, keep_stop=True)
+        return openai.completion(instance, client, request, body, prefer, as_tgi=True)
 
 
 def _add_reports(router: APIRouter, fleet: Fleet, reports: Reports) -> None:

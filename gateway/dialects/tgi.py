@@ -33,7 +33,7 @@ from gateway.generation import (
     TokenEvent,
 )
 from gateway.generation import Grammar as Form
-from gateway.shapes import shown
+from gateway.shapes import shown, tgi_stream_failure
 from gateway.tgi_events import FINISH_REASONS, TokenFrames, Unknown, as_event, ended, likely, token
 
 MOST_STOPS = 64
@@ -504,7 +504,4 @@ class Untouched:
         return b""
 
     def failure(self, error: GatewayError) -> bytes:
-        told = shown(error, "tgi")
-        if not self._as_openai:
-            return as_event(told.body)
-        return as_event({**told.body, "error": {"message": error.detail, "http_status_code": told.status}})
+        return as_event(tgi_stream_failure(error) if self._as_openai else shown(error, "tgi").body)

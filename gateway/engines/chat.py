@@ -267,11 +267,13 @@ class ChatDecoder:
                 return "stop" if isinstance(choice[key], str) else "eos"
         return self._stop_means if said == "stop" else "eos"
 
-    def _end(self) -> Iterator[Finished]:
+    def _end(self) -> Iterator[TokenEvent | Finished]:
         if self._reason is None:
             raise not_understood()
         self._finished = True
         counted = 0 if self._ended_here else int(self._usage.get("completion_tokens") or 0)
+        if self._chunk_is_token:
+            yield from self._unseen(counted)  # the model's own mark of its end, say
         prompt_tokens = int(self._usage.get("prompt_tokens") or UNKNOWN_PROMPT_TOKENS)
         rest = "" if self._stop.found else self._stop.rest()
         yield Finished(self._reason, counted or self._tokens, prompt_tokens, rest, self._stop.matched)

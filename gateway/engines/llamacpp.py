@@ -154,7 +154,7 @@ def _most_tokens(request: GenerationRequest) -> int:
 
 def _json_schema(request: GenerationRequest) -> dict[str, Any]:
     if request.grammar is None:
-        return {}
+        return {"grammar": ""}  # beside it, empty as it is, a json_schema would be ignored
     return {"json_schema": dict(_as_schema(request).schema)}
 
 
@@ -243,7 +243,6 @@ def _sampling(request: GenerationRequest, context_tokens: int) -> dict[str, Any]
         # the prompt too: over a long prompt they would forbid every common word.
         "repeat_last_n": context_tokens if request.repetition_penalty != 1 else RECENT_TOKENS,
         **_OFF,
-        **({} if request.grammar else {"grammar": ""}),  # beside it, even an empty one, a json_schema is ignored
     }
 
 

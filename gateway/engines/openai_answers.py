@@ -214,7 +214,8 @@ class _Error(NamedTuple):
     facts: Mapping[str, Any] = {}
 
 
-_LENGTH_CODES = {"context_length_exceeded", "exceed_context_size_error"}
+_LENGTH_CODES = {"context_length_exceeded", "exceed_context_size_error", "PROMPT_TOO_LONG"}
+"""OpenAI's, llama.cpp's, and that of a gateway like this one."""
 _QUOTA_CODES = {"insufficient_quota", "billing_hard_limit_reached"}
 _TOO_LONG = re.compile(r"(?i)context (?:length|size|window)|longer than the (?:model|maximum)|maximum allowed length")
 _MOST = re.compile(
@@ -263,6 +264,8 @@ def moved(status: int) -> UpstreamFailed:
 
 def _known(error: _Error) -> GatewayError | None:
     """Return what the error stands for, if its code or words tell."""
+    if "image input is not supported" in error.words:  # llama.cpp, with status 500
+        return Unsupported("This model takes no images. Leave them out.")
     if error.code in _LENGTH_CODES or _TOO_LONG.search(error.words) or "`max_new_tokens` must be <=" in error.words:
         return _too_long(error)
     return _no_quota() if error.code in _QUOTA_CODES else None

@@ -33,6 +33,8 @@ class Server:
     """What asks for JSON where a prompt is completed; chats have `response_format` everywhere."""
     continued: Mapping[str, Any] | None = None
     """What lets it go on with an assistant's last turn, if it would begin a new one."""
+    chooses_by_name: bool = True
+    """Whether it can be told which tool must be called; else it is told of no other."""
     fills_the_context: bool = False
     """Whether it goes on as long as there is room, if no length is told; else the default is OpenAI's: 16 tokens."""
 
@@ -69,13 +71,15 @@ SERVERS: Mapping[str, Server] = {
         form=lambda grammar: {"json_schema": json.dumps(_schema_of(grammar))},
         continued={"continue_final_message": True},
     ),
-    # It loses what may become a stop text if the answer then ends at its length, so it is told of none.
+    # It loses what may become a stop text if the answer then ends at its length, so it is told of none. A choice that
+    # is not a word is none to it.
     "llama.cpp": Server(
         "top_k",
         "repeat_penalty",
         most_stops=0,
         off={**_OFF, "top_k": 0, "repeat_penalty": 1.0},
         form=lambda grammar: {"json_schema": _schema_of(grammar)},
+        chooses_by_name=False,
         fills_the_context=True,
     ),
 }
@@ -106,15 +110,16 @@ def body_of(server: Server, spec: ModelSpec, request: GenerationRequest, *, repo
 def _conversation(server: Server, chat: Chat) -> dict[str, Any]:
     last = chat.messages[-1]
     continues = last.role == "assistant" and not last.tool_calls
-    return {"messages": messages_of(chat), **_tools(chat), **((server.continued or {}) if continues else {})}
+    return {"messages": messages_of(chat), **_tools(server, chat), **((server.continued or {}) if continues else {})}
 
 
-def _tools(chat: Chat) -> dict[str, Any]:
+def _tools(server: Server, chat: Chat) -> dict[str, Any]:
     """Return the tools and their choice; OpenAI refuses a choice among none."""
     if not chat.tools:
         return {}
+    choice = tool_choice_of(chat) if server.chooses_by_name else chat.tool_choice
     parallel = {} if chat.parallel_tool_calls is None else {"parallel_tool_calls": chat.parallel_tool_calls}
-    return {"tools": tools_of(chat), "tool_choice": tool_choice_of(chat), **parallel}
+    return {"tools": tools_of(chat, chosen_only=not server.chooses_by_name), "tool_choice": choice, **parallel}
 
 
 def _form(server: Server, request: GenerationRequest) -> dict[str, Any]:

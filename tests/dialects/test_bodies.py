@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from pydantic import Field, ValidationError
 
-from gateway.bodies import request_of
+from gateway.bodies import Body, Prompt, StopTexts, request_of
 from tests.fleet.scenes import spec
 
 DEFAULTS = {"temperature": 0.7, "max_new_tokens": 200, "top_p": 0.95}
@@ -47,3 +48,42 @@ def test_a_document_bounds_what_the_catalog_says() -> None:
     model = spec(parameters={"max_tokens": 500})
 
     assert request_of(model, "Once", defaults=DEFAULTS, said={}, most_new_tokens=100).max_new_tokens == 100
+
+
+class Asked(Body):
+    prompt: Prompt
+    max_tokens: int = Field(5, ge=1, description="Most tokens")
+    name: str | None = None
+    stop: StopTexts = Field(default=[])
+
+
+@pytest.mark.parametrize(("said", "read"), [(5, 5), (5.0, 5), (1e3, 1000)])
+def test_an_integer_may_be_written_as_json_schema_lets_it(said: float, read: int) -> None:
+    asked = Asked.model_validate({"prompt": "Once", "max_tokens": said})
+
+    assert type(asked.max_tokens) is int
+    assert asked.max_tokens == read
+
+
+@pytest.mark.parametrize("said", [5.5, 0.0, -1e300, float("inf"), float("nan"), True, "5"])
+def test_what_is_no_integer_is_refused(said: object) -> None:
+    with pytest.raises(ValidationError):
+        Asked.model_validate({"prompt": "Once", "max_tokens": said})
+
+
+def test_the_schema_of_a_body_tells_that_null_means_not_given_and_that_a_prompt_is_not_blank() -> None:
+    asked = Asked.model_validate({"prompt": "Once", "max_tokens": None, "name": None, "stop": None})
+    assert (asked.max_tokens, asked.name, asked.stop) == (5, None, [])
+
+    schema = Asked.model_json_schema()
+    null = {"type": "null"}
+    assert schema["required"] == ["prompt"]
+    assert schema["properties"]["prompt"] == {"pattern": r"\S", "title": "Prompt", "type": "string"}
+    assert schema["properties"]["max_tokens"] == {
+        "anyOf": [{"minimum": 1, "type": "integer"}, null],
+        "default": 5,
+        "description": "Most tokens",
+        "title": "Max Tokens",
+    }
+    assert schema["properties"]["name"]["anyOf"] == [{"type": "string"}, null]
+    assert [kind["type"] for kind in schema["properties"]["stop"]["anyOf"]] == ["string", "array", "null"]

@@ -407,6 +407,7 @@ def test_a_prompt_counts_once_for_all_its_choices() -> None:
 CALLS = [
     TokenEvent(None, "", tool_calls=(ToolCallPiece(0, "call_1", "weather", ""),)),
     TokenEvent(None, "", tool_calls=(ToolCallPiece(0, arguments='{"a"'),)),
+    TokenEvent(None, "", tool_calls=(ToolCallPiece(0),)),
     TokenEvent(None, "", tool_calls=(ToolCallPiece(0, arguments=":1}"), ToolCallPiece(1, "call_2", "time", "{}"))),
 ]
 

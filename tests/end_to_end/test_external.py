@@ -48,6 +48,26 @@ def text_of(gateway: Gateway, **asked: Any) -> str:
     return str(answer.json()["generated_text"])
 
 
+CONVERSATION = [
+    {"role": "system", "content": "You are a helpful assistant."},
+    {"role": "user", "content": "What is the capital of France?"},
+]
+
+
+def inferred(gateway: Gateway, **asked: Any) -> dict[str, Any]:
+    """Return what /inference answers (mode instruct, if not told otherwise), which is the same streamed and whole."""
+    mode = {} if "messages" in asked else {"mode": "instruct"}
+    parameters = {"temperature": 0, "max_tokens": asked.pop("max_tokens", 12)}
+    body = {"prompt": "Name a fruit.", "parameters": parameters, **mode, **asked}
+    whole = gateway.post("/inference", body)
+    assert whole.status_code == 200, whole.text
+    stream = gateway.post("/inference", {**body, "stream": True})
+    *pieces, end = [json.loads(event.removeprefix("data: ")) for event in stream.text.strip().split("\n\n")]
+    assert end == whole.json()
+    assert "".join(piece["text"] for piece in pieces) == end["generated_text"]
+    return dict(end)
+
+
 # ---- TGI -------------------------------------------------------------------------------------------------------------
 
 
@@ -71,6 +91,12 @@ def test_a_tgi_that_already_runs_answers_by_either_engine(tmp_path: Path) -> Non
         assert gateway.model()["port"] == double.port
         assert gateway.model()["state"] == "ready"
         assert gateway.children() == []
+
+        for asked in ({}, {"messages": CONVERSATION, "prompt": None}):
+            answer = inferred(gateway, model="by_openai", **asked)
+            assert answer["generated_text"]
+            assert answer["model"] == "by_openai"
+            assert answer["tokens_generated"] <= 12
 
         wrong = gateway.post("/generate", {**ASK, "model_id": "wrong"})
         assert "`api_key`" in refusal(wrong, 502, "UPSTREAM_FAILED")
@@ -192,7 +218,14 @@ def test_llama_cpp_by_openais_api_says_what_it_says_by_its_own(tmp_path: Path) -
                     [each["probability"] for each in there], abs=1e-3
                 )
 
+            assert inferred(gateway, max_tokens=8)["tokens_generated"] == 8
+            assert inferred(gateway, messages=CONVERSATION, prompt=None)["generated_text"].strip()
+            continued = [*CONVERSATION, {"role": "assistant", "content": "The capital of France is"}]
+            assert "Paris" in inferred(gateway, messages=continued, prompt=None)["generated_text"]
+
             too_long = gateway.post("/generate", {**ASK, "prompt": "word " * 700})
+            assert "takes 512" in refusal(too_long, 400, "PROMPT_TOO_LONG")
+            too_long = gateway.post("/inference", {"prompt": "word " * 700, "mode": "instruct"})
             assert "takes 512" in refusal(too_long, 400, "PROMPT_TOO_LONG")
             wrong = gateway.post("/generate", {**ASK, "model_id": "wrong"})
             assert "`api_key`" in refusal(wrong, 503, "START_FAILED")
@@ -235,6 +268,62 @@ def test_a_provider_is_shown_its_key_and_nothing_else_is(tmp_path: Path) -> None
                 shown = [await asyncio.to_thread(gateway.get, path) for path in ("/models", "/models/m", "/events")[:2]]
                 assert all(KEY not in each.text for each in shown)
             assert KEY not in "".join(gateway.log)
+
+    asyncio.run(scene())
+
+
+def spoken(text: str, reason: str | None = None) -> bytes:
+    usage = {"prompt_tokens": 3, "completion_tokens": 2} if reason else None
+    said = {"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": reason}], "usage": usage}
+    return b"data: " + json.dumps(said).encode() + b"\n\n"
+
+
+@pytest.mark.parametrize(
+    ("asked", "messages"),
+    [
+        ({"prompt": "Hi", "mode": "instruct"}, [{"role": "user", "content": "Hi"}]),
+        ({"messages": CONVERSATION}, CONVERSATION),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]},
+            [{"role": "user", "content": "ab"}],
+        ),
+    ],
+)
+def test_a_conversation_goes_to_a_providers_chats(
+    tmp_path: Path, asked: dict[str, Any], messages: list[dict[str, Any]]
+) -> None:
+    bodies: list[Any] = []
+
+    async def answer(conversation: Conversation) -> None:
+        bodies.append(json.loads(conversation.body))
+        await conversation.say(HEAD + spoken("Good") + spoken(" day", "stop") + b"data: [DONE]\n\n")
+
+    async def scene() -> None:
+        async with scripted(answer) as (server, port):
+            with serving(tmp_path, m=provider(port, parameters={"seed": 7})) as gateway:
+                told = await asyncio.to_thread(inferred, gateway, **{"prompt": None, **asked}, max_tokens=9)
+            assert told == {"generated_text": "Good day", "model": "m", "tokens_generated": 2, "finish_reason": "eos"}
+            assert all(head.startswith(b"POST /v1/chat/completions ") for head in server.requests)
+
+    asyncio.run(scene())
+    assert len(bodies) == 2
+    for body in bodies:
+        assert (body["model"], body["messages"]) == ("their-name", messages)
+        assert (body["max_tokens"], body["temperature"], body["stream"]) == (9, 0, True)
+        assert "prompt" not in body
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_provider_that_refuses_a_conversation_is_told_of(tmp_path: Path, stream: bool) -> None:
+    async def refuse(conversation: Conversation) -> None:
+        await conversation.say(refused(400, "roles must alternate"))
+
+    async def scene() -> None:
+        async with scripted(refuse) as (_, port):
+            with serving(tmp_path, m=provider(port)) as gateway:
+                body = {"messages": CONVERSATION, "stream": stream}
+                answer = await asyncio.to_thread(gateway.post, "/inference", body)
+                assert "roles must alternate" in refusal(answer, 422, "VALIDATION_ERROR")
 
     asyncio.run(scene())
 

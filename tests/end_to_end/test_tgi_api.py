@@ -340,10 +340,14 @@ def test_chats_run_on_any_engine(gateway: Gateway, model: str) -> None:
     assert answer.status_code == 200, answer.text
     assert answer.json()["choices"][0]["message"]["content"]
     assert answer.json()["model"] == "tgi"
+    assert problems(answer.json(), "ChatCompletion") == []
     streamed = post(gateway, "/v1/chat/completions", {**CHAT, "stream": True}, model)
     assert streamed.text.endswith("data: [DONE]\n\n")
-    texts = post(gateway, "/v1/completions", TEXT, model).json()["choices"]
-    assert [choice["index"] for choice in texts] == [0, 1]
+    chunks = [json.loads(event[6:]) for event in streamed.text.split("\n\n")[:-2]]
+    assert [problems(chunk, "ChatCompletionChunk") for chunk in chunks] == [[]] * len(chunks)
+    texts = post(gateway, "/v1/completions", TEXT, model).json()
+    assert problems(texts, "CompletionFinal") == []
+    assert [choice["index"] for choice in texts["choices"]] == [0, 1]
     wrong = post(gateway, "/v1/chat/completions", {**CHAT, "messages": "hello"}, model)
     assert (wrong.status_code, wrong.json()["error_type"]) == (422, "validation")
     assert wrong.json()["error"].startswith("Input validation error: `messages`")

@@ -358,6 +358,14 @@ def test_tools_are_sent_with_their_choice(asked: dict[str, Any], sent: dict[str,
     assert {name: value for name, value in body.items() if name not in chat_body()} == sent
 
 
+def test_llama_cpp_which_knows_no_choice_by_name_is_told_of_no_other_tool() -> None:
+    asked = chat(tools=(WEATHER, Tool("clock")), tool_choice="required", tool_name="clock")
+    body = chat_body(spec(args={"server": "llama.cpp"}), chat=asked)
+
+    assert [tool["function"]["name"] for tool in body["tools"]] == ["clock"]
+    assert body["tool_choice"] == "required"
+
+
 def test_without_tools_there_is_no_choice_among_them() -> None:
     assert chat_body(chat=chat(tool_choice="none", parallel_tool_calls=False)) == chat_body()
 
@@ -759,6 +767,7 @@ def test_an_answer_that_the_server_gave_up_is_a_failure() -> None:
         (429, {"error": {"message": "Rate limit reached", "code": "rate_limit_exceeded"}}, QueueFull, "rate limit"),
         (429, {"error": {"message": "Exceeded", "code": "insufficient_quota"}}, UpstreamFailed, "no credit or quota"),
         (500, {"error": {"message": "boom"}}, UpstreamFailed, "status 500: boom"),
+        (500, {"error": {"message": "image input is not supported - hint: mmproj"}}, Unsupported, "takes no images"),
         (502, None, UpstreamFailed, "status 502: no reason given"),
         (503, [{"error": {"message": "overloaded", "code": 503}}], UpstreamFailed, "overloaded"),
     ],

@@ -31,6 +31,7 @@ It needs Python 3.11 and this directory. How it behaves is said by variables; wi
       DOUBLE_DIES_AFTER_TOKENS     ... : the process is killed, exit status 137
       DOUBLE_CUTS_AFTER_TOKENS     ... : its connection is cut; nothing else happens
       DOUBLE_HANGS_AFTER_TOKENS    ... : it makes no more
+      DOUBLE_TELLS_ABORTS          1: prints `aborted at SECONDS` when a caller has left (the machine's monotonic clock)
       DOUBLE_HEALTH_HANGS_AFTER_S  seconds from which on the health check does not answer
       DOUBLE_HEALTH_FAILS_AFTER_S  seconds from which on it answers 503
       DOUBLE_HEALTH_RECOVERS_AFTER_S  seconds from which on it is well again [never]

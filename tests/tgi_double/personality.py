@@ -36,6 +36,7 @@ class Personality:
     dies_after_tokens: int | None = None
     cuts_after_tokens: int | None = None
     hangs_after_tokens: int | None = None
+    tells_aborts: bool = False
 
     health_hangs_after_s: float | None = None
     health_fails_after_s: float | None = None

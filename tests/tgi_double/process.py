@@ -17,6 +17,7 @@ INTERPRETER = (sys.executable, "-I", "-S")
 START_BOUND_S = 20.0
 STOP_BOUND_S = 20.0
 POLL_S = 0.01
+ABORTED = "aborted at "
 COLORS = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -90,6 +91,11 @@ class Double:
                 return found
             assert time.monotonic() < deadline, f"never said {words!r}, but {self.log}"
             time.sleep(POLL_S)
+
+    @property
+    def aborted_at(self) -> list[float]:
+        """When callers left, as time.monotonic() tells it here too; needs `tells_aborts`."""
+        return [float(line.removeprefix(ABORTED)) for line in list(self.log) if line.startswith(ABORTED)]
 
     def _read(self) -> None:
         assert self.process.stdout

@@ -148,6 +148,8 @@ class Service:
             raise
         except (asyncio.CancelledError, GeneratorExit):
             self.metrics.count("tgi_request_failure", err="dropped")
+            if self.personality.tells_aborts:  # TGI says nothing of it
+                self._log.bare(f"aborted at {time.monotonic():.6f}")
             raise
 
     def _succeeded(self, span: str, job: Job, generation: Generation, total_s: float) -> None:

@@ -167,6 +167,19 @@ def test_a_hanging_generation_is_kept_alive_and_ends_when_its_caller_leaves() ->
         assert httpx.post(f"{double.url}/generate", json=SHORT).status_code == 200
 
 
+def test_it_tells_when_callers_leave_if_it_is_to_and_of_nobody_who_was_answered() -> None:
+    for tells in (True, False):
+        with Double(hangs_after_tokens=3, tells_aborts=tells) as double:
+            httpx.post(f"{double.url}/generate", json=SHORT, timeout=20)
+            before_s = time.monotonic()
+            with opened(double.url, LONG):
+                pass
+            wait_for_metric(double, 'tgi_request_failure{err="dropped"} 1')
+            double.stop()
+        assert len(double.aborted_at) == tells
+        assert all(before_s <= at_s <= time.monotonic() for at_s in double.aborted_at)
+
+
 def test_one_above_its_limit_is_overloaded_and_several_prompts_count_as_several() -> None:
     with Double("--max-concurrent-requests", "1") as double:
         answer = httpx.post(f"{double.url}/v1/completions", json={"prompt": ["a", "b"], "max_tokens": 1})
