@@ -165,7 +165,7 @@ def _as_schema(request: GenerationRequest) -> JsonSchema:
 def _chat(request: GenerationRequest) -> dict[str, Any]:
     assert request.chat is not None
     return {
-        "messages": messages_of(request.chat),
+        "messages": messages_of(_with_something_to_continue(request.chat)),
         "max_tokens": _most_tokens(request),
         "stream_options": {"include_usage": True},
         "timings_per_token": True,  # tells how many tokens there were, those that are parts of characters included
@@ -174,6 +174,17 @@ def _chat(request: GenerationRequest) -> dict[str, Any]:
         **_tools(request.chat),
         **_form(request),
     }
+
+
+def _with_something_to_continue(chat: Chat) -> Chat:
+    """Return the chat without an empty last turn of the assistant, after which llama.cpp would not begin one."""
+    last = chat.messages[-1]
+    is_empty = last.role == "assistant" and not last.text and not last.tool_calls
+    return replace(chat, messages=chat.messages[:-1]) if is_empty and len(chat.messages) > 1 else chat
+
+
+def _continues(chat: Chat) -> bool:
+    return _with_something_to_continue(chat).messages[-1].role == "assistant"
 
 
 def _tools(chat: Chat) -> dict[str, Any]:
@@ -211,6 +222,11 @@ def _refuse_unsupported(request: GenerationRequest) -> None:
         raise Unsupported(
             "This model's engine can hold an answer to JSON, but not to a regular expression. Leave the regex out, or "
             "give a JSON schema."
+        )
+    if request.chat is not None and _form(request) and _continues(request.chat):
+        raise Unsupported(
+            "This model's engine cannot continue a turn of the assistant and hold it to a form. Leave out the last "
+            "message, or response_format (grammar) and tool_choice required."
         )
     if request.grammar is not None and request.calls_tools:
         raise Unsupported(

@@ -332,6 +332,10 @@ def test_a_last_turn_of_the_assistant_is_continued(server: Server) -> None:
     assert server.chat(*turns, max_new_tokens=1).text == " Paris"
 
 
+def test_an_empty_last_turn_of_the_assistant_is_begun(server: Server) -> None:
+    assert server.chat(HELLO, Message("assistant", ("",))).text == server.chat(HELLO).text
+
+
 def test_a_conversation_is_told_whole(server: Server) -> None:
     texts = [("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello"), ("user", HELLO)]
     prompt = rendered(server, messages=[{"role": role, "content": text} for role, text in texts])
@@ -529,6 +533,12 @@ def test_a_chat_goes_on_after_the_result_of_a_tool(server: Server) -> None:
     turns = ("weather in Rome?", called, Message("tool", ("It is warm.",), tool_call_id="c1"))
 
     assert server.chat(*turns, tools=(WEATHER,), max_new_tokens=10).text
+
+
+def test_arguments_that_are_no_json_are_told_of(server: Server) -> None:
+    called = Message("assistant", tool_calls=(ToolCall("c1", "weather", '{"city'),))
+    with pytest.raises(InvalidRequest, match="arguments of a tool call in the messages are not JSON"):
+        server.chat("Hi", called, Message("tool", ("warm",), tool_call_id="c1"), tools=(WEATHER,))
 
 
 # ---- tokens of prompts ----
