@@ -60,11 +60,17 @@ class LlamaCpp:
             "--context-tokens": str(_context_tokens(spec)),
             "--device": self._device,
             "--args": json.dumps(dict(spec.args)),
-            **({"--chat-template": spec.chat_template} if spec.chat_template else {}),
         }
+        template = (f"--chat-template={spec.chat_template}",) if spec.chat_template else ()  # it may begin with a dash
         return Launch(
             name=name,
-            command=(sys.executable, "-P", str(SERVER), *(word for option in options.items() for word in option)),
+            command=(
+                sys.executable,
+                "-P",
+                str(SERVER),
+                *(word for option in options.items() for word in option),
+                *template,
+            ),
             env={**spec.env, KEY_VARIABLE: secret},
             files=(RequiredFile(spec.weights, spec.weights_sha256),),
         )

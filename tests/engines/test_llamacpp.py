@@ -69,7 +69,7 @@ def test_a_launch_names_everything_but_the_secret_on_its_command_line() -> None:
         args={"threads": 2},
         env={"OMP_NUM_THREADS": "2"},
         weights_sha256=SHA256,
-        chat_template="{{ messages }}",
+        chat_template="- {{ messages }}",
     )
     launch = ENGINE.launch(chosen, "tgi-m", "s3cret")
     options = embedded_server.parse_options([word.replace("{port}", "8099") for word in launch.command[3:]])
@@ -83,12 +83,21 @@ def test_a_launch_names_everything_but_the_secret_on_its_command_line() -> None:
         "context_tokens": 2048,
         "device": "cpu",
         "args": {"threads": 2},
-        "chat_template": "{{ messages }}",
+        "chat_template": "- {{ messages }}",
     }
     assert launch.env == {"OMP_NUM_THREADS": "2", KEY_VARIABLE: "s3cret"}
     assert "s3cret" not in " ".join(launch.command)
     assert "s3cret" not in repr(launch)
     assert [(file.path, file.sha256) for file in launch.files] == [(Path("/models/m.gguf"), SHA256)]
+
+
+def test_a_template_that_knows_tools_is_taken_as_it_is_and_one_that_does_not_learns_of_them() -> None:
+    knows, plain = "{{ tools }}{{ messages }}", "{{ messages }}"
+
+    assert embedded_server.chat_template(knows, "") == knows
+    assert embedded_server.chat_template(plain, "").endswith(plain)
+    assert "<tool_call>" in embedded_server.chat_template(plain, "")
+    assert embedded_server.chat_template("", "no-such-file.gguf") == ""
 
 
 def test_a_model_without_context_tokens_gets_four_slots_of_4096() -> None:

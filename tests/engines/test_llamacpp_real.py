@@ -571,7 +571,13 @@ def test_the_secret_is_in_no_process_list_and_no_log(server: Server) -> None:
 
 
 def test_prompts_are_not_logged(server: Server) -> None:
-    server.generate("A prompt that nobody else shall read", max_new_tokens=1)
+    secret = "A prompt that nobody else shall read"
+    server.generate(secret, max_new_tokens=1)
+    server.chat(secret, tools=(Tool("nobody else", "nobody else"),), max_new_tokens=1)
+    with pytest.raises(InvalidRequest):
+        server.chat(secret, grammar=JsonSchema({"title": "nobody else", "$ref": "#/none"}))
+    with pytest.raises(PromptTooLong):
+        server.chat(f"{secret} " * 100)
     server.play(asyncio.sleep(0.05))
     assert "nobody else" not in "\n".join(server.ear.lines)
 
