@@ -18,6 +18,7 @@ import json
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -64,13 +65,7 @@ class LlamaCpp:
         template = (f"--chat-template={spec.chat_template}",) if spec.chat_template else ()  # it may begin with a dash
         return Launch(
             name=name,
-            command=(
-                sys.executable,
-                "-P",
-                str(SERVER),
-                *(word for option in options.items() for word in option),
-                *template,
-            ),
+            command=(sys.executable, "-P", str(SERVER), *chain(*options.items()), *template),
             env={**spec.env, KEY_VARIABLE: secret},
             files=(RequiredFile(spec.weights, spec.weights_sha256),),
         )
