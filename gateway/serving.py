@@ -19,8 +19,6 @@ from typing import Any
 import click
 import uvicorn
 from fastapi import FastAPI
-from uvicorn._types import ASGI3Application
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.supervisors import ChangeReload
 
 from gateway.app import check_one_worker, compose
@@ -38,8 +36,6 @@ LAST_WORDS_S = 2.0
 """How long a caller may read nothing of what was written for it, once the gateway ends."""
 DRAIN_MARGIN_S = 10.0
 """What the server waits for open connections beyond the longest drain of the catalog."""
-MOST_AHEAD_BYTES = 2**20
-"""How much of further requests is taken from a connection that has one under way; who sends more waits."""
 CHECKPOINT = "_GATEWAY_CHECKPOINT"
 """How `--checkpoint` reaches a reloaded gateway: not one of the documented variables."""
 
@@ -193,7 +189,7 @@ def _config(app: FastAPI | str, settings: Settings, catalog: Catalog, **more: An
     return uvicorn.Config(
         app,
         loop="uvloop",
-        http=Connection,
+        http="httptools",
         ws="none",
         lifespan="on",
         workers=1,
@@ -215,50 +211,6 @@ def _log_config(log_format: str) -> dict[str, Any]:
         "root": {"level": "INFO", "handlers": ["stderr"]},
         "loggers": {"httpx": {"level": "WARNING"}},  # it would tell of every health check
     }
-
-
-class Connection(HttpToolsProtocol):
-    """A connection that is read on while a request is answered, so that a caller who leaves is noticed.
-
-    uvicorn stops reading as soon as the next request comes before its turn (pipelining), and of those that it then has
-    it tells only the last one that the caller has gone.
-    """
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self._ahead = b""
-        self._under_way: RequestResponseCycle | None = None
-
-    def data_received(self, data: bytes) -> None:
-        if self._has_whole_request():
-            self._ahead += data
-            if len(self._ahead) > MOST_AHEAD_BYTES:
-                self.flow.pause_reading()
-            return
-        super().data_received(data)
-        if self.pipeline:
-            self.flow.resume_reading()
-
-    def on_response_complete(self) -> None:
-        super().on_response_complete()
-        if self._ahead and not self.transport.is_closing() and not self._has_whole_request():
-            ahead, self._ahead = self._ahead, b""
-            self.data_received(ahead)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        super().connection_lost(exc)
-        if self._under_way and not self._under_way.response_complete:
-            self._under_way.disconnected = True
-            self._under_way.message_event.set()
-
-    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
-        self._under_way = cycle
-        super()._start_asgi_task(cycle, app)
-
-    def _has_whole_request(self) -> bool:
-        """Say whether there is a request to be answered before more is of any use."""
-        latest = self.cycle
-        return bool(self.pipeline or (latest and not latest.more_body and not latest.response_complete))
 
 
 class JsonLines(logging.Formatter):
