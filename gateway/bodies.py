@@ -62,7 +62,7 @@ class Body(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_null(cls, body: Any) -> Any:
+    def _as_meant(cls, body: Any) -> Any:
         if not isinstance(body, dict):
             return body
         return {name: _plain(value) for name, value in body.items() if value is not None}
@@ -73,7 +73,7 @@ class Body(BaseModel):
         schema = handler.resolve_ref_schema(reference)
         required = schema.get("required", ())
         schema["properties"] = {
-            name: field if name in required else _or_null(field) for name, field in schema["properties"].items()
+            name: field if name in required else _or_null(field) for name, field in schema.get("properties", {}).items()
         }
         return reference
 
@@ -84,7 +84,7 @@ def _plain(value: Any) -> Any:
 
 def _or_null(field: JsonSchemaValue) -> JsonSchemaValue:
     """Return the JSON Schema of a field that may be null as well."""
-    about = {key: field[key] for key in ("title", "description", "default") if key in field}
+    about: dict[str, Any] = {key: field[key] for key in ("title", "description", "default") if key in field}
     rule = {key: value for key, value in field.items() if key not in about}
     kinds = rule["anyOf"] if rule.keys() == {"anyOf"} else [rule]
     null = {"type": "null"}

@@ -21,7 +21,6 @@ import hypothesis
 import pytest
 import requests
 import schemathesis
-from _pytest.mark import ParameterSet
 from fastapi import FastAPI
 from hypothesis import strategies as st
 from schemathesis import APIOperation, Case, GenerationMode
@@ -41,7 +40,7 @@ BOUND_S = 60 + EXAMPLES
 DOCUMENTS = ("/openapi.json", "/models/tgi/llm-service/openapi.json", "/models/tgi/api-server/openapi.json")
 ENDLESS = "/events"
 NOWHERE = "http://127.0.0.1:1"
-NAMED_BY = {"model_id", "model", "model_path"}
+NAMED_BY = ("model_id", "model", "model_path")
 NAMES = ["tgi", "openai", "vllm", "gpt2"]
 BOTH = (GenerationMode.POSITIVE, GenerationMode.NEGATIVE)
 """What the document allows, and what it does not."""
@@ -75,14 +74,14 @@ def document(app: FastAPI, path: str) -> Any:
 
 
 def with_names(part: Any) -> Any:
-    """Return (part of) a document with names of models as examples of what names one: edges are tried with those."""
+    """Return (part of) a document that has names of models as examples of what names one: edges are tried with them."""
     if isinstance(part, list):
         return [with_names(each) for each in part]
     if not isinstance(part, dict):
         return part
     part = {key: with_names(value) for key, value in part.items()}
     fields = part.get("properties", {})
-    for schema in [fields[name] for name in NAMED_BY & fields.keys()]:
+    for schema in [fields[name] for name in NAMED_BY if name in fields]:
         schema["examples"] = NAMES
     if part.get("in") == "path" and part["name"] in NAMED_BY:
         part["schema"]["examples"] = NAMES
@@ -108,7 +107,7 @@ def config() -> schemathesis.Config:
     )
 
 
-def operations() -> Iterator[ParameterSet]:
+def operations() -> Iterator[pytest.ParameterSet]:
     """Yield every operation, and the path that stands before its own."""
     app = application()
     for path in DOCUMENTS:
