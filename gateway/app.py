@@ -25,8 +25,9 @@ from gateway.api.autotrain import autotrain_router
 from gateway.api.generate import generate_router
 from gateway.api.inference import inference_router
 from gateway.api.llm_service import llm_service_router
-from gateway.api.middleware import BodyLimit, LoopbackOnly, PlainPaths, PlainRefusal, RequestLog
+from gateway.api.middleware import BodyLimit, Lingering, LoopbackOnly, PlainPaths, PlainRefusal, RequestLog
 from gateway.api.models import models_router
+from gateway.api.openai import openai_router
 from gateway.api.overview import overview_router
 from gateway.api.reports import Reports
 from gateway.catalog import Catalog, ModelSpec
@@ -146,6 +147,7 @@ def compose(settings: Settings, catalog: Catalog) -> FastAPI:
         autotrain_router(fleet, client),
         llm_service_router(fleet, client, reports),
         api_server_router(fleet, client, reports),
+        openai_router(fleet, client),
         models_router(fleet),
         overview_router(fleet, reports),
     ):
@@ -160,6 +162,7 @@ def compose(settings: Settings, catalog: Catalog) -> FastAPI:
     if keys is None and not settings.allow_insecure:
         app.add_middleware(LoopbackOnly, refusal=_not_for_you)
     app.add_middleware(RequestLog)
+    app.add_middleware(Lingering)
     app.add_middleware(PlainRefusal)
     return app
 

@@ -84,7 +84,7 @@ def _plain(value: Any) -> Any:
 
 def _or_null(field: JsonSchemaValue) -> JsonSchemaValue:
     """Return the JSON Schema of a field that may be null as well."""
-    about: dict[str, Any] = {key: field[key] for key in ("title", "description", "default") if key in field}
+    about: JsonSchemaValue = {key: field[key] for key in ("title", "description", "default") if key in field}
     rule = {key: value for key, value in field.items() if key not in about}
     kinds = rule["anyOf"] if rule.keys() == {"anyOf"} else [rule]
     null = {"type": "null"}
@@ -107,12 +107,14 @@ def request_of(
     """Return what is to be generated, from parameters by their names in models.yaml.
 
     The catalog's `parameters` (`apart_from` some) beat the document's `defaults`, what the caller `said` beats these,
-    and `overrides` beat all. No length is beyond the context, nor beyond what the document allows at most.
+    and `overrides` beat all. No length is beyond the context, nor beyond what the document allows at most; a default of
+    None is no limit.
     """
     parameters = {name: value for name, value in spec.parameters.items() if name not in apart_from}
     merged = {**defaults, **_named(parameters), **_named(said), **_named(spec.overrides)}
-    bounds = (merged["max_new_tokens"], spec.context_tokens, most_new_tokens)
-    merged["max_new_tokens"] = min(bound for bound in bounds if bound is not None)
+    if merged["max_new_tokens"] is not None:
+        bounds = (merged["max_new_tokens"], spec.context_tokens, most_new_tokens)
+        merged["max_new_tokens"] = min(bound for bound in bounds if bound is not None)
     stop = tuple(merged.pop("stop", ()))
     newline = ("\n",) if merged.pop("stop_on_newline", False) else ()
     sampling = {name: value for name, value in merged.items() if name not in _NOT_FOR_ALL}

@@ -189,7 +189,7 @@ class ModelSpec(BaseModel):
     context_tokens: Annotated[int, Field(ge=1, le=100_000_000), NOT_BOOL] | None = None
     """Tokens of prompt and answer together. Default: what the server says."""
     chat_template: Template | None = None
-    """Jinja template that makes a prompt of chat messages. Default: the model's own."""
+    """Jinja template that makes a prompt of chat messages; engine llamacpp only. Default: the model's own."""
     metadata: PlainJson = Field(default_factory=dict)
     """Facts for /info: {step: 2920, val_loss: 0.2627}."""
 
@@ -234,7 +234,16 @@ def contradictions(said: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "url", "is missing: runtime external needs the address of the server that already runs"
     if runtime in ("docker", "process") and said.get("url") is not None:
         yield "url", f"is for runtime external only, and this model's runtime is {runtime}"
+    if said.get("chat_template") is not None and engine in _TEMPLATE_OF:
+        yield "chat_template", _TEMPLATE_OF[engine]
     yield from _beyond_the_context(said)
+
+
+_TEMPLATE_OF = {
+    "tgi": "is for engine llamacpp only: give TGI a file, by `volumes` and args: {tokenizer-config-path: ...}",
+    "openai": "is for engine llamacpp only: give it to the server that runs at `url`",
+}
+"""Why this engine takes no `chat_template`, and what to do instead."""
 
 
 def _beyond_the_context(said: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -255,7 +264,6 @@ def deferred(spec: ModelSpec) -> list[str]:
     if spec.replicas > 1:
         missing.append(f"replicas: {spec.replicas} comes with a later version: this one runs one server per model")
     missing += [f"{key.removesuffix('_bytes')} has no effect on a model that {where}" for key, where in _idle(spec)]
-    missing += ["chat_template comes with a later version, with chat"] if spec.chat_template else []
     if spec.runtime == "docker" and spec.gpu_memory_bytes:
         missing.append("gpu_memory comes with a later version: this one gives a model its GPUs whole")
     return missing

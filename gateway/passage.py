@@ -46,7 +46,11 @@ class Manner(Protocol):
         """Return what goes on of the answer so far; may be empty."""
 
     def rest(self) -> bytes:
-        """Return what was held back, at the end of the answer."""
+        """Return what was held back, at the end of the answer.
+
+        Raises:
+            Broken: it must not end here.
+        """
 
     def failure(self, error: GatewayError) -> bytes:
         """Return what a stream says of a failure; nothing follows it."""
@@ -99,6 +103,8 @@ class Passage(Errand["Whole | None"]):
                 if data := self.manner.feed(chunk):
                     await self.stream.write(data)
                 pace.came()
+        if rest := self.manner.rest():
+            await self.stream.write(rest)
         return None
 
 
@@ -134,7 +140,7 @@ class PutThrough(Response):
 
     async def _finish(self, stream: Stream, whole: Whole | None, send: Send) -> None:
         if whole is None:
-            await stream.write(self._passage.manner.rest(), more=False)
+            await stream.write(b"", more=False)
         elif not stream.began:
             stream.close()
             await send_whole(send, whole.body, whole.status, whole.head)

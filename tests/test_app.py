@@ -67,6 +67,13 @@ def test_the_openapi_document_tells_of_every_error_in_its_shape(tmp_path: Path) 
         "503",
         "504",
     }
+    chat = paths["/v1/chat/completions"]["post"]
+    assert "422" not in chat["responses"]  # OpenAI's is 400
+    assert set(chat["responses"]["200"]["content"]) == {"application/json", "text/event-stream"}
+    body = chat["requestBody"]["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
+    assert {"messages", "max_completion_tokens", "tools"} <= document["components"]["schemas"][body][
+        "properties"
+    ].keys()
     assert set(paths["/models/{model_id}/start"]["post"]["responses"]) >= {"200", "202", "404", "503", "504"}
     assert list(paths["/generate_stream"]["post"]["responses"]["200"]["content"]) == ["text/event-stream"]
     assert list(paths["/models/{model_id}/logs"]["get"]["responses"]["200"]["content"]) == ["text/plain"]

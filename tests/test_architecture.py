@@ -30,7 +30,7 @@ FLOORS = [
     ["gateway.engines.base"],
     ["gateway.engines", "gateway.runtimes"],
     ["gateway.fleet"],
-    ["gateway.writers"],
+    ["gateway.writers", "gateway.dialects.openai"],
     ["gateway.relay"],
     ["gateway.upstream", "gateway.dialects", "gateway.passage"],
     ["gateway.api"],

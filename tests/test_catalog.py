@@ -75,11 +75,13 @@ def test_shipped_examples_are_valid(tmp_path: Path) -> None:
     """Every example of the manual can be copied under a model."""
     manual = [line.removeprefix("#   ") for line in (ROOT / "models.yaml").read_text().splitlines()]
     examples = [line for line in manual if line.partition(":")[0] in catalog_schema()["$defs"]["Model"]["properties"]]
-    usual = [line for line in examples if not line.startswith(("runtime:", "url:", "weights_sha256:"))]
+    usual = [
+        line for line in examples if not line.startswith(("runtime:", "url:", "weights_sha256:", "chat_template:"))
+    ]
     indented = "".join(f"    {line}\n" for line in usual)
 
     assert load(tmp_path, f"models:\n  m:\n{indented}", {"PROVIDER_KEY": SECRET}).models["m"].gpus == 1
-    assert len(usual) == len(catalog_schema()["$defs"]["Model"]["properties"]) - 3
+    assert len(usual) == len(catalog_schema()["$defs"]["Model"]["properties"]) - 4
 
 
 def test_defaults_of_tgi(tmp_path: Path) -> None:
@@ -187,6 +189,8 @@ NO_LINE = "must be one line of text, at most 1000 characters, without spaces aro
 NO_URL = "must be an address such as http://10.0.0.5:8080, without query"
 NO_TEXT = "must be text: put it in quotes"
 NO_VOLUME = "must be SOURCE:/PATH/IN/CONTAINER, with :ro at the end to make it read-only"
+NO_TEMPLATE = "is for engine llamacpp only:"
+TEMPLATE_FILE = "{tokenizer-config-path: ...}"
 NO_PACKAGE = "must be a path, or package:NAME/FILE with a file inside an installed Python package"
 NO_JSON = "must hold only text, finite numbers, true, false, null, lists and mappings"
 LIST_IT = "list it under the `aliases` of the one that shall answer to it"
@@ -245,6 +249,12 @@ LIST_IT = "list it under the `aliases` of the one that shall answer to it"
         ("name: ''", f"name: {NO_LINE}"),
         ('name: "a\\nb"', f"name: {NO_LINE}"),
         ("revision: a b", "revision: must not contain spaces"),
+        ("chat_template: ''", "chat_template: must not be empty"),
+        ("chat_template: x", f"chat_template: {NO_TEMPLATE} give TGI a file, by `volumes` and args: {TEMPLATE_FILE}"),
+        (
+            "engine: openai, url: 'http://h', chat_template: x",
+            f"chat_template: {NO_TEMPLATE} give it to the server that runs at `url`",
+        ),
         ("url: 'http://h'", "url: is for runtime external only, and this model's runtime is docker"),
         ("runtime: external, url: 'ftp://h'", f"url: {NO_URL}"),
         ("runtime: external, url: 'http://h?x=1'", f"url: {NO_URL}"),
@@ -795,7 +805,6 @@ def check(folders: pytest.TempPathFactory, content: bytes) -> None:
         ("memory: 1GiB", "memory has no effect on a model that runs as a process"),
         ("image: x", "image has no effect on a model that runs as a process"),
         ("gpus: 2", "gpus has no effect on a model that runs as a process"),
-        ("chat_template: x", "chat_template comes with a later version, with chat"),
         ("replicas: 2", "replicas: 2 comes with a later version: this one runs one server per model"),
     ],
 )

@@ -20,9 +20,12 @@ from gateway.api.generate import generate_router
 from gateway.api.inference import inference_router
 from gateway.api.llm_service import llm_service_router
 from gateway.api.middleware import RequestLog
+from gateway.api.openai import openai_router
 from gateway.api.reports import Reports
 from gateway.catalog import Catalog
+from gateway.engines.base import Engine
 from gateway.engines.llamacpp import LlamaCpp
+from gateway.engines.openai import OpenAi
 from gateway.errors import StartFailed
 from gateway.fleet.fleet import Fleet
 from gateway.fleet.health import HttpProbe
@@ -103,7 +106,9 @@ async def stage(script: Script, *other_ports: int, **keys: Any) -> AsyncIterator
         runtime, client, probe = AtAnAddress(*other_ports, port), AiohttpClient(), HttpProbe()
         model = spec(**keys)
         catalog = Catalog(path=Path("models.yaml"), default_model="m", models={"m": model})
-        fleet = Fleet(catalog, {"llamacpp": LlamaCpp()}, {"process": runtime}, probe, Journal(lambda: 0.0))
+        engines: dict[str, Engine] = {"llamacpp": LlamaCpp(), "openai": OpenAi()}
+        runtimes = {"process": runtime, "external": runtime}
+        fleet = Fleet(catalog, engines, runtimes, probe, Journal(lambda: 0.0))
         app = FastAPI()
         problems.install(app)
         reports = Reports(fleet, "1", gpu_memory={}, device="auto")
@@ -112,6 +117,7 @@ async def stage(script: Script, *other_ports: int, **keys: Any) -> AsyncIterator
             inference_router(fleet, client),
             autotrain_router(fleet, client),
             llm_service_router(fleet, client, reports),
+            openai_router(fleet, client),
         ):
             app.include_router(router)
         app.add_middleware(RequestLog)

@@ -25,6 +25,8 @@ log = logging.getLogger("gateway.access")
 BODY_S = 60.0
 BODY_PIECE_S = 10.0
 """How long a body may take to come, as a whole and between two pieces of it."""
+LINGER_S = 2.0
+"""How long what is left of a refused request is still taken."""
 UNANSWERED = "unanswered"
 _ID = re.compile(r"[\x21-\x7e]{1,128}")
 
@@ -174,6 +176,39 @@ class BodyLimit:
     def _too_large(self) -> GatewayError:
         words = f"The body is larger than {self._most_bytes:,} bytes; send less, or raise GATEWAY_MAX_BODY."
         return BodyTooLarge(words)
+
+
+class Lingering:
+    """Takes the rest of a request whose connection is to be closed with the answer, for a moment, and throws it away.
+
+    What is closed with something unread is reset, and a reset may overtake the answer: a proxy then says 502 instead.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        closes = False
+
+        async def send_and_linger(message: Message) -> None:
+            nonlocal closes
+            if message["type"] == "http.response.start":
+                closes = Headers(raw=message["headers"]).get("connection") == "close"
+            elif closes and message["type"] == "http.response.body" and not message.get("more_body", False):
+                await send({**message, "more_body": True})
+                await _discard(receive)
+                message = {**message, "body": b""}
+            await send(message)
+
+        await self._app(scope, receive, send_and_linger if scope["type"] == "http" else send)
+
+
+async def _discard(receive: Receive) -> None:
+    """Take what comes of a request's body, up to its end or the bound."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(LINGER_S):
+            while (await receive()).get("more_body", False):
+                pass
 
 
 class PlainPaths:

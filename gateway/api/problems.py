@@ -18,7 +18,7 @@ from starlette.routing import BaseRoute, Match
 from starlette.types import Scope
 
 from gateway.api.rights import right_for
-from gateway.errors import EmptyPrompt, GatewayError, InvalidRequest, MethodNotAllowed, NotFound
+from gateway.errors import EmptyPrompt, GatewayError, InvalidRequest, MethodNotAllowed, NotFound, Unsupported
 from gateway.shapes import Api, api_of, shown
 
 
@@ -129,7 +129,7 @@ def _in_shape(api: Api, responses: dict[int | str, Any]) -> dict[int | str, Any]
         del found[status]
         for sent in _STATUSES[api].get(status, (status,)):
             found[sent] = found.get(sent, answer)
-    return dict(sorted(found.items()))
+    return {str(status): found[status] for status in sorted(found)}
 
 
 _STATUSES: Mapping[Api, Mapping[int, tuple[int, ...]]] = {
@@ -202,6 +202,8 @@ def _complaint(error: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _code(complaints: Sequence[Mapping[str, Any]]) -> str:
+    if all(each["type"] == "unsupported" for each in complaints):
+        return Unsupported.code
     fields = {next((part for part in each["loc"][1:] if part != "parameters"), None) for each in complaints}
     codes = {_FIELD_CODES.get(str(field)) for field in fields}
     return codes.pop() or InvalidRequest.code if len(codes) == 1 and len(fields) == 1 else InvalidRequest.code

@@ -144,6 +144,7 @@ class ChatDecoder:
             Else it is one token each where log-probabilities tell them apart, and any number of them where not.
         stop_means: what the server's word `stop` stands for. TGI and a server that was told of no stop texts mean the
             model's own end.
+        one_call: the answer ends where a second call of a tool begins.
         call_id: returns the ids of tools' calls: TGI calls each of them "0".
     """
 
@@ -154,10 +155,11 @@ class ChatDecoder:
         *,
         chunk_is_token: bool = False,
         stop_means: FinishReason = "eos",
+        one_call: bool = False,
         call_id: Callable[[], str] = new_call_id,
     ) -> None:
         self._request, self._failure = request, failure
-        self._chunk_is_token, self._stop_means = chunk_is_token, stop_means
+        self._chunk_is_token, self._stop_means, self._one_call = chunk_is_token, stop_means, one_call
         self._lines, self._stop, self._calls = EventLines(), StopTexts(request.stop), _Calls(call_id)
         self._tokens = 0
         self._usage: Mapping[str, Any] = {}
@@ -236,7 +238,13 @@ class ChatDecoder:
         text = self._stop.feed(piece.text)
         if self._stop.found:
             self._end_here("stop")
-        yield TokenEvent(piece.id, text, piece.logprob, top, piece.token, piece.special, piece.calls)
+        yield TokenEvent(piece.id, text, piece.logprob, top, piece.token, piece.special, self._wanted(piece.calls))
+
+    def _wanted(self, calls: tuple[ToolCallPiece, ...]) -> tuple[ToolCallPiece, ...]:
+        wanted = tuple(piece for piece in calls if piece.index == 0) if self._one_call else calls
+        if len(wanted) < len(calls):
+            self._end_here("tool_calls")
+        return wanted
 
     def _is_beyond_length(self) -> bool:
         """Say whether another token would be one too many. Where chunks are no tokens, the server knows better."""
@@ -259,11 +267,13 @@ class ChatDecoder:
                 return "stop" if isinstance(choice[key], str) else "eos"
         return self._stop_means if said == "stop" else "eos"
 
-    def _end(self) -> Iterator[Finished]:
+    def _end(self) -> Iterator[TokenEvent | Finished]:
         if self._reason is None:
             raise not_understood()
         self._finished = True
         counted = 0 if self._ended_here else int(self._usage.get("completion_tokens") or 0)
+        if self._chunk_is_token:
+            yield from self._unseen(counted)  # the model's own mark of its end, say
         prompt_tokens = int(self._usage.get("prompt_tokens") or UNKNOWN_PROMPT_TOKENS)
         rest = "" if self._stop.found else self._stop.rest()
         yield Finished(self._reason, counted or self._tokens, prompt_tokens, rest, self._stop.matched)

@@ -1,7 +1,7 @@
 """The embedded model server: llama.cpp with its own HTTP server, in a process of its own.
 
     EMBEDDED_API_KEY=... python -P embedded_server.py --model FILE --port N --slots N --context-tokens N
-                         --device auto|cpu|cuda --args JSON
+                         --device auto|cpu|cuda --args JSON [--chat-template JINJA]
 
 Run by its path: it imports nothing of the package, so that it is up at once. It ends at SIGTERM, with exit status 2 if
 its arguments are wrong, 3 if llama.cpp is not installed, 1 if llama.cpp cannot load the model (its own lines say why).
@@ -13,10 +13,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
+import runpy
 import signal
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 WRONG_ARGUMENTS = 2
@@ -24,6 +27,14 @@ NOT_INSTALLED = 3
 KEY_VARIABLE = "EMBEDDED_API_KEY"
 LOG_FLUSH_S = 0.5
 """llama.cpp says why it failed in a thread of its own, and an exit before that thread had its turn loses every line."""
+TOOLS = Path(__file__).with_name("tools.jinja")
+GGUF = Path(__file__).parents[1] / "gguf.py"
+NO_TEMPLATE = (
+    "{% if of_request %}{{ raise_exception('it has none') }}{% endif %}"
+    "{% for message in messages %}{{ message.content }}{% endfor %}"
+)
+"""For models that have no template. llama.cpp would take ChatML, which they do not know. It also tries every template
+when it starts: so this one fails only where the variable is set, as it is for every request."""
 GPU_LAYERS = {"auto": -1, "cpu": 0, "cuda": 999}
 
 
@@ -50,6 +61,7 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--context-tokens", type=int, required=True, help="of each slot")
     parser.add_argument("--device", choices=sorted(GPU_LAYERS), required=True)
     parser.add_argument("--args", type=json.loads, default={}, help="JSON object of llama.cpp's flags")
+    parser.add_argument("--chat-template", default="", help="Jinja; the model's own if it is empty")
     return parser.parse_args(arguments)
 
 
@@ -84,10 +96,35 @@ def make_params(llama: Any, options: argparse.Namespace, key: str) -> Any:
     set_threads(llama, params, spare_threads())
     params.fit_params = False  # or it would change the two lines above to fit the memory
     params.n_gpu_layers = GPU_LAYERS[options.device]
+    params.use_jinja, params.chat_template = True, chat_template(options.chat_template, options.model)
     params.cache_ram_mib = 0  # its default is 8 GiB of old prompts
     for name, value in options.args.items():
         set_flag(llama, params, name, value)
     return params
+
+
+def chat_template(given: str, weights: str) -> str:
+    """Return the template to use, or nothing for the model's own as it is. Every one that is used knows tools."""
+    about = {} if given else metadata_of(weights)
+    if about is None:
+        return ""
+    template = given or about.get("tokenizer.chat_template")
+    if not template:
+        return NO_TEMPLATE
+    if re.search(r"\btools\b", template) or "tokenizer.chat_template.tool_use" in about:
+        return given
+    return TOOLS.read_text().rstrip("\n") + template
+
+
+def metadata_of(weights: str) -> dict[str, Any] | None:
+    """Return what the file's head says; None if it cannot be read: llama.cpp then says what is wrong with it."""
+    reader = runpy.run_path(str(GGUF))
+    try:
+        with open(weights, "rb") as file:  # noqa: PTH123
+            found: dict[str, Any] = reader["read_metadata"](file)
+    except (OSError, ValueError, reader["NotGguf"]):
+        return None
+    return found
 
 
 def spare_threads() -> int:

@@ -1,38 +1,34 @@
 """Engine `llamacpp`: llama.cpp's own HTTP server, run as a child process (`embedded_server.py`). Pure.
 
-Four things that its server does are not ours, and are mended here:
+What its server does otherwise than we would, and is mended here:
 - Its sampling defaults (temperature 0.8, top_k 40, top_p 0.95, min_p 0.05) apply to whatever a call leaves out, so a
   call leaves nothing out.
 - It holds back what may become a stop text, and loses it if the answer then ends at its length. So it is not told of
   stop texts: the decoder finds them, ends the answer, and the caller closes the connection, which frees the slot.
 - It sends nothing for a token that is only part of a character, but counts it: such a token is an event without text.
 - It does not notice that a caller of a plain answer has gone, so every call is a stream.
+- Where a tool must be called, it lets the model talk first, for as long as it likes, and a small one never calls. So
+  the answer is held to the JSON of a call, and becomes a call here.
+- It would take a chat template that knows no tools and silently leave them out: `embedded_server.py` adds them.
 """
 
 from __future__ import annotations
 
 import json
-import math
-import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 from gateway.catalog import ModelSpec
-from gateway.engines.base import Call, Decoder, Diagnosis
-from gateway.engines.stops import StopTexts
-from gateway.errors import (
-    GatewayError,
-    GenerationFailed,
-    InvalidRequest,
-    ModelNotLoaded,
-    PromptTooLong,
-    StartFailed,
-    Unsupported,
-    UpstreamFailed,
-)
-from gateway.generation import Finished, FinishReason, GenerationRequest, TokenChance, TokenEvent
+from gateway.engines.base import Api, Call, Decoder, Diagnosis
+from gateway.engines.chat import ChatDecoder, messages_of, response_format_of, tools_of
+from gateway.engines.llamacpp_answers import CompletionDecoder, failure, prompt_tokens, refusal
+from gateway.engines.llamacpp_diagnoses import diagnose, progress
+from gateway.engines.text_calls import TextCallDecoder, call_schema
+from gateway.errors import GatewayError, StartFailed, Unsupported
+from gateway.generation import Chat, GenerationRequest, Image, JsonSchema, PromptToken, Regex
 from gateway.runtimes.base import Exit, Launch, Progress, RequiredFile
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -41,17 +37,15 @@ SERVER = Path(__file__).with_name("embedded_server.py")
 KEY_VARIABLE = "EMBEDDED_API_KEY"
 DEFAULT_CONTEXT_TOKENS = 4096
 """Context of each slot where the catalog says nothing. A model made for less gets less."""
-LOADING_RETRY_S = 2.0
-EVIDENCE_LINES = 8
 RECENT_TOKENS = 64
-LEAST_PROBABILITY = 1e-45
-"""The smallest number that llama.cpp can tell from 0; stands for 0, whose logarithm JSON cannot express."""
+CHAT = "/v1/chat/completions"
 
 
 class LlamaCpp:
     name: ClassVar[str] = "llamacpp"
     health_path: ClassVar[str] = "/health"
     default_slots: ClassVar[int] = 4
+    speaks: ClassVar[Api | None] = None
 
     def __init__(self, device: Device = "auto") -> None:
         self._device = device
@@ -66,6 +60,7 @@ class LlamaCpp:
             "--context-tokens": str(_context_tokens(spec)),
             "--device": self._device,
             "--args": json.dumps(dict(spec.args)),
+            **({"--chat-template": spec.chat_template} if spec.chat_template else {}),
         }
         return Launch(
             name=name,
@@ -84,49 +79,50 @@ class LlamaCpp:
         return status == 200
 
     def progress(self, line: str) -> Progress | None:
-        phases = (phase for words, phase in PHASES.items() if words in line)
-        return next((Progress(phase) for phase in phases), None)
+        return progress(line)
 
     def diagnose(self, end: Exit) -> Diagnosis:
-        said = "\n".join(end.last_lines)
-        for symptom in SYMPTOMS:
-            if found := re.search(symptom.pattern, said):
-                evidence = _evidence(end.last_lines, symptom.pattern)
-                return Diagnosis(symptom.cause.format(*found.groups()), symptom.fix, evidence)
-        cause, fix = _silent_end(end)
-        return Diagnosis(cause, fix, _evidence(end.last_lines, "embedded server: "))
+        return diagnose(end)
 
     def check(self, spec: ModelSpec, request: GenerationRequest) -> None:  # noqa: ARG002 - the same for all
+        _refuse_unsupported(request)
         _reporting(request)
 
     def call(self, spec: ModelSpec, request: GenerationRequest, secret: str) -> Call:
-        body = {"prompt": request.prompt, "stream": True, "n_predict": request.max_new_tokens, "cache_prompt": True}
-        return Call(
-            path="/completion",
-            body=json.dumps({**body, **_sampling(request, _context_tokens(spec)), **_reporting(request)}).encode(),
-            headers={"Content-Type": "application/json", "Authorization": f"Bearer {secret}"},
-        )
+        path, asked = ("/completion", _completion(request)) if request.chat is None else (CHAT, _chat(request))
+        common = {"stream": True, "cache_prompt": True, **_sampling(request, _context_tokens(spec))}
+        return _json_call(path, {**common, **_reporting(request), **asked}, secret)
 
     def decoder(self, request: GenerationRequest) -> Decoder:
-        return CompletionDecoder(request.stop)
+        if request.chat is None:
+            return CompletionDecoder(request.stop)
+        if _must_call(request.chat):  # the stop texts are for text, and there is none
+            return TextCallDecoder(_chat_decoder(replace(request, stop=())))
+        return _chat_decoder(request)
 
     def refusal(self, status: int, body: bytes) -> GatewayError:
-        error = _error_in(body)
-        words = _plain_words(error)
-        if error.get("type") == "exceed_context_size_error":
-            return _too_long(error)
-        if status == 400:
-            return InvalidRequest(f"The model's server refuses the request: {words}.")
-        if status == 503:
-            return ModelNotLoaded("The model is still loading.", retry_after_s=LOADING_RETRY_S)
-        return UpstreamFailed(f"The model's server answered with status {status}: {words}.")
+        return refusal(status, body)
+
+    def tokenize(self, spec: ModelSpec, request: GenerationRequest, secret: str) -> Call:  # noqa: ARG002 - one model each
+        if request.chat is not None:
+            raise Unsupported(
+                "This model's engine tells the tokens of prompts only. Send a prompt in place of messages."
+            )
+        body = {"content": request.prompt, "add_special": True, "parse_special": True, "with_pieces": True}
+        return _json_call("/tokenize", body, secret)
+
+    def tokens(self, request: GenerationRequest, body: bytes) -> tuple[PromptToken, ...]:
+        return prompt_tokens(request.prompt, body)
+
+    def forward(self, spec: ModelSpec, call: Call, secret: str) -> Call:
+        raise NotImplementedError("no caller is put through to llama.cpp: its server speaks its own API")
 
 
 def _context_tokens(spec: ModelSpec) -> int:
     return spec.context_tokens or DEFAULT_CONTEXT_TOKENS
 
 
-# ---- starting: what is wrong, and what to do ----
+# ---- starting ----
 
 
 def _weights_missing(spec: ModelSpec) -> StartFailed:
@@ -139,121 +135,88 @@ def _weights_missing(spec: ModelSpec) -> StartFailed:
     return StartFailed(f"{cause}. {fix}", cause=cause, fix=fix)
 
 
-PHASES = {
-    "load_model: loading model": "loading",
-    "llama threadpool init": "warming up",
-    "warming up the model": "warming up",
-    "embedded server: ready": "ready",
-}
-
-
-class Symptom(NamedTuple):
-    """What a server that fails says, the cause of it (with the pattern's groups), and what to do."""
-
-    pattern: str
-    cause: str
-    fix: str
-
-
-_GET_AGAIN = "Download or reinstall the weights; weights_sha256 in models.yaml has them checked before each start."
-_LESS_MEMORY = "Lower context_tokens or max_concurrency, take a smaller or more quantised model, or stop another one."
-
-SYMPTOMS = (
-    Symptom(
-        r"embedded server: (xllamacpp is not installed) \((.*)\)",
-        "{0} ({1})",
-        "Run: pip install 'tgi-gateway[embedded]'",
-    ),
-    Symptom(
-        r"embedded server: ((?:unknown )?flag .*)",
-        "{0}",
-        "Correct `args` of this model in models.yaml.",
-    ),
-    Symptom(
-        r"embedded server: (no GPU .*)",
-        "{0}",
-        "Install a build of xllamacpp for your GPU, or use --device cpu or auto.",
-    ),
-    Symptom(
-        r"failed to open GGUF file '(.*)' \((.*)\)",
-        "the weights {0} cannot be opened ({1})",
-        "Put the file there and let the gateway's user read it, or correct `weights` in models.yaml.",
-    ),
-    Symptom(
-        r"invalid magic characters: '(.*)', expected 'GGUF'|failed to read magic",
-        "the weights are not a GGUF file",
-        "Engine llamacpp loads GGUF files only: give one as `weights`, or convert the model with llama.cpp's tools.",
-    ),
-    Symptom(
-        r"this GGUF file is version (\d+) but this software only supports up to version (\d+)",
-        "the weights are in GGUF version {0}, and this llama.cpp reads up to version {1}",
-        "Run: pip install --upgrade xllamacpp; if that is the newest, the file is damaged: download it again.",
-    ),
-    Symptom(
-        r"failed to read (?:header|key-value pairs|tensor info|tensor data)|is not within the file bounds",
-        "the weights are truncated or damaged",
-        _GET_AGAIN,
-    ),
-    Symptom(
-        r"unknown model architecture: '(.*)'",
-        "this llama.cpp does not know models of architecture {0}",
-        "Run: pip install --upgrade xllamacpp; if that does not help, run the model with engine tgi.",
-    ),
-    Symptom(
-        r"unknown pre-tokenizer type: '(.*)'",
-        "this llama.cpp does not know the tokenizer {0}",
-        "Run: pip install --upgrade xllamacpp, or convert the model anew.",
-    ),
-    Symptom(
-        r"missing tensor '(.*)'|wrong number of tensors",
-        "the weights lack a part of the model",
-        _GET_AGAIN,
-    ),
-    Symptom(
-        r"insufficient memory|(?:failed|unable) to allocate|out of memory|cudaMalloc failed|bad_alloc|MemoryError",
-        "there is not enough memory for the model and its context",
-        _LESS_MEMORY,
-    ),
-    Symptom(
-        r"couldn't bind HTTP server socket, hostname: (\S+), port: (\d+)",
-        "its port {1} was taken by another program",
-        "Start the model again: it gets another port.",
-    ),
-    Symptom(
-        r"(no CUDA-capable device is detected|CUDA driver version is insufficient.*|CUDA error.*)",
-        "the GPU cannot be used ({0})",
-        "Check the driver with nvidia-smi, or serve with --device cpu.",
-    ),
-    Symptom(
-        r"(cannot run .*)",
-        "{0}",
-        "The gateway's own Python is gone or broken: install the gateway again.",
-    ),
-)
-
-
-def _silent_end(end: Exit) -> tuple[str, str]:
-    """Return cause and fix for a server that said nothing that is known here."""
-    if "by the gateway" in end.reason:
-        return "it was killed by the gateway", "Start the model again."
-    if "SIGKILL" in end.reason or end.code == 137:
-        return "it was killed from outside, most often because the machine's memory ran out", _LESS_MEMORY
-    if "SIGILL" in end.reason:
-        fix = "Install a build of xllamacpp for this processor."
-        return "llama.cpp was built for another processor and used an instruction that this one lacks", fix
-    if end.code is not None and end.code < 0 and "SIGTERM" not in end.reason:
-        fix = "Run: pip install --upgrade xllamacpp; if it crashes again, check the weights and report its last lines."
-        return f"llama.cpp crashed ({end.reason})", fix
-    return f"it ended without a known reason ({end.reason})", "Read its last lines with `gateway logs`."
-
-
-def _evidence(lines: tuple[str, ...], pattern: str) -> tuple[str, ...]:
-    """Return the lines that fit the pattern or tell of an error, or else the last ones."""
-    errors = [line for line in lines if re.search(rf"^\S+ E |[Ee]rror\b|{pattern}", line)]
-    return tuple(errors[-EVIDENCE_LINES:] or lines[-EVIDENCE_LINES:])
-
-
 # ---- asking ----
+
+
+def _json_call(path: str, body: Mapping[str, Any], secret: str) -> Call:
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {secret}"}
+    return Call(path=path, body=json.dumps(body).encode(), headers=headers)
+
+
+def _completion(request: GenerationRequest) -> dict[str, Any]:
+    return {"prompt": request.prompt, "n_predict": _most_tokens(request), **_json_schema(request)}
+
+
+def _most_tokens(request: GenerationRequest) -> int:
+    """Return the length; -1 is as many as there is room for."""
+    return -1 if request.max_new_tokens is None else request.max_new_tokens
+
+
+def _json_schema(request: GenerationRequest) -> dict[str, Any]:
+    if request.grammar is None:
+        return {"grammar": ""}  # beside it, empty as it is, a json_schema would be ignored
+    return {"json_schema": dict(_as_schema(request).schema)}
+
+
+def _as_schema(request: GenerationRequest) -> JsonSchema:
+    return request.grammar if isinstance(request.grammar, JsonSchema) else JsonSchema({"type": "object"})
+
+
+def _chat(request: GenerationRequest) -> dict[str, Any]:
+    assert request.chat is not None
+    return {
+        "messages": messages_of(request.chat),
+        "max_tokens": _most_tokens(request),
+        "stream_options": {"include_usage": True},
+        "timings_per_token": True,  # tells how many tokens there were, those that are parts of characters included
+        "reasoning_format": "none",
+        "chat_template_kwargs": {"of_request": True},
+        **_tools(request.chat),
+        **_form(request),
+    }
+
+
+def _tools(chat: Chat) -> dict[str, Any]:
+    if not chat.tools:
+        return {}
+    # A call that must be is had by its form, for which llama.cpp needs no word but that the model is told of the tools.
+    choice = "auto" if _must_call(chat) else chat.tool_choice
+    told = tools_of(chat, chosen_only=True)
+    return {"tools": told, "tool_choice": choice, "parallel_tool_calls": bool(chat.parallel_tool_calls)}
+
+
+def _must_call(chat: Chat) -> bool:
+    return bool(chat.tools) and chat.tool_choice == "required"
+
+
+def _form(request: GenerationRequest) -> dict[str, Any]:
+    """Return what holds the answer to a form: the one asked for, or that of a call."""
+    chat = request.chat
+    if chat is not None and _must_call(chat):
+        chosen = [tool for tool in chat.tools if chat.tool_name in (None, tool.name)]
+        return {"response_format": response_format_of(JsonSchema(call_schema(chosen)))}
+    return {} if request.grammar is None else {"response_format": response_format_of(_as_schema(request))}
+
+
+def _chat_decoder(request: GenerationRequest) -> ChatDecoder:
+    one_call = request.chat is not None and not request.chat.parallel_tool_calls
+    return ChatDecoder(request, lambda frame, _: failure(frame), chunk_is_token=True, one_call=one_call)
+
+
+def _refuse_unsupported(request: GenerationRequest) -> None:
+    messages = request.chat.messages if request.chat else ()
+    if any(isinstance(part, Image) for message in messages for part in message.content):
+        raise Unsupported("This model's engine reads no images. Leave image_url out of the messages.")
+    if isinstance(request.grammar, Regex):
+        raise Unsupported(
+            "This model's engine can hold an answer to JSON, but not to a regular expression. Leave the regex out, or "
+            "give a JSON schema."
+        )
+    if request.grammar is not None and request.calls_tools:
+        raise Unsupported(
+            "This model's engine cannot hold an answer to a form and offer it tools at once. Leave out response_format "
+            "(grammar) or tools, or use tool_choice none."
+        )
 
 
 def _samplers(request: GenerationRequest) -> list[str]:
@@ -294,7 +257,6 @@ _OFF: Mapping[str, Any] = {
     "adaptive_target": -1.0,
     "min_keep": 0,
     "logit_bias": [],
-    "grammar": "",
     "ignore_eos": False,
     "stop": [],
 }
@@ -338,125 +300,7 @@ def _reshaping(request: GenerationRequest) -> list[str]:
         "repetition_penalty": request.repetition_penalty != 1,
         "frequency_penalty": request.frequency_penalty != 0,
         "presence_penalty": request.presence_penalty != 0,
+        "grammar (response_format)": request.grammar is not None,
+        "tools": request.calls_tools,
     }
     return [name for name, used in in_use.items() if used]
-
-
-# ---- hearing ----
-
-
-_REASONS: Mapping[str, FinishReason] = {"limit": "length", "word": "stop", "eos": "eos"}
-
-
-class CompletionDecoder:
-    """Reads the server-sent events of POST /completion. Lines are cut as bytes, so characters never are."""
-
-    def __init__(self, stop: tuple[str, ...]) -> None:
-        self._stop = StopTexts(stop)
-        self._unread = b""
-        self._tokens = 0
-        self._finished = False
-
-    def feed(self, chunk: bytes) -> list[TokenEvent | Finished]:
-        *lines, self._unread = (self._unread + chunk).split(b"\n")
-        return [event for line in lines for event in self._line(line.strip())]
-
-    def _line(self, line: bytes) -> Iterator[TokenEvent | Finished]:
-        field, _, value = line.partition(b":")
-        if self._finished or field not in (b"data", b"error"):
-            return  # a comment, which keeps the connection alive, or an empty line
-        frame = _object_in(value)
-        if field == b"error" or "error" in frame:
-            raise GenerationFailed(f"The model's server failed in mid-answer: {_plain_words(_error_of(frame))}.")
-        try:
-            yield from self._frame(frame)
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-            raise _not_understood() from error
-
-    def _frame(self, frame: dict[str, Any]) -> Iterator[TokenEvent | Finished]:
-        if frame["stop"]:
-            yield from self._unseen(int(frame["tokens_predicted"]))
-            text = self._stop.feed(frame["content"]) + self._stop.rest()
-            yield self._end("stop" if self._stop.found else _REASONS[frame["stop_type"]], frame, text)
-            return
-        yield from self._unseen(int(frame["tokens_predicted"]) - 1)
-        self._tokens += 1
-        yield _token(frame, self._stop.feed(frame["content"]))
-        if self._stop.found:
-            yield self._end("stop", frame, "")
-
-    def _unseen(self, before: int) -> Iterator[TokenEvent]:
-        """Yield the tokens that were counted and not sent: parts of a character."""
-        while self._tokens < before:
-            self._tokens += 1
-            yield TokenEvent(None, "")
-
-    def _end(self, reason: FinishReason, frame: dict[str, Any], text: str) -> Finished:
-        self._finished = True
-        return Finished(reason, int(frame["tokens_predicted"]), int(frame["tokens_evaluated"]), text)
-
-
-def _token(frame: dict[str, Any], text: str) -> TokenEvent:
-    ids = frame["tokens"]
-    reported = frame.get("completion_probabilities")
-    if not reported:
-        return TokenEvent(ids[-1] if ids else None, text)
-    token = reported[0]
-    top = token.get("top_logprobs") or token.get("top_probs") or ()
-    return TokenEvent(token["id"], text, _logprob(token), tuple(_chance(candidate) for candidate in top))
-
-
-def _chance(candidate: dict[str, Any]) -> TokenChance:
-    logprob = _logprob(candidate)
-    return TokenChance(candidate["id"], candidate["token"], candidate.get("prob", math.exp(logprob)), logprob)
-
-
-def _logprob(candidate: dict[str, Any]) -> float:
-    if "logprob" in candidate:
-        return float(candidate["logprob"])
-    return math.log(max(float(candidate["prob"]), LEAST_PROBABILITY))
-
-
-def _object_in(text: bytes) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except ValueError as error:
-        raise _not_understood() from error
-    if not isinstance(found, dict):
-        raise _not_understood()
-    return found
-
-
-def _not_understood() -> GenerationFailed:
-    return GenerationFailed("The model's server sent something that is not its own protocol; see its log.")
-
-
-# ---- refusals ----
-
-
-def _error_in(body: bytes) -> dict[str, Any]:
-    try:
-        return _error_of(json.loads(body))
-    except ValueError:
-        return {}
-
-
-def _error_of(frame: Any) -> dict[str, Any]:
-    error = frame.get("error", frame) if isinstance(frame, dict) else None
-    return error if isinstance(error, dict) else {"message": error}
-
-
-def _plain_words(error: dict[str, Any]) -> str:
-    """Return the server's words without what they may quote of the request, which holds the prompt."""
-    words = re.sub(r"\[json\.exception\.[^]]*\] ", "", str(error.get("message") or "no reason given"))
-    return words.partition("; last read")[0][:300].rstrip(". ")
-
-
-def _too_long(error: dict[str, Any]) -> PromptTooLong:
-    prompt_tokens, context_tokens = error.get("n_prompt_tokens"), error.get("n_ctx")
-    return PromptTooLong(
-        f"The prompt has {prompt_tokens} tokens, and this model takes {context_tokens} per request, prompt and answer "
-        "together. Shorten the prompt, or raise context_tokens in models.yaml.",
-        prompt_tokens=prompt_tokens,
-        context_tokens=context_tokens,
-    )

@@ -221,3 +221,34 @@ def test_a_page_may_read_why_it_was_refused_and_every_stream(tmp_path: Path) -> 
     assert {each.status_code for each in said[7:]} == {200}
     assert {each.headers.get("access-control-allow-origin") for each in said} == {origin}
     assert {each.headers["access-control-expose-headers"] for each in said} == {"X-Request-ID, Retry-After"}
+
+
+# ---- refused before the body was read --------------------------------------------------------------------------------
+
+LARGE = 3_000_000
+
+
+@pytest.mark.parametrize("length", [f"Content-Length: {LARGE}", "Transfer-Encoding: chunked"])
+@pytest.mark.parametrize(("known", "code"), [(True, b"BODY_TOO_LARGE"), (False, b"UNAUTHORIZED")])
+def test_who_is_refused_amid_a_large_body_hears_why(tmp_path: Path, known: bool, code: bytes, length: str) -> None:
+    alice = add_key(tmp_path / "keys.jsonl", "alice", ["generate"])
+    shown = f"Bearer {alice if known else 'gw_wrong-key'}"
+    head = f"POST /generate HTTP/1.1\r\nHost: x\r\nAuthorization: {shown}\r\n{length}\r\n\r\n".encode()
+    body = b"x" * LARGE
+    with serving(tmp_path, {"GATEWAY_API_KEYS_FILE": str(tmp_path / "keys.jsonl")}, m=IDLE) as gateway:
+        caller = Caller(
+            gateway.port, head + (b"%x\r\n%b\r\n0\r\n\r\n" % (LARGE, body) if "chunked" in length else body)
+        )
+        caller.hear_all()
+        caller.close()
+
+    assert code in caller.heard
+
+
+def test_who_is_refused_and_never_sends_the_rest_does_not_hold_up_the_end(tmp_path: Path) -> None:
+    head = f"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: {LARGE}\r\n\r\n{{".encode()
+    with serving(tmp_path, m=IDLE) as gateway:
+        caller = Caller(gateway.port, head)
+        caller.hear(b"BODY_TOO_LARGE")
+        caller.hear_all()
+        caller.close()

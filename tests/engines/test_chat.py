@@ -19,6 +19,7 @@ from gateway.engines.chat import (
     tools_of,
 )
 from gateway.engines.lines import EventLines
+from gateway.engines.text_calls import TextCallDecoder, call_schema
 from gateway.errors import GatewayError, GenerationFailed, Unsupported, UpstreamFailed
 from gateway.generation import (
     Chat,
@@ -418,11 +419,74 @@ def test_a_call_that_was_cut_off_ended_at_the_length() -> None:
     assert hear(call(0, "x", "weather", "{"), frame({}, "length"), usage(2)).reason == "length"
 
 
+def test_an_answer_of_one_call_ends_where_a_second_begins() -> None:
+    frames = (call(0, "a", "weather", "{"), call(0, arguments="}"), call(1, "b", "clock", "{}"), text("never"))
+    result = hear(*frames, one_call=True)
+
+    assert (result.tool_calls, result.reason) == ((ToolCall("call_1", "weather", "{}"),), "tool_calls")
+    assert result.text == ""
+
+
 def test_every_id_is_new() -> None:
     made = {new_call_id() for _ in range(100)}
 
     assert len(made) == 100
     assert all(len(each) == len("call_") + 24 for each in made)
+
+
+# ---- calls that are text ----
+
+
+def test_the_schema_of_a_call_has_the_name_before_the_arguments() -> None:
+    schema = call_schema((WEATHER, CLOCK))
+
+    assert [list(each["properties"]) for each in schema["anyOf"]] == [["name", "arguments"]] * 2
+    assert [each["properties"]["name"] for each in schema["anyOf"]] == [{"const": "weather"}, {"const": "clock"}]
+    nothing = {"type": "object", "properties": {}, "additionalProperties": False}
+    assert schema["$defs"] == {"tool0": {"type": "object"}, "tool1": nothing}
+
+
+def test_what_a_tools_parameters_refer_to_is_found_in_the_schema_of_a_call() -> None:
+    city = {"type": "object", "properties": {"at": {"items": [{"$ref": "#/$defs/City"}, {"$ref": "#"}]}}}
+    schema = call_schema((Tool("visit", None, {**city, "$defs": {"City": {"type": "string"}}}),))
+
+    items = schema["$defs"]["tool0"]["properties"]["at"]["items"]
+    assert items == [{"$ref": "#/$defs/tool0/$defs/City"}, {"$ref": "#/$defs/tool0"}]
+
+
+def hear_call(*texts: str, reason: str = "stop", request: GenerationRequest | None = None) -> GenerationResult:
+    heard = TextCallDecoder(decoder(request, chunk_is_token=True), lambda: "call_1")
+    *tokens, last = heard.feed(stream(*map(text, texts), frame({}, reason), usage(9)))
+    assert isinstance(last, Finished)
+    return collect([token for token in tokens if isinstance(token, TokenEvent)], last)
+
+
+ARGUMENTS = '{"city": "Ro\\"}me \\\\", "at": [{"x": "]"}, " "]}'
+
+
+@given(st.data())
+def test_a_text_becomes_a_call_however_it_is_cut(data: st.DataObject) -> None:
+    whole = ' {\n "name": "weather" ,\n "arguments" : ' + ARGUMENTS + "\n }\n"
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(whole)))))
+    result = hear_call(*(whole[start:end] for start, end in zip([0, *cuts], [*cuts, len(whole)], strict=True)))
+
+    assert result.tool_calls == (ToolCall("call_1", "weather", ARGUMENTS),)
+    assert (result.text, result.reason, result.tokens_generated) == ("", "tool_calls", 9)
+    assert sum(bool(piece.name) for token in result.tokens for piece in token.tool_calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("said", "calls"),
+    [
+        ('{"name": "wea', ()),
+        ('{"name": "weather", "arguments": ', ()),
+        ('{"name": "weather", "arguments": {"ci', (ToolCall("call_1", "weather", '{"ci'),)),
+    ],
+)
+def test_a_text_that_is_cut_off_is_no_whole_call(said: str, calls: tuple[ToolCall, ...]) -> None:
+    result = hear_call(said, reason="length")
+
+    assert (result.tool_calls, result.reason, result.text) == (calls, "length", "")
 
 
 # ---- failures ----

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from gateway.catalog import ModelSpec
 from gateway.engines import embedded_server
 from gateway.engines.llamacpp import KEY_VARIABLE, LlamaCpp
+from gateway.engines.llamacpp_answers import NO_TEMPLATE
 from gateway.errors import (
     GatewayError,
     GenerationFailed,
@@ -28,7 +29,20 @@ from gateway.errors import (
     Unsupported,
     UpstreamFailed,
 )
-from gateway.generation import Finished, GenerationRequest, TokenEvent, collect
+from gateway.generation import (
+    Chat,
+    Finished,
+    GenerationRequest,
+    GenerationResult,
+    Image,
+    JsonObject,
+    JsonSchema,
+    Message,
+    Regex,
+    TokenEvent,
+    Tool,
+    collect,
+)
 from gateway.runtimes.base import Exit, Progress
 
 ENGINE = LlamaCpp("cpu")
@@ -55,6 +69,7 @@ def test_a_launch_names_everything_but_the_secret_on_its_command_line() -> None:
         args={"threads": 2},
         env={"OMP_NUM_THREADS": "2"},
         weights_sha256=SHA256,
+        chat_template="{{ messages }}",
     )
     launch = ENGINE.launch(chosen, "tgi-m", "s3cret")
     options = embedded_server.parse_options([word.replace("{port}", "8099") for word in launch.command[3:]])
@@ -68,6 +83,7 @@ def test_a_launch_names_everything_but_the_secret_on_its_command_line() -> None:
         "context_tokens": 2048,
         "device": "cpu",
         "args": {"threads": 2},
+        "chat_template": "{{ messages }}",
     }
     assert launch.env == {"OMP_NUM_THREADS": "2", KEY_VARIABLE: "s3cret"}
     assert "s3cret" not in " ".join(launch.command)
@@ -292,6 +308,106 @@ def test_only_samplers_that_change_anything_run(asked: dict[str, Any], filters: 
     assert body_of(ask(**{"temperature": 0.7, **asked}))["samplers"] == ["penalties", "temperature", *filters]
 
 
+HI = Message("user", ("Hi",))
+WEATHER = Tool("weather", None, {"type": "object"})
+CLOCK = Tool("clock")
+
+
+def chat(*messages: Message, **more: Any) -> Chat:
+    return Chat(messages or (HI,), **more)
+
+
+def test_a_chat_leaves_no_sampler_to_the_server_either() -> None:
+    call = ENGINE.call(spec(), ask(prompt="", chat=chat(), seed=7), "s3cret")
+    body, completion = json.loads(call.body), body_of(ask(seed=7))
+
+    assert (call.path, call.headers["Authorization"]) == ("/v1/chat/completions", "Bearer s3cret")
+    own = {"prompt", "n_predict", "grammar"}
+    assert {key: body.pop(key) for key in completion.keys() - own} == {
+        key: value for key, value in completion.items() if key not in own
+    }
+    assert body == {
+        "messages": [{"role": "user", "content": "Hi"}],
+        "max_tokens": 5,
+        "stream_options": {"include_usage": True},
+        "timings_per_token": True,
+        "reasoning_format": "none",
+        "chat_template_kwargs": {"of_request": True},
+    }
+
+
+@pytest.mark.parametrize(
+    ("asked", "key"),
+    [({}, "n_predict"), ({"chat": chat()}, "max_tokens")],
+)
+def test_an_answer_without_a_length_is_as_long_as_there_is_room(asked: dict[str, Any], key: str) -> None:
+    assert body_of(ask(max_new_tokens=None, **asked))[key] == -1
+
+
+@pytest.mark.parametrize(
+    ("asked", "told", "choice", "several"),
+    [
+        ({}, ["weather", "clock"], "auto", False),
+        ({"parallel_tool_calls": True}, ["weather", "clock"], "auto", True),
+        ({"tool_choice": "none"}, ["weather", "clock"], "none", False),
+        ({"tool_choice": "required"}, ["weather", "clock"], "auto", False),
+        ({"tool_choice": "required", "tool_name": "clock"}, ["clock"], "auto", False),
+    ],
+)
+def test_tools_are_told(asked: dict[str, Any], told: list[str], choice: str, several: bool) -> None:
+    body = body_of(ask(chat=chat(tools=(WEATHER, CLOCK), **asked)))
+
+    assert [tool["function"]["name"] for tool in body["tools"]] == told
+    assert (body["tool_choice"], body["parallel_tool_calls"]) == (choice, several)
+    assert ("response_format" in body) is (asked.get("tool_choice") == "required")
+
+
+def test_a_call_that_must_be_is_had_by_its_form() -> None:
+    body = body_of(ask(chat=chat(tools=(WEATHER, CLOCK), tool_choice="required", tool_name="clock")))
+    schema = body["response_format"]["json_schema"]["schema"]
+
+    assert [call["properties"]["name"] for call in schema["anyOf"]] == [{"const": "clock"}]
+
+
+@pytest.mark.parametrize(
+    ("grammar", "schema"),
+    [(JsonObject(), {"type": "object"}), (JsonSchema({"type": "array"}, "list"), {"type": "array"})],
+)
+def test_a_form_is_told(grammar: JsonObject | JsonSchema, schema: dict[str, Any]) -> None:
+    completion, of_chat = body_of(ask(grammar=grammar)), body_of(ask(grammar=grammar, chat=chat()))
+
+    assert completion["json_schema"] == of_chat["response_format"]["json_schema"]["schema"] == schema
+    assert "grammar" not in completion  # beside it, llama.cpp would ignore the schema
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"grammar": Regex("a+")}, "not to a regular expression. Leave the regex out"),
+        ({"chat": chat(Message("user", ("See", Image("http://h/i.png"))))}, "Leave image_url out"),
+        ({"chat": chat(tools=(CLOCK,)), "grammar": JsonObject()}, "Leave out response_format .grammar. or tools"),
+        ({"grammar": JsonObject(), "top_tokens": 2}, "temperature 0.7 together with grammar .response_format."),
+        ({"chat": chat(tools=(CLOCK,)), "top_tokens": 2}, "temperature 0.7 together with tools:"),
+    ],
+)
+def test_what_it_cannot_do_is_refused_before_a_model_is_started(asked: dict[str, Any], words: str) -> None:
+    with pytest.raises(Unsupported, match=words):
+        ENGINE.check(spec(), ask(**asked))
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"chat": chat(tools=(CLOCK,), tool_choice="none"), "grammar": JsonObject()},
+        {"chat": chat(tools=(CLOCK,)), "top_tokens": 2, "temperature": 0.0},
+        {"chat": chat(tools=(CLOCK,)), "logprobs": True},
+        {"grammar": JsonSchema({})},
+    ],
+)
+def test_what_it_can_do_is_let_pass(asked: dict[str, Any]) -> None:
+    ENGINE.check(spec(), ask(**asked))
+
+
 PLAIN = {"n_probs": 5, "post_sampling_probs": False}
 AFTER_TEMPERATURE = {"n_probs": 5, "post_sampling_probs": True, "samplers": ["temperature"]}
 
@@ -416,9 +532,9 @@ def test_a_probability_of_zero_has_a_finite_logarithm() -> None:
 @pytest.mark.parametrize(
     ("stop", "text", "finished"),
     [
-        ((" here",), "I'm glad to make your acquaintance. I'm", Finished("stop", 11, 11)),
-        (("ad to ma",), "I'm gl", Finished("stop", 5, 11)),
-        (("nowhere", "quaint"), "I'm glad to make your ac", Finished("stop", 7, 11)),
+        ((" here",), "I'm glad to make your acquaintance. I'm", Finished("stop", 11, 11, stop=" here")),
+        (("ad to ma",), "I'm gl", Finished("stop", 5, 11, stop="ad to ma")),
+        (("nowhere", "quaint"), "I'm glad to make your ac", Finished("stop", 7, 11, stop="quaint")),
         (("today?X", "endeavours"), "", None),
     ],
 )
@@ -452,7 +568,7 @@ def test_nothing_is_said_after_the_end() -> None:
 
 def test_comments_blank_lines_and_returns_are_skipped() -> None:
     stream = b": ping\r\n\r\n:\n\n" + frame("a", 1).replace(b"\n", b"\r\n") + b"id: 3\nretry: 5\n\n"
-    assert decode([stream]) == [TokenEvent(5, "a")]
+    assert decode([stream]) == [TokenEvent(5, "a", token="a")]
 
 
 def test_an_answer_that_breaks_off_is_never_finished() -> None:
@@ -544,3 +660,128 @@ def test_a_prompt_that_is_too_long_says_both_numbers_to_programs_too() -> None:
     body = error("too long", "exceed_context_size_error", n_prompt_tokens=3001, n_ctx=2048)
     refusal = ENGINE.refusal(400, body)
     assert refusal.extra == {"prompt_tokens": 3001, "context_tokens": 2048}
+
+
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        ("...template: \n------------\nError: Jinja Exception: it has none", "has no chat template, so it cannot chat"),
+        (
+            "While executing CallExpression in 'private':\nError: Jinja Exception: Roles must alternate!\n",
+            "does not take this conversation: Roles must alternate!. Change the messages",
+        ),
+        (
+            "...private...\nError: Unknown filter 'x' for type String",
+            "conversation: Unknown filter 'x' for type String",
+        ),
+    ],
+)
+def test_a_chat_template_that_fails_says_so(message: str, words: str) -> None:
+    refusal = ENGINE.refusal(400, error(message, "invalid_request_error"))
+
+    assert isinstance(refusal, InvalidRequest)
+    assert words in refusal.detail
+    assert "private" not in refusal.detail
+
+
+def test_the_words_for_a_missing_template_are_those_that_the_server_says() -> None:
+    assert f"raise_exception('{NO_TEMPLATE}')" in embedded_server.NO_TEMPLATE
+
+
+# ---- chats, heard ----
+
+
+def chunk(delta: dict[str, Any], reason: str | None = None, **more: Any) -> bytes:
+    choice = {"index": 0, "delta": delta, "finish_reason": reason}
+    return b"data: %b\n\n" % json.dumps({"choices": [choice], **more}).encode()
+
+
+def hear(request: GenerationRequest, *chunks: bytes) -> GenerationResult:
+    *tokens, last = ENGINE.decoder(request).feed(b"".join(chunks))
+    assert isinstance(last, Finished)
+    return collect([token for token in tokens if isinstance(token, TokenEvent)], last)
+
+
+def weather(index: int) -> bytes:
+    return chunk({"tool_calls": [{"index": index, "id": "x", "function": {"name": "weather", "arguments": "{}"}}]})
+
+
+USAGE = b'data: {"choices": [], "usage": {"completion_tokens": 3, "prompt_tokens": 9}}\n\n'
+
+
+def test_a_chat_is_heard() -> None:
+    parts = (chunk({"role": "assistant", "content": None}), chunk({"content": "Hi"}), chunk({}, "stop"), USAGE)
+    result = hear(ask(chat=chat()), *parts)
+
+    assert (result.text, result.reason, result.prompt_tokens) == ("Hi", "eos", 9)
+    assert len(result.tokens) == result.tokens_generated == 3
+
+
+@pytest.mark.parametrize(("several", "calls"), [(None, 1), (False, 1), (True, 2)])
+def test_a_second_call_is_only_for_those_who_ask_for_it(several: bool | None, calls: int) -> None:
+    request = ask(chat=chat(tools=(WEATHER,), parallel_tool_calls=several))
+    result = hear(request, weather(0), weather(1), chunk({}, "tool_calls"), USAGE)
+
+    assert (len(result.tool_calls), result.reason) == (calls, "tool_calls")
+
+
+def test_a_call_that_must_be_is_heard_whatever_the_stop_texts_are() -> None:
+    request = ask(chat=chat(tools=(WEATHER,), tool_choice="required"), stop=("name",))
+    said = chunk({"content": '{"name": "weather", "arguments": {"city": "Rome"}}'})
+    result = hear(request, said, chunk({}, "stop"), USAGE)
+
+    assert (result.text, result.reason) == ("", "tool_calls")
+    assert [(call.name, call.arguments) for call in result.tool_calls] == [("weather", '{"city": "Rome"}')]
+
+
+def test_a_chat_that_fails_says_so() -> None:
+    with pytest.raises(GenerationFailed, match="failed in mid-answer: out of luck"):
+        ENGINE.decoder(ask(chat=chat())).feed(b'data: {"error": {"message": "out of luck"}}\n\n')
+
+
+# ---- tokens of a prompt ----
+
+
+def tokens_of(prompt: str, *told: tuple[int, Any]) -> list[tuple[int, str, int, int]]:
+    body = json.dumps({"tokens": [{"id": id_, "piece": piece} for id_, piece in told]}).encode()
+    found = ENGINE.tokens(ask(prompt=prompt), body)
+    return [(token.id, token.text, token.start, token.stop) for token in found]
+
+
+def test_the_prompt_is_cut_as_an_answer_would_cut_it() -> None:
+    call = ENGINE.tokenize(spec(), ask(prompt="Hi"), "s3cret")
+
+    assert (call.path, call.headers["Authorization"]) == ("/tokenize", "Bearer s3cret")
+    assert json.loads(call.body) == {"content": "Hi", "add_special": True, "parse_special": True, "with_pieces": True}
+    with pytest.raises(Unsupported, match="tokens of prompts only"):
+        ENGINE.tokenize(spec(), ask(chat=chat()), "s3cret")
+
+
+def test_tokens_stand_where_their_bytes_do() -> None:
+    earth = "a \U0001f30d b"
+    told = ((81, "a"), (15107, [32, 240, 159]), (230, [140]), (231, [141]), (278, " b"))
+
+    assert tokens_of(earth, *told) == [
+        (81, "a", 0, 1),
+        (15107, " \ufffd", 1, 4),
+        (230, "\ufffd", 4, 5),
+        (231, "\ufffd", 5, 6),
+        (278, " b", 6, 8),
+    ]
+
+
+def test_tokens_that_are_not_in_the_prompt_have_no_length() -> None:
+    assert tokens_of("Hi you", (1, "<s>"), (5, " Hi"), (6, " you")) == [
+        (1, "<s>", 0, 0),
+        (5, " Hi", 0, 2),
+        (6, " you", 2, 6),
+    ]
+    assert tokens_of("") == []
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"[]", b'{"tokens": [1]}', b'{"tokens": [{"id": 1}]}', b'{"tokens": 5}', b"\xff"]
+)
+def test_what_is_no_list_of_tokens_is_told_of(body: bytes) -> None:
+    with pytest.raises(UpstreamFailed, match="not its own protocol"):
+        ENGINE.tokens(ask(), body)

@@ -9,7 +9,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,20 @@ import pytest
 from gateway.catalog import ModelSpec
 from gateway.engines.base import Call, Diagnosis
 from gateway.engines.llamacpp import KEY_VARIABLE, SERVER, LlamaCpp
-from gateway.errors import PromptTooLong, UpstreamFailed
-from gateway.generation import Finished, GenerationRequest, GenerationResult, TokenEvent, collect
+from gateway.errors import InvalidRequest, PromptTooLong, UpstreamFailed
+from gateway.generation import (
+    Chat,
+    Finished,
+    GenerationRequest,
+    GenerationResult,
+    JsonObject,
+    JsonSchema,
+    Message,
+    TokenEvent,
+    Tool,
+    ToolCall,
+    collect,
+)
 from gateway.runtimes.base import Handle
 from gateway.runtimes.process import ProcessRuntime
 from tests.runtimes.processes import PROGRAMS, Ear, runs, until, wait_until
@@ -37,7 +50,12 @@ pytestmark = [
 ENGINE = LlamaCpp("cpu")
 SECRET = "a-real-secret"
 CAPITAL = "The capital of France is"
+HELLO = "What is the capital of France?"
 VOCABULARY = 49152
+CHAT_KEYS = {field.name for field in fields(Chat)}
+CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+WEATHER = Tool("weather", "Tells the weather in a city", CITY)
+CLOCK = Tool("clock", "Tells the time")
 READY_S = 60.0
 
 
@@ -65,8 +83,8 @@ class Server:
         self.handle: Handle
         self.phases: list[str] = []
 
-    async def start(self) -> None:
-        self.handle = await self.runtime.start(ENGINE.launch(spec(), "smollm2", SECRET), self.ear)
+    async def start(self, **more: Any) -> None:
+        self.handle = await self.runtime.start(ENGINE.launch(spec(**more), "smollm2", SECRET), self.ear)
         async with httpx.AsyncClient(base_url=self.handle.base_url, trust_env=False) as client:
             async with asyncio.timeout(READY_S):
                 while not await self._is_ready(client):
@@ -102,20 +120,46 @@ class Server:
 
     def generate(self, prompt: str = CAPITAL, **more: Any) -> GenerationResult:
         request = ask(prompt, **more)
+        ENGINE.check(spec(), request)
         return self.play(self.send(ENGINE.call(spec(), request, SECRET), request))
+
+    def chat(self, *messages: Message | str, **more: Any) -> GenerationResult:
+        """Return the answer to a conversation. Its keys are those of a Chat and of a request."""
+        own = {key: more.pop(key) for key in list(more) if key in CHAT_KEYS}
+        turns = tuple(Message("user", (turn,)) if isinstance(turn, str) else turn for turn in messages)
+        return self.generate("", chat=Chat(turns or (Message("user", (HELLO,)),), **own), **more)
+
+    def post(self, path: str, body: Any) -> Any:
+        """Return what llama.cpp answers to a call that is none of ours."""
+
+        async def posted() -> Any:
+            headers = {"Authorization": f"Bearer {SECRET}"}
+            async with httpx.AsyncClient(base_url=self.handle.base_url, trust_env=False, headers=headers) as client:
+                return (await client.post(path, json=body)).json()
+
+        return self.play(posted())
 
 
 def ask(prompt: str = CAPITAL, **more: Any) -> GenerationRequest:
     return GenerationRequest(**{"prompt": prompt, "max_new_tokens": 8, "temperature": 0.0, **more})
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
+@contextmanager
+def serving(**more: Any) -> Iterator[Server]:
+    """Yield a loaded server of another model, which ends with the block."""
     with asyncio.Runner() as runner:
         server = Server(runner)
-        runner.run(server.start())
+        try:
+            runner.run(server.start(**more))
+            yield server
+        finally:
+            runner.run(server.runtime.aclose())
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with serving() as server:
         yield server
-        runner.run(server.runtime.aclose())
 
 
 # ---- answers ----
@@ -245,6 +289,263 @@ def test_sampling_does_not_show_in_the_probabilities(server: Server, sampling: d
         assert chance.probability == pytest.approx(math.exp(logprobs[chance.id]) / whole, rel=1e-3)
 
 
+# ---- chats ----
+
+
+def rendered(server: Server, **body: Any) -> str:
+    """Return the prompt that llama.cpp makes of a conversation."""
+    prompt: str = server.post("/apply-template", body)["prompt"]
+    return prompt
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"temperature": 0.0},
+        {"temperature": 0.0, "repetition_penalty": 1.5},
+        {"temperature": 0.8, "seed": 7},
+        {"temperature": 1.5, "seed": 7, "top_p": 0.9, "top_k": 30},
+        {"temperature": 0.0, "presence_penalty": 1.0, "frequency_penalty": 0.5},
+    ],
+)
+def test_a_chat_is_the_completion_of_its_rendered_template(server: Server, sampling: dict[str, Any]) -> None:
+    prompt = rendered(server, messages=[{"role": "user", "content": HELLO}])
+    sampling = {"max_new_tokens": 24, **sampling}
+    chat, completion = server.chat(HELLO, **sampling), server.generate(prompt, **sampling)
+
+    assert "<|im_start|>assistant" in prompt
+    assert (chat.text, chat.reason) == (completion.text, completion.reason)
+    assert (chat.tokens_generated, chat.prompt_tokens) == (completion.tokens_generated, completion.prompt_tokens)
+    assert len(chat.tokens) == len(completion.tokens)
+
+
+def test_a_chat_ends_by_itself(server: Server) -> None:
+    result = server.chat("Say hi", max_new_tokens=None)
+
+    assert result.reason == "eos"
+    assert result.text
+    assert result.tokens_generated == len(result.tokens)
+
+
+def test_a_last_turn_of_the_assistant_is_continued(server: Server) -> None:
+    turns = (Message("user", (HELLO,)), Message("assistant", ("The capital of France is",)))
+    assert server.chat(*turns, max_new_tokens=1).text == " Paris"
+
+
+def test_a_conversation_is_told_whole(server: Server) -> None:
+    texts = [("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello"), ("user", HELLO)]
+    prompt = rendered(server, messages=[{"role": role, "content": text} for role, text in texts])
+    turns = (Message("system", ("Be ", "brief.")), "Hi", Message("assistant", ("Hello",)), HELLO)
+
+    assert [prompt.count(text) for _, text in texts] == [1] * 4
+    assert server.chat(*turns, max_new_tokens=20).text == server.generate(prompt, max_new_tokens=20).text
+
+
+def test_stop_texts_in_a_chat(server: Server) -> None:
+    whole = server.chat(max_new_tokens=30)
+    stop = whole.text[8:11]
+    result = server.chat(max_new_tokens=30, stop=("never", stop))
+
+    assert (result.text, result.reason, result.stop) == (whole.text[: whole.text.index(stop)], "stop", stop)
+    assert result.prompt_tokens == whole.prompt_tokens
+    assert result.tokens_generated < whole.tokens_generated
+
+
+@pytest.mark.parametrize("tokens", [6, 7, 8])
+def test_characters_of_a_chat_are_never_cut(server: Server, tokens: int) -> None:
+    result = server.chat("Write five apples like \U0001f96d\U0001f96d\U0001f96d", max_new_tokens=tokens)
+
+    assert result.text == "\U0001f34d" * 2
+    assert len(result.tokens) == result.tokens_generated == tokens
+    assert [token.text for token in result.tokens[:3]] == ["", "", "\U0001f34d"]
+
+
+@pytest.mark.parametrize("most", [None, 500])
+def test_a_context_that_is_full_ends_a_chat(server: Server, most: int | None) -> None:
+    turns = (Message("user", ("Count. " + "w " * 440,)), Message("assistant", ("1 2 3 4 5 6 7 8 9",)))
+    result = server.chat(*turns, max_new_tokens=most)
+
+    assert result.reason == "length"
+    assert result.prompt_tokens + result.tokens_generated == pytest.approx(512, abs=1)
+
+
+def test_a_chat_that_is_too_long_says_both_numbers(server: Server) -> None:
+    with pytest.raises(PromptTooLong, match=r"10\d\d tokens, and this model takes 512 per request"):
+        server.chat("x " * 1000)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0, 2.0])
+def test_probabilities_in_a_chat_mean_the_same(server: Server, temperature: float) -> None:
+    prompt = rendered(server, messages=[{"role": "user", "content": HELLO}])
+    asked: dict[str, Any] = {"max_new_tokens": 1, "temperature": temperature, "top_tokens": 5, "seed": 1}
+    chat, completion = server.chat(HELLO, **asked).tokens[0], server.generate(prompt, **asked).tokens[0]
+
+    assert [chance.id for chance in chat.top] == [chance.id for chance in completion.top]
+    assert len(chat.top) == 5
+    for one, other in zip(chat.top, completion.top, strict=True):
+        assert one.probability == pytest.approx(other.probability, rel=1e-3)
+    assert (chat.id, chat.token, chat.text) == (completion.id, completion.token, completion.text)
+
+
+def test_log_probabilities_of_a_chat(server: Server) -> None:
+    tokens = server.chat(max_new_tokens=5, logprobs=True).tokens
+
+    assert [token.token for token in tokens] == [token.text for token in tokens]
+    assert all(token.logprob is not None and token.logprob <= 0 and token.top == () for token in tokens)
+
+
+def test_a_template_of_the_catalog_makes_the_prompt() -> None:
+    template = (
+        "{% for message in messages %}{% if message.role == 'system' %}{{ raise_exception('no system, please') }}"
+        "{% endif %}{{ message.content }}{% endfor %}{% if add_generation_prompt %} is{% endif %}"
+    )
+    with serving(chat_template=template) as server:
+        assert server.chat("The capital of France", max_new_tokens=1).text == " Paris"
+        assert server.chat("weather?", tools=(WEATHER,), max_new_tokens=1).prompt_tokens > 50
+        with pytest.raises(InvalidRequest, match="does not take this conversation: no system, please"):
+            server.chat(Message("system", ("Be kind",)), HELLO)
+
+
+def test_a_model_without_a_chat_template_does_not_chat(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(weights().read_bytes().replace(b"tokenizer.chat_template", b"tokenizer.chat_Template", 1))
+    with serving(weights=path, weights_sha256=None) as server:
+        with pytest.raises(InvalidRequest, match="has no chat template, so it cannot chat"):
+            server.chat("Hi")
+        assert server.generate(max_new_tokens=1).text == " Paris"
+    path.unlink()
+
+
+# ---- forms ----
+
+PLACE = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Paris", "Rome"]}, "zip": {"type": "integer"}},
+    "required": ["city", "zip"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("is_chat", [True, False])
+def test_an_answer_has_the_form_of_its_schema(server: Server, is_chat: bool) -> None:
+    asked: dict[str, Any] = {"grammar": JsonSchema(PLACE, "place"), "max_new_tokens": 100}
+    result = server.chat(HELLO, **asked) if is_chat else server.generate(HELLO, **asked)
+
+    found = json.loads(result.text)
+    assert (set(found), found["city"] in ("Paris", "Rome")) == ({"city", "zip"}, True)
+    assert result.reason == "eos"
+
+
+@pytest.mark.parametrize("is_chat", [True, False])
+def test_an_answer_is_a_json_object(server: Server, is_chat: bool) -> None:
+    asked: dict[str, Any] = {"grammar": JsonObject(), "max_new_tokens": 12}
+    result = server.chat(HELLO, **asked) if is_chat else server.generate("Hello", **asked)
+
+    assert result.text.startswith("{")
+
+
+def test_a_schema_that_cannot_be_is_refused(server: Server) -> None:
+    with pytest.raises(InvalidRequest, match="refuses the request"):
+        server.chat(HELLO, grammar=JsonSchema({"type": "no such type"}))
+
+
+# ---- tools ----
+
+
+def arguments_of(result: GenerationResult) -> Any:
+    (call,) = result.tool_calls
+    assert call.id.startswith("call_")
+    return json.loads(call.arguments)
+
+
+def test_a_tool_that_must_be_called_is(server: Server) -> None:
+    result = server.chat("weather in Paris?", tools=(WEATHER,), tool_choice="required", max_new_tokens=100)
+
+    assert (result.reason, result.text, result.tool_calls[0].name) == ("tool_calls", "", "weather")
+    assert set(arguments_of(result)) == {"city"}
+
+
+def test_the_tool_that_must_be_called_is_called(server: Server) -> None:
+    chosen: dict[str, Any] = {"tools": (WEATHER, CLOCK), "tool_choice": "required", "max_new_tokens": 100}
+    result = server.chat("weather in Paris?", tool_name="clock", **chosen)
+
+    assert (result.tool_calls[0].name, arguments_of(result)) == ("clock", {})
+    assert server.chat("weather?", **chosen).tool_calls[0].name in ("weather", "clock")
+
+
+def test_what_the_parameters_of_a_tool_refer_to_is_held_to(server: Server) -> None:
+    city = {"type": "string", "enum": ["Oslo"]}
+    parameters = {**CITY, "properties": {"city": {"$ref": "#/$defs/City"}}, "$defs": {"City": city}}
+    tool = Tool("weather", None, parameters)
+    result = server.chat("weather in Paris?", tools=(CLOCK, tool), tool_choice="required", tool_name="weather")
+    longer = server.chat("weather in Paris?", tools=(tool,), tool_choice="required", max_new_tokens=60)
+
+    assert result.reason == "length"
+    assert arguments_of(longer) == {"city": "Oslo"}
+
+
+def test_a_model_that_calls_a_tool_by_itself_is_heard(server: Server) -> None:
+    def turns(city: str) -> tuple[Message, Message]:
+        call = ToolCall("c1", "weather", json.dumps({"city": city}))
+        return Message("user", (f"weather in {city}?",)), Message("assistant", tool_calls=(call,))
+
+    begun = (*turns("Rome"), *turns("Oslo"), "weather in Paris?")
+    result = server.chat(*begun, tools=(WEATHER,), max_new_tokens=100)
+
+    assert (result.reason, result.tool_calls[0].name, result.text) == ("tool_calls", "weather", "")
+    assert arguments_of(result) == {"city": "Paris"}
+    assert result.tokens_generated >= len([token for token in result.tokens if token.tool_calls])
+
+
+def test_a_model_may_leave_tools_alone(server: Server) -> None:
+    for choice in ("auto", "none"):
+        result = server.chat("Say hi", tools=(WEATHER,), tool_choice=choice, max_new_tokens=10, top_tokens=2)
+        assert result.text
+        assert result.tool_calls == ()
+        assert all(token.top for token in result.tokens if token.text)
+
+
+def test_calls_and_their_results_are_told_to_a_model_whose_template_knows_no_tools(server: Server) -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}
+    turns = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "weather in Rome?"},
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "content": "warm", "tool_call_id": "c1"},
+        {"role": "tool", "content": "dry", "tool_call_id": "c1"},
+    ]
+    tool = {"type": "function", "function": {"name": "weather", "parameters": CITY}}
+    prompt = rendered(server, messages=turns, tools=[tool])
+
+    assert prompt.index("Be kind.") < prompt.index("<tools>") < prompt.index("weather in Rome?")
+    assert '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call><|im_end|>' in prompt
+    answers = "<tool_response>\nwarm\n</tool_response>\n<tool_response>\ndry\n</tool_response>"
+    assert f"<|im_start|>user\n{answers}<|im_end|>" in prompt
+    assert "<tools>" not in rendered(server, messages=turns[:2])
+
+
+def test_a_chat_goes_on_after_the_result_of_a_tool(server: Server) -> None:
+    called = Message("assistant", tool_calls=(ToolCall("c1", "weather", '{"city": "Rome"}'),))
+    turns = ("weather in Rome?", called, Message("tool", ("It is warm.",), tool_call_id="c1"))
+
+    assert server.chat(*turns, tools=(WEATHER,), max_new_tokens=10).text
+
+
+# ---- tokens of prompts ----
+
+
+@pytest.mark.parametrize("prompt", [CAPITAL, "", "Gr\u00fc\u00df \U0001f600 <|im_end|>\n\n", "  two spaces"])
+def test_the_tokens_of_a_prompt_are_those_that_an_answer_counts(server: Server, prompt: str) -> None:
+    request = ask(prompt, max_new_tokens=1)
+    call = ENGINE.tokenize(spec(), request, SECRET)
+    body = json.dumps(server.post(call.path, json.loads(call.body))).encode()
+    tokens = ENGINE.tokens(request, body)
+
+    assert b"".join(prompt.encode()[token.start : token.stop] for token in tokens) == prompt.encode()
+    if prompt:
+        assert len(tokens) == server.generate(prompt, max_new_tokens=1).prompt_tokens
+
+
 # ---- starting and ending ----
 
 
@@ -315,6 +616,15 @@ def test_an_unknown_architecture(tmp_path: Path) -> None:
     path.write_bytes(content)
     assert play_failure(spec(weights=path)).cause == "this llama.cpp does not know models of architecture klama"
     path.unlink()
+
+
+@pytest.mark.parametrize("template", ["{% for m in mess %}{{ m", "{{ messages | nofilter }}"])
+def test_a_chat_template_that_cannot_be_used(template: str) -> None:
+    diagnosis = play_failure(spec(chat_template=template))
+
+    assert diagnosis.cause == "llama.cpp cannot use the chat template"
+    assert "chat_template" in diagnosis.fix
+    assert any("rror" in line for line in diagnosis.evidence)
 
 
 def test_wrong_args_name_the_flag() -> None:

@@ -1212,7 +1212,8 @@ def test_a_call_of_a_tool_is_whole_and_ends_with_a_reason(
     ("tokens", "most", "reason"), [(5, 5, "length"), (5, 6, "eos"), (5, None, "eos"), (0, 5, "eos")]
 )
 def test_a_call_that_never_began_was_cut_off_or_is_no_call(tokens: int, most: int | None, reason: str) -> None:
-    (finished,) = decode_chat([usage(tokens) + DONE], chat=with_tools(), max_new_tokens=most)
+    *unseen, finished = decode_chat([usage(tokens) + DONE], chat=with_tools(), max_new_tokens=most)
+    assert unseen == [TokenEvent(None, "")] * tokens
     assert finished == Finished(reason, tokens, 9)  # type: ignore[arg-type]
 
 

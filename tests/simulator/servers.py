@@ -10,10 +10,10 @@ from random import Random
 from typing import ClassVar
 
 from gateway.catalog import ModelSpec
-from gateway.engines.base import Call, Decoder, Diagnosis
+from gateway.engines.base import Api, Call, Decoder, Diagnosis
 from gateway.errors import GatewayError, RuntimeUnavailable, StartFailed, Unsupported
 from gateway.fleet.health import Answer
-from gateway.generation import GenerationRequest
+from gateway.generation import GenerationRequest, PromptToken
 from gateway.runtimes.base import Exit, Found, Handle, Launch, Listener, Progress
 
 NEVER = math.inf
@@ -315,6 +315,7 @@ class SimulatedEngine:
     name: ClassVar[str] = "simulated"
     health_path: ClassVar[str] = "/health"
     default_slots: ClassVar[int] = 4
+    speaks: ClassVar[Api | None] = None
 
     def launch(self, spec: ModelSpec, name: str, secret: str) -> Launch:
         return Launch(name, command=tuple(map(str, spec.args.items())))
@@ -344,4 +345,13 @@ class SimulatedEngine:
         raise Unsupported("the simulation has no wire")
 
     def refusal(self, status: int, body: bytes) -> GatewayError:
+        raise Unsupported("the simulation has no wire")
+
+    def tokenize(self, spec: ModelSpec, request: GenerationRequest, secret: str) -> Call:
+        raise Unsupported("the simulation has no wire")
+
+    def tokens(self, request: GenerationRequest, body: bytes) -> tuple[PromptToken, ...]:
+        raise Unsupported("the simulation has no wire")
+
+    def forward(self, spec: ModelSpec, call: Call, secret: str) -> Call:
         raise Unsupported("the simulation has no wire")
