@@ -217,6 +217,25 @@ def test_a_body_that_is_no_json_is_refused(content: bytes, kind: str) -> None:
     asyncio.run(scene())
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "status", "code"),
+    [
+        ("GET", CHAT, 405, "METHOD_NOT_ALLOWED"),
+        ("POST", "/v1/models", 405, "METHOD_NOT_ALLOWED"),
+        ("GET", "/v1", 404, "NOT_FOUND"),
+        ("POST", "/v1/embeddings", 404, "NOT_FOUND"),
+    ],
+)
+def test_what_is_not_there_is_told_in_openais_shape(method: str, path: str, status: int, code: str) -> None:
+    async def scene() -> None:
+        async with stage(two_tokens) as on, httpx.AsyncClient() as client:
+            answer = await client.request(method, on.url + path)
+
+            assert (answer.status_code, error_of(answer)["code"]) == (status, code)
+
+    asyncio.run(scene())
+
+
 def test_a_model_may_be_left_out_and_is_echoed_as_it_was_asked_for() -> None:
     async def scene() -> None:
         async with stage(two_tokens, aliases=["an/alias"], hf_name="who/what") as on:

@@ -34,6 +34,12 @@ B = TypeVar("B", bound=Body)
 UNREAD = WrapValidator(lambda said, _: said)
 """Leaves a body as it came: who reads it depends on the model. Its documentation stays that of its type."""
 
+_DATA = {"type": "string", "description": "A chunk as JSON, and at last [DONE]"}
+CHUNKS: dict[str, Any] = {
+    "text/event-stream": {"itemSchema": {"type": "object", "properties": {"data": _DATA}, "required": ["data"]}}
+}
+"""How a stream stands in the OpenAPI document."""
+
 
 class OpenAiModel(BaseModel):
     """One model of the catalog. `created` is 0: when it was made is not known."""
@@ -58,7 +64,7 @@ class OpenAiModels(BaseModel):
 def openai_router(fleet: Fleet, client: Client) -> APIRouter:
     router = APIRouter(prefix="/v1", tags=["openai"], route_class=JsonRoute)
     errors = documented(400, 404, 408, 413, 422, 500, 502, 503, 504)
-    stream = {"content": {"text/event-stream": {}}, "description": "The answer; streamed, its pieces as they come"}
+    stream = {"content": CHUNKS, "description": "The answer; streamed, its pieces as they come"}
 
     async def answer(
         request: Request, said: Any, body_kind: type[B], prefer: str | None, translated: Callable[..., Response]

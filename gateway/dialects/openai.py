@@ -136,7 +136,8 @@ def choices_of(request: GenerationRequest, n: int) -> list[GenerationRequest]:
 
 # ---- answers --------------------------------------------------------------------------------------------------------
 
-FinishWord = Literal["stop", "length", "tool_calls"]
+FinishWord = Literal["stop", "length", "tool_calls", "content_filter"]
+"""The last one comes from providers alone, whose answers are put through."""
 FINISH_WORDS: Mapping[FinishReason, FinishWord] = {
     "stop": "stop",
     "eos": "stop",

@@ -106,7 +106,7 @@ class TokenLogprob(TopLogprob):
 
 class ChatLogprobs(BaseModel):
     content: list[TokenLogprob] | None
-    refusal: None
+    refusal: list[TokenLogprob] | None = None
 
 
 class CalledFunction(BaseModel):
@@ -123,14 +123,14 @@ class ChatToolCall(BaseModel):
 class ChatMessage(BaseModel):
     role: Literal["assistant"]
     content: str | None = Field(description="null where there are tool_calls alone")
-    refusal: None
+    refusal: str | None = Field(None, description="In place of the content; only providers refuse")
     tool_calls: list[ChatToolCall] = Field([], description="Not there without calls")
 
 
 class ChatChoice(BaseModel):
     index: int
     message: ChatMessage
-    logprobs: ChatLogprobs | None
+    logprobs: ChatLogprobs | None = None
     finish_reason: FinishWord
 
 

@@ -15,7 +15,7 @@ from gateway.shapes import shown
 
 _MODEL = re.compile(rb'("model"\s*:\s*)"(?:[^"\\]|\\.)*"')
 """The key itself: within a text its quotes would be escaped."""
-_ERROR = re.compile(rb'data:\s*\{\s*"error"\s*:\s*(?!null)')
+_ERROR = re.compile(rb'"error"\s*:\s*["{]')
 _DONE = re.compile(rb"data:\s*\[DONE\]\s*")
 
 
@@ -68,10 +68,20 @@ class Renaming:
         return line
 
     def _of_stream(self, line: bytes) -> bytes:
-        if _ERROR.match(line):
-            raise GenerationFailed("The model's server failed in mid-answer; its log may say why.")
+        if line.startswith(b"data:") and _ERROR.search(line):
+            raise GenerationFailed(f"The model's server failed in mid-answer: {_words(line)}.")
         self._is_done = self._is_done or bool(_DONE.fullmatch(line))
         return self._renamed(line)[0]
 
     def _renamed(self, line: bytes) -> tuple[bytes, int]:
         return _MODEL.subn(lambda found: found[1] + self._name, line, count=1)
+
+
+def _words(line: bytes) -> str:
+    """Return what an event says of an error."""
+    try:
+        error = json.loads(line.partition(b":")[2])["error"]
+        words = str(error["message"] if isinstance(error, dict) else error)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        words = ""
+    return words.partition("\n")[0][:300].rstrip(". ") or "no reason given"

@@ -214,7 +214,8 @@ class _Error(NamedTuple):
     facts: Mapping[str, Any] = {}
 
 
-_LENGTH_CODES = {"context_length_exceeded", "exceed_context_size_error"}
+_LENGTH_CODES = {"context_length_exceeded", "exceed_context_size_error", "PROMPT_TOO_LONG"}
+"""OpenAI's, llama.cpp's, and that of a gateway like this one."""
 _QUOTA_CODES = {"insufficient_quota", "billing_hard_limit_reached"}
 _TOO_LONG = re.compile(r"(?i)context (?:length|size|window)|longer than the (?:model|maximum)|maximum allowed length")
 _MOST = re.compile(

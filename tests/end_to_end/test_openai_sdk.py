@@ -1,4 +1,4 @@
-"""The official `openai` SDK before a real gateway: each feature, on the embedded engine and on the TGI double."""
+"""The official `openai` SDK before a real gateway: each feature, on each engine."""
 
 from __future__ import annotations
 
@@ -66,8 +66,14 @@ def gateway(slow: Double, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     with (
         Double() as double,
         serving(
+            tmp_path_factory.mktemp("provider"),
+            gpt={"engine": "tgi", "hf_name": "gpt2", "runtime": "external", "url": double.url},
+        ) as provider,
+        serving(
             tmp_path_factory.mktemp("models"),
             embedded=EMBEDDED,
+            relayed={"engine": "openai", "url": provider.url, "args": {"model": "gpt"}},
+            translated={"engine": "openai", "url": provider.url, "args": {"model": "gpt"}, "parameters": {"top_p": 1}},
             double={"engine": "tgi", "hf_name": "openai-community/gpt2", "runtime": "external", "url": double.url},
             slow={"engine": "tgi", "hf_name": "slow", "runtime": "external", "url": slow.url},
             down={"engine": "openai", "url": f"http://127.0.0.1:{free_port()}"},
@@ -88,7 +94,8 @@ async def asynchronous(gateway: Gateway) -> AsyncIterator[AsyncOpenAI]:
         yield client
 
 
-ENGINES = [pytest.param("embedded", marks=pytest.mark.embedded), "double"]
+ENGINES = [pytest.param("embedded", marks=pytest.mark.embedded), "double", "relayed", "translated"]
+"""The last two have another gateway as their provider."""
 on_each_engine = pytest.mark.parametrize("model", ENGINES)
 
 
@@ -114,7 +121,14 @@ def text_of(chunks: list[ChatCompletionChunk], index: int = 0) -> str:
 
 
 def test_models_are_listed_and_shown_by_each_of_their_names(client: OpenAI) -> None:
-    assert [model.id for model in client.models.list()] == ["embedded", "double", "slow", "down"]
+    assert [model.id for model in client.models.list()] == [
+        "embedded",
+        "relayed",
+        "translated",
+        "double",
+        "slow",
+        "down",
+    ]
     for name in ("double", "openai-community/gpt2"):
         model = client.models.retrieve(name)
         assert (model.id, model.object, model.owned_by) == (name, "model", "openai-community")
