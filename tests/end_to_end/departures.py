@@ -73,7 +73,7 @@ class Scene:
         if phase in BEFORE_IT:
             wait_until(lambda: self.queued(phase))
         else:
-            wait_until(lambda: self.begun(phase) == begun + address.asks)
+            wait_until(lambda: self.begun(phase) == begun + address.asks * address.counted)
             if address.streams and phase != "before the first token":
                 caller.hear(b"data:")
         return caller
