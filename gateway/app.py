@@ -30,6 +30,7 @@ from gateway.api.models import models_router
 from gateway.api.openai import openai_router
 from gateway.api.overview import overview_router
 from gateway.api.reports import Reports
+from gateway.api.tgi import tgi_router
 from gateway.catalog import Catalog, ModelSpec
 from gateway.catalog_file import load_catalog
 from gateway.engines.base import Engine
@@ -148,6 +149,7 @@ def compose(settings: Settings, catalog: Catalog) -> FastAPI:
         llm_service_router(fleet, client, reports),
         api_server_router(fleet, client, reports),
         openai_router(fleet, client),
+        tgi_router(fleet, client, reports),
         models_router(fleet),
         overview_router(fleet, reports),
     ):

@@ -157,6 +157,6 @@ def candidates(chances: Sequence[TokenChance]) -> list[dict[str, Any]]:
     ]
 
 
-def as_json(answer: Mapping[str, Any]) -> bytes:
+def as_json(answer: Mapping[str, Any] | Sequence[Any]) -> bytes:
     """Return a body of JSON, in UTF-8."""
     return json.dumps(answer, ensure_ascii=False, separators=(",", ":")).encode()

@@ -19,6 +19,7 @@ from starlette.types import Receive, Scope, Send
 
 from gateway.departure import Departed, until_departure
 from gateway.engines.base import Call
+from gateway.engines.keys import without_key
 from gateway.errors import GatewayError, ModelNotLoaded, UpstreamFailed
 from gateway.fleet.instance import Instance
 from gateway.lifecycle import SERVING
@@ -97,12 +98,13 @@ class Passage(Errand["Whole | None"]):
         if self.stream is None or answer.status != 200 or not _is_stream(answer):
             whole = await _whole(answer)
             return replace(whole, body=self.manner.feed(whole.body) + self.manner.rest())
-        self.stream.head = [*EVENT_STREAM, *_passed_on(answer.headers, but="content-type")]
+        self.stream.head = [*_passed_on(answer.headers), *EVENT_STREAM[1:]]  # all but our own content-type
         async with aclosing(answer.chunks()) as chunks:
             async for chunk in chunks:
                 if data := self.manner.feed(chunk):
                     await self.stream.write(data)
-                pace.came()
+                if not _is_comment(chunk):  # a server may go on with these for ever
+                    pace.came()
         if rest := self.manner.rest():
             await self.stream.write(rest)
         return None
@@ -145,9 +147,14 @@ class PutThrough(Response):
             stream.close()
             await send_whole(send, whole.body, whole.status, whole.head)
         else:  # the status went out before the server said its own
-            words = f"The model's server answered with status {whole.status}, and not with a stream."
-            error = UpstreamFailed(words)
+            error = self._instead_of_a_stream(whole)
             await stream.fail(error, self._passage.manner.failure(error))
+
+    def _instead_of_a_stream(self, whole: Whole) -> GatewayError:
+        if whole.status == 200:
+            return UpstreamFailed("The model's server answered with something that is no stream.")
+        instance = self._passage.instance
+        return without_key(instance.engine.refusal(whole.status, whole.body), instance.spec)
 
 
 async def look(instance: Instance, call: Call, client: Client, *, request_id: str) -> Whole:
@@ -179,9 +186,14 @@ def _is_stream(answer: Answer) -> bool:
     return answer.headers.get("content-type", "").startswith("text/event-stream")
 
 
-def _passed_on(headers: Mapping[str, str], *, but: str = "") -> Head:
+def _is_comment(chunk: bytes) -> bool:
+    """Say whether a piece of a stream only keeps the connection alive."""
+    return all(not line or line.startswith(b":") for line in chunk.splitlines())
+
+
+def _passed_on(headers: Mapping[str, str]) -> Head:
     """Return those of a server's headers that are meant for whoever asked."""
-    kept = ((name, value) for name, value in headers.items() if name != but and _PASSED_ON.fullmatch(name))
+    kept = ((name, value) for name, value in headers.items() if _PASSED_ON.fullmatch(name))
     return [(name.encode("latin-1"), value.encode("latin-1", "replace")) for name, value in kept]
 
 

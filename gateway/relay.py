@@ -27,7 +27,7 @@ from gateway.engines.keys import without_key
 from gateway.errors import GatewayError, GenerationFailed, GenerationTimeout, UpstreamFailed
 from gateway.fleet.instance import Instance
 from gateway.fleet.life import Lease
-from gateway.generation import Finished, GenerationRequest, GenerationResult, collect
+from gateway.generation import Finished, GenerationRequest, GenerationResult, PromptToken, collect
 from gateway.writers import Choices, Sink, StreamWriter, Tokens, WholeWriter, Writer
 
 log = logging.getLogger(__name__)
@@ -237,6 +237,45 @@ class Exchange(Errand[Finished]):
         return result
 
 
+class Tokenization(Errand["tuple[PromptToken, ...]"]):
+    """A text on its way to a model's server to be cut into tokens."""
+
+    def __init__(
+        self,
+        instance: Instance,
+        request: GenerationRequest,
+        client: Client,
+        *,
+        request_id: str,
+        max_wait_s: float | None = None,
+    ) -> None:
+        """Take what it needs.
+
+        Raises:
+            Unsupported: the engine cannot do that, so no model is started in vain.
+        """
+        super().__init__(instance, client, request_id=request_id, max_wait_s=max_wait_s)
+        self._request = request
+        self.call(secret="")
+
+    async def tokens(self) -> tuple[PromptToken, ...]:
+        """Return the tokens. To cancel it closes the connection to the server at once.
+
+        Raises:
+            GatewayError: there are none.
+        """
+        async with interruptible() as interrupt:
+            return await self.carry_out(interrupt, streamed=False)
+
+    def call(self, secret: str) -> Call:
+        return self.instance.engine.tokenize(self.instance.spec, self._request, secret)
+
+    async def read(self, answer: Answer, pace: Pace) -> tuple[PromptToken, ...]:  # noqa: ARG002 - it comes at once
+        if answer.status != 200:
+            raise await self.refusal(answer)
+        return self.instance.engine.tokens(self._request, await start_of(answer, MOST_TOKENS_BYTES))
+
+
 class Relay(Response):
     """The answer to one or several generation requests, as they come: what an endpoint returns."""
 
@@ -297,24 +336,25 @@ async def together(work: Sequence[Callable[[], Awaitable[Result]]], *, at_once: 
 
 
 class Worked(Response):
-    """An answer that `work` makes of whole results, as JSON: what an endpoint returns that needs several of them.
+    """An answer that `work` makes of whole results: what an endpoint returns that needs several of them, or headers.
 
     A caller who leaves ends the work at once, in any phase. What `work` raises is answered by `api.problems`.
     """
 
     background = None
 
-    def __init__(self, work: Callable[[], Awaitable[bytes]]) -> None:  # and not the base class's, as above
+    def __init__(self, work: Callable[[], Awaitable[bytes | Response]]) -> None:  # and not the base class's, as above
         self._work = work
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             async with until_departure(receive):
-                body = await self._work()
+                done = await self._work()
         except Departed:
             log.info("a caller left")
         else:
-            await Response(body, media_type="application/json")(scope, receive, send)
+            answer = Response(done, media_type="application/json") if isinstance(done, bytes) else done
+            await answer(scope, receive, send)
 
 
 class Pace:

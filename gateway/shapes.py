@@ -84,6 +84,15 @@ def _tgi(error: GatewayError, code: str) -> Shown:
     return Shown(status, {**error.extra, "error": error.detail, "error_type": kind, "error_code": code})
 
 
+def tgi_stream_failure(error: GatewayError) -> dict[str, Any]:
+    """Return what a stream under TGI's own `/v1` says of a failure: another shape than everywhere else in TGI.
+
+    TGI always says 422 there; this says the status that it would have been.
+    """
+    told = shown(error, "tgi")
+    return {**told.body, "error": {"message": error.detail, "http_status_code": told.status}}
+
+
 def _tgi_kind(error: GatewayError) -> tuple[str, int]:
     if isinstance(error, EmptyPrompt | PromptTooLong | InvalidRequest | Unsupported):
         return "validation", 422

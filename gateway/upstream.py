@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from io import BytesIO
 
 import aiohttp
 
@@ -12,6 +13,7 @@ from gateway.relay import Broken, ConnectFailed
 
 CONNECT_S = 5.0
 LONGEST_RETRY_S = 3600
+LARGE_BYTES = 64 * 1024
 
 
 class AiohttpAnswer:
@@ -48,7 +50,7 @@ class AiohttpClient:
             response = await self._opened().request(
                 call.method,
                 base_url + call.path,
-                data=call.body or None,
+                data=_payload(call.body),
                 headers={**headers, **call.headers},
                 allow_redirects=False,
             )
@@ -81,6 +83,11 @@ class AiohttpClient:
                 trust_env=False,
             )
         return self._session
+
+
+def _payload(body: bytes) -> bytes | BytesIO | None:
+    """Return a body as aiohttp wants it: one that is large goes out in pieces."""
+    return BytesIO(body) if len(body) > LARGE_BYTES else body or None
 
 
 def _seconds(words: str) -> float | None:

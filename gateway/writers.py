@@ -181,7 +181,7 @@ class Stream:
         self.began = False
         self._send = send
         self._turn = asyncio.Lock()  # a comment, and several exchanges, write to one connection
-        self._within_event = False
+        self._last_bytes = b"\n\n"
         self._loop = asyncio.get_running_loop()
         self._last_write_at = self._loop.time()
         self._timer = self._loop.call_later(QUIET_S, self._look)
@@ -206,7 +206,7 @@ class Stream:
             if not self.began:
                 self.began = True
                 await self._send({"type": "http.response.start", "status": 200, "headers": self.head})
-            self._within_event = not data.endswith(b"\n\n")
+            self._last_bytes = (self._last_bytes + data)[-2:]
             await self._send({"type": "http.response.body", "body": data, "more_body": more})
 
     async def fail(self, error: GatewayError, words: bytes) -> None:
@@ -222,6 +222,10 @@ class Stream:
                 await self.write(b"\n\n" + words if self._within_event else words, more=False)
         except TimeoutError:  # it does not read: without its last message the server cuts the connection
             pass
+
+    @property
+    def _within_event(self) -> bool:
+        return self._last_bytes != b"\n\n"
 
     def _look(self) -> None:
         quiet_s = self._loop.time() - self._last_write_at

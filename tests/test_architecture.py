@@ -26,7 +26,7 @@ FLOORS = [
         "gateway.keys",
         "gateway.shapes",
     ],
-    ["gateway.settings", "gateway.runtimes.base", "gateway.conversation"],
+    ["gateway.settings", "gateway.runtimes.base", "gateway.conversation", "gateway.tgi_events"],
     ["gateway.engines.base"],
     ["gateway.engines", "gateway.runtimes"],
     ["gateway.fleet"],

@@ -22,10 +22,12 @@ from gateway.api.llm_service import llm_service_router
 from gateway.api.middleware import RequestLog
 from gateway.api.openai import openai_router
 from gateway.api.reports import Reports
+from gateway.api.tgi import tgi_router
 from gateway.catalog import Catalog
 from gateway.engines.base import Engine
 from gateway.engines.llamacpp import LlamaCpp
 from gateway.engines.openai import OpenAi
+from gateway.engines.tgi import Tgi
 from gateway.errors import StartFailed
 from gateway.fleet.fleet import Fleet
 from gateway.fleet.health import HttpProbe
@@ -106,7 +108,7 @@ async def stage(script: Script, *other_ports: int, **keys: Any) -> AsyncIterator
         runtime, client, probe = AtAnAddress(*other_ports, port), AiohttpClient(), HttpProbe()
         model = spec(**keys)
         catalog = Catalog(path=Path("models.yaml"), default_model="m", models={"m": model})
-        engines: dict[str, Engine] = {"llamacpp": LlamaCpp(), "openai": OpenAi()}
+        engines: dict[str, Engine] = {"llamacpp": LlamaCpp(), "openai": OpenAi(), "tgi": Tgi()}
         runtimes = {"process": runtime, "external": runtime}
         fleet = Fleet(catalog, engines, runtimes, probe, Journal(lambda: 0.0))
         app = FastAPI()
@@ -118,6 +120,7 @@ async def stage(script: Script, *other_ports: int, **keys: Any) -> AsyncIterator
             autotrain_router(fleet, client),
             llm_service_router(fleet, client, reports),
             openai_router(fleet, client),
+            tgi_router(fleet, client, reports),
         ):
             app.include_router(router)
         app.add_middleware(RequestLog)

@@ -121,9 +121,9 @@ def chat(
     body: ChatCompletionBody,
     prefer: str | None,
     *,
-    keep_stop: bool = False,
+    as_tgi: bool = False,
 ) -> Relay:
-    """Return the answer to a conversation; `keep_stop` leaves the stop text that ended it in it.
+    """Return the answer to a conversation; `as_tgi` as TGI's own `/v1` gives it, with the stop text that ended it.
 
     Raises:
         RequestValidationError: more tokens are asked for than the model's context has.
@@ -131,7 +131,7 @@ def chat(
     """
     _within_context(instance, body)
     wanted = openai_chat.to_requests(instance.spec, body)
-    choices = ChatChoices(_heading("chatcmpl", instance, body), body, keep_stop=keep_stop)
+    choices = ChatChoices(_heading("chatcmpl", instance, body, as_tgi=as_tgi), body, keep_stop=as_tgi)
     return Relay([exchange(instance, each, client, request, prefer) for each in wanted], choices)
 
 
@@ -142,12 +142,13 @@ def completion(
     body: CompletionBody,
     prefer: str | None,
     *,
-    keep_stop: bool = False,
+    as_tgi: bool = False,
 ) -> Relay:
-    """Return the continuations of the prompts; else as `chat`."""
+    """Return the continuations of the prompts; else as `chat`. TGI has no default length: it fills the context."""
     _within_context(instance, body)
-    wanted = openai_completions.to_requests(instance.spec, body)
-    choices = CompletionChoices(_heading("cmpl", instance, body), body, keep_stop=keep_stop)
+    default = None if as_tgi else openai_completions.DEFAULT_NEW_TOKENS
+    wanted = openai_completions.to_requests(instance.spec, body, default_new_tokens=default)
+    choices = CompletionChoices(_heading("cmpl", instance, body, as_tgi=as_tgi), body, keep_stop=as_tgi)
     return Relay([exchange(instance, each, client, request, prefer) for each in wanted], choices)
 
 
@@ -156,8 +157,10 @@ def _within_context(instance: Instance, body: SampledBody) -> None:
         within_context(instance.spec, getattr(body, field), field)
 
 
-def _heading(kind: str, instance: Instance, body: SampledBody) -> Heading:
-    return Heading(f"{kind}-{secrets.token_hex(12)}", int(time.time()), body.model or instance.spec.id)
+def _heading(kind: str, instance: Instance, body: SampledBody, *, as_tgi: bool) -> Heading:
+    name = body.model or instance.spec.id
+    fingerprint = f"tgi-gateway-{instance.spec.engine}" if as_tgi else None
+    return Heading(f"{kind}-{secrets.token_hex(12)}", int(time.time()), name, fingerprint)
 
 
 # ---- answers that are put through ----

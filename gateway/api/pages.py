@@ -14,8 +14,10 @@ from gateway.api.problems import with_problem
 from gateway.catalog import Catalog
 
 
-def add_pages(router: APIRouter, catalog: Catalog, *, base: str, title: str, version: str) -> None:
-    """Add `docs`, `redoc` and `openapi.json` of what `router` has so far below `base`, which ends in a model's name.
+def add_pages(
+    router: APIRouter, catalog: Catalog, *, base: str, title: str, version: str, openapi_at: str = "/openapi.json"
+) -> None:
+    """Add `docs`, `redoc` and an OpenAPI document of what `router` has so far below `base`, which has a model's name.
 
     An address with `{model_id}` in it becomes that model's own.
     """
@@ -32,7 +34,7 @@ def add_pages(router: APIRouter, catalog: Catalog, *, base: str, title: str, ver
         root = request.scope.get("root_path", "")
         return spec.id, root + base.replace("{model_id}", spec.id)
 
-    @router.get(base + "/openapi.json", include_in_schema=False)
+    @router.get(base + openapi_at, include_in_schema=False)
     async def openapi(request: Request, model_id: str) -> dict[str, Any]:
         name, url = address(request, model_id)
         return {**of_all(), "info": {"title": f"{title}: {name}", "version": version}, "servers": [{"url": url}]}
@@ -40,12 +42,12 @@ def add_pages(router: APIRouter, catalog: Catalog, *, base: str, title: str, ver
     @router.get(base + "/docs", include_in_schema=False)
     async def docs(request: Request, model_id: str) -> HTMLResponse:
         name, url = address(request, model_id)
-        return get_swagger_ui_html(openapi_url=f"{url}/openapi.json", title=f"{title}: {name}")
+        return get_swagger_ui_html(openapi_url=url + openapi_at, title=f"{title}: {name}")
 
     @router.get(base + "/redoc", include_in_schema=False)
     async def redoc(request: Request, model_id: str) -> HTMLResponse:
         name, url = address(request, model_id)
-        return get_redoc_html(openapi_url=f"{url}/openapi.json", title=f"{title}: {name}")
+        return get_redoc_html(openapi_url=url + openapi_at, title=f"{title}: {name}")
 
 
 def _unbound(item: dict[str, Any]) -> dict[str, Any]:

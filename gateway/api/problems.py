@@ -18,7 +18,16 @@ from starlette.routing import BaseRoute, Match
 from starlette.types import Scope
 
 from gateway.api.rights import right_for
-from gateway.errors import EmptyPrompt, GatewayError, InvalidRequest, MethodNotAllowed, NotFound, Unsupported
+from gateway.errors import (
+    BodyTimeout,
+    BodyTooLarge,
+    EmptyPrompt,
+    GatewayError,
+    InvalidRequest,
+    MethodNotAllowed,
+    NotFound,
+    Unsupported,
+)
 from gateway.shapes import Api, api_of, shown
 
 
@@ -135,7 +144,7 @@ def _in_shape(api: Api, responses: dict[int | str, Any]) -> dict[int | str, Any]
 _STATUSES: Mapping[Api, Mapping[int, tuple[int, ...]]] = {
     "documents": {},
     "openai": {422: (400,)},
-    "tgi": {400: (422,), 500: (424, 500), 503: (429, 503)},
+    "tgi": {400: (422,), 500: (424,), 503: (429, 503)},
 }
 """What becomes of a status of the documents' APIs in another one."""
 
@@ -169,21 +178,38 @@ def install(app: FastAPI) -> None:
 
 async def _gateway_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, GatewayError)  # registered for it
-    return render(error, request.scope)
+    return render(error, request.scope, _of_unread_body(error))
 
 
 async def _invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)  # registered for it
     complaints = [_complaint(each) for each in error.errors()]
-    if blank := [each for each in complaints if each["type"] == "empty_prompt"]:
-        return render(EmptyPrompt(f"Prompt cannot be empty: {blank[0]['msg']}."), request.scope)
     code, api = _code(complaints), api_of(get_route_path(request.scope))
+    if blank := [each for each in complaints if each["type"] == "empty_prompt"]:
+        words = _tgi_words(blank) if api == "tgi" else f"Prompt cannot be empty: {blank[0]['msg']}."
+        return render(EmptyPrompt(words), request.scope)
     if api == "documents":
         return JSONResponse({"detail": complaints, "error_code": code}, 422)
-    words = "; ".join(": ".join(filter(None, (_field(each), each["msg"]))) for each in complaints)
+    words = _tgi_words(complaints) if api == "tgi" else _words(complaints)
     param = next(filter(None, map(_field, complaints)), None)
-    shape = shown(InvalidRequest(f"{words}."), api, code=code, param=param)
+    shape = shown(InvalidRequest(words), api, code=code, param=param)
     return JSONResponse(shape.body, shape.status)
+
+
+def _words(complaints: Sequence[Mapping[str, Any]]) -> str:
+    return "; ".join(": ".join(filter(None, (_field(each), each["msg"]))) for each in complaints) + "."
+
+
+def _tgi_words(complaints: Sequence[Mapping[str, Any]]) -> str:
+    """Return what is wrong as TGI says it: ``Input validation error: `temperature` must be strictly positive``."""
+    return f"Input validation error: {'; '.join(map(_tgi_rule, complaints))}"
+
+
+def _tgi_rule(complaint: Mapping[str, Any]) -> str:
+    field, words = _field(complaint).removeprefix("parameters."), complaint["msg"]
+    if not field or complaint["type"] == "grammar":  # whose words name it
+        return str(words)
+    return f"`{field}` {words[:1].lower()}{words[1:]}"
 
 
 def _field(complaint: Mapping[str, Any]) -> str:
@@ -194,7 +220,7 @@ def _field(complaint: Mapping[str, Any]) -> str:
 def _complaint(error: Mapping[str, Any]) -> dict[str, Any]:
     """Return where, what and which rule; never the value, which may be a prompt."""
     message = error["msg"]
-    if error["type"] == "model_attributes_type":
+    if error["type"] == "model_attributes_type" and error["loc"] == ("body",):
         message = "the body must be a JSON object, sent with Content-Type: application/json"
     if error["loc"] == ("body",) and error["type"] == "missing":
         message = 'the body is empty; send a JSON object such as {"prompt": "Once upon a time"}'
@@ -214,7 +240,7 @@ async def _http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)  # registered for it
     scope = request.scope
     if isinstance(error.__cause__, GatewayError):
-        return render(error.__cause__, scope, {"connection": "close"} if error.__cause__.status in (408, 413) else None)
+        return render(error.__cause__, scope, _of_unread_body(error.__cause__))
     match error.status_code:
         case 400:
             return render(InvalidRequest("The body could not be read."), scope)
@@ -225,6 +251,11 @@ async def _http(request: Request, error: Exception) -> Response:
             return render(MethodNotAllowed(words), scope, {"allow": ", ".join(_methods(request))})
         case _:
             return JSONResponse({"detail": error.detail, "error_code": "INTERNAL_ERROR"}, error.status_code)
+
+
+def _of_unread_body(error: GatewayError) -> dict[str, str]:
+    """Return the headers of an answer to a request whose body was not read to its end."""
+    return {"connection": "close"} if isinstance(error, BodyTimeout | BodyTooLarge) else {}
 
 
 def _methods(request: Request) -> list[str]:

@@ -7,7 +7,6 @@ Pure: a body in, a `GenerationRequest` out; events in, bytes out. Streams have T
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -16,13 +15,11 @@ from pydantic_core import PydanticCustomError
 from gateway.bodies import MOST_TOKENS, Body, Prompt, StopTexts, TokenProbability, as_json, candidates
 from gateway.catalog import ModelSpec
 from gateway.errors import GatewayError, InvalidRequest
-from gateway.generation import Finished, FinishReason, GenerationRequest, GenerationResult, TokenEvent
+from gateway.generation import Finished, GenerationRequest, GenerationResult, TokenEvent
+from gateway.tgi_events import FINISH_REASONS, TokenFrames, Unknown, as_event
 
 DEFAULT_NEW_TOKENS = 200
-UNKNOWN_ID = -1
-"""Stands for the id of a token of which the engine tells nothing: part of a character, say."""
-FINISH_REASONS: Mapping[FinishReason, str] = {"length": "length", "stop": "stop_sequence", "eos": "eos_token"}
-"""TGI's words, which its clients compare."""
+UNKNOWN = Unknown(id=-1, logprob=0.0)
 
 
 class GenerateBody(Body):
@@ -141,10 +138,7 @@ class NativeReply:
         self.stream = body.stream
         self._spec = spec
         self._body = body
-        self._limit = request.max_new_tokens or MOST_TOKENS
-        self._index = 0
-        self._text: list[str] = []
-        self._held: TokenEvent | None = None
+        self._frames = TokenFrames(request, UNKNOWN)
 
     def whole(self, result: GenerationResult) -> bytes:
         full = self._body.prompt if self._body.return_full_text else ""
@@ -161,52 +155,16 @@ class NativeReply:
         return as_json(answer)
 
     def event(self, event: TokenEvent, *, last: bool = False) -> bytes:
-        """Return the events that can be sent now.
-
-        TGI's last event is the last token and the whole text in one. So a token waits for the next if it may be the
-        last: one that reaches the limit, or one without text, such as the model's own end.
-        """
-        sent = self._release()
-        self._index += 1
-        self._text.append(event.text)
-        if last or not event.text or self._index >= self._limit:
-            self._held = event
-            return sent
-        return sent + self._frame(event, special=False)
+        return self._frames.event(event, last=last)
 
     def end(self, finished: Finished) -> bytes:
-        """Return the last event; where no token was kept for it, one that stands for the model's own end."""
-        if self._held is None:
-            self._index += 1
-        last = self._held or TokenEvent(None, "")
         details = {
             "finish_reason": FINISH_REASONS[finished.reason],
             "generated_tokens": finished.tokens_generated,
             "seed": self._body.seed,
             "input_length": finished.prompt_tokens,
         }
-        shown = replace(last, text=last.text + finished.text)
-        special = finished.reason == "eos" and not shown.text
-        return self._frame(shown, special=special, generated_text="".join(self._text) + finished.text, details=details)
-
-    def _release(self) -> bytes:
-        held, self._held = self._held, None
-        return self._frame(held, special=False) if held else b""
+        return self._frames.end(finished, details)
 
     def failure(self, error: GatewayError) -> bytes:
-        return _event({"error": error.detail, "error_type": error.code, "error_code": error.code})
-
-    def _frame(self, event: TokenEvent, *, special: bool, **last: Any) -> bytes:
-        known_id = UNKNOWN_ID if event.id is None else event.id
-        token = {"id": known_id, "text": event.text, "logprob": event.logprob or 0.0, "special": special}
-        frame = {"index": self._index, "token": token}
-        if event.top and self._body.top_tokens:
-            frame["top_tokens"] = [
-                {"id": chance.id, "text": chance.text, "logprob": chance.logprob, "special": False}
-                for chance in event.top
-            ]
-        return _event({**frame, "generated_text": None, "details": None, **last})
-
-
-def _event(frame: Mapping[str, Any]) -> bytes:
-    return b"data: " + as_json(frame) + b"\n\n"
+        return as_event({"error": error.detail, "error_type": error.code, "error_code": error.code})

@@ -19,7 +19,7 @@ from pydantic_core import PydanticCustomError
 from gateway.bodies import MOST_TOKENS, Body, StopTexts, as_json
 from gateway.errors import GatewayError
 from gateway.generation import Finished, FinishReason, GenerationRequest, GenerationResult, TokenEvent
-from gateway.shapes import shown
+from gateway.shapes import shown, tgi_stream_failure
 
 MOST_N = 128
 """OpenAI's own bound."""
@@ -164,11 +164,15 @@ def usage(ends: Sequence[Finished | GenerationResult], n: int) -> dict[str, int]
 
 @dataclass(frozen=True, slots=True)
 class Heading:
-    """What an answer and each of its chunks say of themselves. `model` is the name asked for."""
+    """What an answer and each of its chunks say of themselves. `model` is the name asked for.
+
+    Under TGI's own `/v1` there is a fingerprint, which its clients ask for, and a failure in a stream has TGI's shape.
+    """
 
     id: str
     created: int
     model: str
+    tgi_fingerprint: str | None = None
 
 
 class Reported:
@@ -245,10 +249,13 @@ class OpenAiChoices:
         return (_event(last) if self._include_usage else b"") + b"data: [DONE]\n\n"
 
     def failure(self, error: GatewayError) -> bytes:
-        return _event(shown(error, "openai").body)
+        is_tgi = self._heading.tgi_fingerprint is not None
+        return _event(tgi_stream_failure(error) if is_tgi else shown(error, "openai").body)
 
     def _head(self, kind: str) -> dict[str, Any]:
-        return {"id": self._heading.id, "object": kind, "created": self._heading.created, "model": self._heading.model}
+        about = self._heading
+        head = {"id": about.id, "object": kind, "created": about.created, "model": about.model}
+        return {**head, "system_fingerprint": about.tgi_fingerprint} if about.tgi_fingerprint else head
 
     def _chunks(self, index: int, pieces: Sequence[dict[str, Any]]) -> bytes:
         usage_so_far = {"usage": None} if self._include_usage else {}

@@ -79,13 +79,15 @@ class CompletionBody(SampledBody):
         return best_of
 
 
-def to_requests(spec: ModelSpec, body: CompletionBody) -> list[GenerationRequest]:
+def to_requests(
+    spec: ModelSpec, body: CompletionBody, *, default_new_tokens: int | None = DEFAULT_NEW_TOKENS
+) -> list[GenerationRequest]:
     """Return what is to be generated for each choice: those of the first prompt, those of the next one, and so on."""
     request = replace(
         request_of(
             spec,
             "",
-            defaults={**DEFAULTS, "max_new_tokens": DEFAULT_NEW_TOKENS},
+            defaults={**DEFAULTS, "max_new_tokens": default_new_tokens},
             said=said_of(body),
             top_tokens=body.logprobs or 0,
         ),
