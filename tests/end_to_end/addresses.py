@@ -190,7 +190,9 @@ TGI = "/models/{model}/tgi"
 PUT_THROUGH = (
     Address("tgi", f"{TGI}/generate", tgi, lambda answer: str(answer["generated_text"])),
     Address("tgi, streamed", f"{TGI}/generate_stream", tgi, native_piece, streams=True, final=native_last),
-    Address("tgi's chat, streamed", f"{TGI}/v1/chat/completions", streamed(chat), openai_piece, streams=True, counted=2),
+    Address(
+        "tgi's chat, streamed", f"{TGI}/v1/chat/completions", streamed(chat), openai_piece, streams=True, counted=2
+    ),
 )
 """Those that are put through to TGI as they are."""
 EVERY = (*ADDRESSES, *CHATS, *PUT_THROUGH)
