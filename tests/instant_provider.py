@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from tests.scripted_server import HEAD, Conversation, scripted
+from gateway.dialects.openai_chat import ChatCompletionBody
+from gateway.dialects.openai_completions import CompletionBody
+from tests.scripted_server import HEAD, Conversation, refused, scripted
 
 TOKENS = (" a", " b")
 LOGPROB = -0.5
@@ -21,7 +23,13 @@ START_S = 10.0
 async def answer(conversation: Conversation) -> None:
     """Answer one POST to `/v1/completions` or `/v1/chat/completions`, streamed or not."""
     asked = json.loads(conversation.body)
-    kind = _Chat(asked) if b"/chat/completions " in conversation.head.partition(b"\r\n")[0] else _Completion(asked)
+    is_chat = b"/chat/completions " in conversation.head.partition(b"\r\n")[0]
+    try:  # what is put through to it, nobody has read before
+        (ChatCompletionBody if is_chat else CompletionBody).model_validate(asked)
+    except ValueError:
+        await conversation.say(refused(400, "this is no request of OpenAI's API"))
+        return
+    kind = _Chat(asked) if is_chat else _Completion(asked)
     await conversation.say(HEAD + _streamed(kind, asked) if asked.get("stream") else _whole(kind))
 
 
@@ -40,7 +48,7 @@ class _Completion:
     part = choice
 
     def _logprobs(self, tokens: tuple[str, ...]) -> dict[str, Any]:
-        count = max(self._asked["logprobs"], 1)
+        count = max(int(self._asked["logprobs"]), 1)
         return {
             "tokens": list(tokens),
             "token_logprobs": [LOGPROB] * len(tokens),
@@ -75,7 +83,7 @@ class _Chat:
     def _token(self, token: str) -> dict[str, Any]:
         first, *others = (
             {"token": text, "logprob": logprob, "bytes": list(text.encode())}
-            for text, logprob in _ranked(token, max(self._asked.get("top_logprobs") or 0, 1))
+            for text, logprob in _ranked(token, max(int(self._asked.get("top_logprobs") or 0), 1))
         )
         return {**first, "top_logprobs": [first, *others] if self._asked.get("top_logprobs") else []}
 
