@@ -62,7 +62,7 @@ class Body(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_null(cls, body: Any) -> Any:
+    def _as_meant(cls, body: Any) -> Any:
         if not isinstance(body, dict):
             return body
         return {name: _plain(value) for name, value in body.items() if value is not None}
@@ -73,7 +73,7 @@ class Body(BaseModel):
         schema = handler.resolve_ref_schema(reference)
         required = schema.get("required", ())
         schema["properties"] = {
-            name: field if name in required else _or_null(field) for name, field in schema["properties"].items()
+            name: field if name in required else _or_null(field) for name, field in schema.get("properties", {}).items()
         }
         return reference
 

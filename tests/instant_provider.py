@@ -72,8 +72,12 @@ class _Chat:
         return self._choice("delta", tokens, reason)
 
     def _choice(self, name: str, tokens: tuple[str, ...], reason: str | None) -> dict[str, Any]:
-        message = {"role": "assistant", "content": "".join(tokens)}
-        told = {"content": [self._token(token) for token in tokens]} if self._asked.get("logprobs") else None
+        message = {"role": "assistant", "content": "".join(tokens), "refusal": None}
+        told = (
+            {"content": [self._token(token) for token in tokens], "refusal": None}
+            if self._asked.get("logprobs")
+            else None
+        )
         return {"index": 0, name: message, "logprobs": told, "finish_reason": reason}
 
     def _token(self, token: str) -> dict[str, Any]:

@@ -3,8 +3,9 @@
     EMBEDDED_API_KEY=... python -P embedded_server.py --model FILE --port N --slots N --context-tokens N
                          --device auto|cpu|cuda --args JSON [--chat-template JINJA]
 
-Run by its path: it imports nothing of the package, so that it is up at once. It ends at SIGTERM, with exit status 2 if
-its arguments are wrong, 3 if llama.cpp is not installed, 1 if llama.cpp cannot load the model (its own lines say why).
+Run by its path: it imports nothing of the package, so that it is up at once, and runs `gguf.py` by its path too. It
+ends at SIGTERM, with exit status 2 if its arguments are wrong, 3 if llama.cpp is not installed, 1 if llama.cpp cannot
+load the model (its own lines say why).
 The port must be held by the caller with SO_REUSEPORT.
 """
 

@@ -18,6 +18,7 @@ import json
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -60,11 +61,11 @@ class LlamaCpp:
             "--context-tokens": str(_context_tokens(spec)),
             "--device": self._device,
             "--args": json.dumps(dict(spec.args)),
-            **({"--chat-template": spec.chat_template} if spec.chat_template else {}),
         }
+        template = (f"--chat-template={spec.chat_template}",) if spec.chat_template else ()  # it may begin with a dash
         return Launch(
             name=name,
-            command=(sys.executable, "-P", str(SERVER), *(word for option in options.items() for word in option)),
+            command=(sys.executable, "-P", str(SERVER), *chain(*options.items()), *template),
             env={**spec.env, KEY_VARIABLE: secret},
             files=(RequiredFile(spec.weights, spec.weights_sha256),),
         )
@@ -165,7 +166,7 @@ def _as_schema(request: GenerationRequest) -> JsonSchema:
 def _chat(request: GenerationRequest) -> dict[str, Any]:
     assert request.chat is not None
     return {
-        "messages": messages_of(request.chat),
+        "messages": messages_of(_with_something_to_continue(request.chat)),
         "max_tokens": _most_tokens(request),
         "stream_options": {"include_usage": True},
         "timings_per_token": True,  # tells how many tokens there were, those that are parts of characters included
@@ -174,6 +175,17 @@ def _chat(request: GenerationRequest) -> dict[str, Any]:
         **_tools(request.chat),
         **_form(request),
     }
+
+
+def _with_something_to_continue(chat: Chat) -> Chat:
+    """Return the chat without an empty last turn of the assistant, after which llama.cpp would not begin one."""
+    last = chat.messages[-1]
+    is_empty = last.role == "assistant" and not last.text and not last.tool_calls
+    return replace(chat, messages=chat.messages[:-1]) if is_empty and len(chat.messages) > 1 else chat
+
+
+def _continues(chat: Chat) -> bool:
+    return _with_something_to_continue(chat).messages[-1].role == "assistant"
 
 
 def _tools(chat: Chat) -> dict[str, Any]:
@@ -211,6 +223,11 @@ def _refuse_unsupported(request: GenerationRequest) -> None:
         raise Unsupported(
             "This model's engine can hold an answer to JSON, but not to a regular expression. Leave the regex out, or "
             "give a JSON schema."
+        )
+    if request.chat is not None and _form(request) and _continues(request.chat):
+        raise Unsupported(
+            "This model's engine cannot continue a turn of the assistant and hold it to a form. Leave out the last "
+            "message, or response_format (grammar) and tool_choice required."
         )
     if request.grammar is not None and request.calls_tools:
         raise Unsupported(

@@ -128,6 +128,8 @@ def refusal(status: int, body: bytes) -> GatewayError:
         return _too_long(error)
     if found := _TEMPLATE.search(str(error.get("message"))):
         return _no_chat(found["words"])
+    if "tool call arguments" in words:  # status 500
+        return InvalidRequest("The arguments of a tool call in the messages are not JSON. Correct or leave them out.")
     if status == 400:
         return InvalidRequest(f"The model's server refuses the request: {words}.")
     if status == 503:
@@ -163,9 +165,15 @@ def _error_of(frame: Any) -> dict[str, Any]:
     return error if isinstance(error, dict) else {"message": error}
 
 
+_AROUND = re.compile(
+    r"\[json\.exception\.[^]]*\] |Unable to generate parser for this template\. Automatic parser generation failed: "
+)
+"""Words that tell of llama.cpp's inside, and mislead where a schema is at fault."""
+
+
 def _plain_words(error: dict[str, Any]) -> str:
     """Return the server's words without what they may quote of the request, which holds the prompt."""
-    words = re.sub(r"\[json\.exception\.[^]]*\] ", "", str(error.get("message") or "no reason given"))
+    words = _AROUND.sub("", str(error.get("message") or "no reason given"))
     return words.partition("; last read")[0][:300].rstrip(". ")
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.end_to_end.addresses import ADDRESSES, Address
+from tests.end_to_end.addresses import EVERY, Address
 from tests.end_to_end.departures import AT_THE_ENGINE, BEFORE_IT, Phase, Scene, scene
 from tests.runtimes.processes import wait_until
 
@@ -39,12 +39,12 @@ def measure(runs: int, told: Callable[[str], object]) -> list[Measured]:
 def _phases(stage: Scene, runs: int, told: Callable[[str], object]) -> Iterator[Measured]:
     for phase in AT_THE_ENGINE:
         told(phase)
-        for address in ADDRESSES:
+        for address in EVERY:
             yield Measured(phase, address.name, tuple(_until_aborted_ms(stage, phase, address) for _ in range(runs)))
     with stage.place_taken():
         for phase in BEFORE_IT:
             told(phase)
-            for address in ADDRESSES:
+            for address in EVERY:
                 took_ms = tuple(_until_place_is_free_ms(stage, phase, address) for _ in range(runs))
                 yield Measured(phase, address.name, took_ms)
 

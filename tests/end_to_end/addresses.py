@@ -33,6 +33,8 @@ class Address:
     """Whether an event is a good stream's last one."""
     asks: int = 1
     """How many requests the engine gets for one of the caller's."""
+    counted: int = 1
+    """How often TGI counts each of them: those of its `/v1` twice (router/src/server.rs)."""
 
     def request(self, model: str, prompt: str, tokens: int, **headers: str) -> bytes:
         """Return the HTTP request as bytes."""
@@ -82,6 +84,41 @@ def same_for_all(outputs: list[str]) -> str:
     return outputs[0]
 
 
+def completions(model: str, prompt: str, tokens: int) -> Json:
+    return {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0}
+
+
+def choice_of(event: Json) -> Json:
+    return dict(event["choices"][0]) if event.get("choices") else {}
+
+
+def openai_piece(event: Json) -> str:
+    return str(choice_of(event).get("text") or choice_of(event).get("delta", {}).get("content") or "")
+
+
+def openai_last(event: Json) -> bool:
+    return choice_of(event).get("finish_reason") is not None
+
+
+def openai_code(body: Json) -> str:
+    return str(body["error"]["code"])
+
+
+def chat(model: str, prompt: str, tokens: int) -> Json:
+    """Ask for more of what the assistant has said: `prompt`."""
+    said = [{"role": "user", "content": "Go on."}, {"role": "assistant", "content": prompt}]
+    return {"model": model, "messages": said, "max_tokens": tokens, "temperature": 0}
+
+
+def inference_chat(model: str, prompt: str, tokens: int) -> Json:
+    said = chat(model, prompt, tokens)
+    return {"model": model, "messages": said["messages"], "parameters": {"max_tokens": tokens, "temperature": 0}}
+
+
+def tgi(_model: str, prompt: str, tokens: int) -> Json:
+    return {"inputs": prompt, "parameters": {"max_new_tokens": tokens, "do_sample": False}}
+
+
 def native_piece(event: Json) -> str:
     return str(event["token"]["text"])
 
@@ -122,8 +159,43 @@ ADDRESSES = (
         api_server,
         lambda answer: str(answer["generated_text"])[len(answer["prompt"]) :],
     ),
+    Address("completions", "/v1/completions", completions, lambda a: str(choice_of(a)["text"]), code=openai_code),
+    Address(
+        "completions, streamed",
+        "/v1/completions",
+        streamed(completions),
+        openai_piece,
+        streams=True,
+        code=openai_code,
+        final=openai_last,
+    ),
 )
 """A new address is one more row."""
+CHATS = (
+    Address("chat", "/v1/chat/completions", chat, openai_piece, code=openai_code, counted=2),
+    Address(
+        "chat, streamed",
+        "/v1/chat/completions",
+        streamed(chat),
+        openai_piece,
+        streams=True,
+        code=openai_code,
+        final=openai_last,
+        counted=2,
+    ),
+    Address("inference, chat", "/inference", inference_chat, lambda a: str(a["generated_text"]), counted=2),
+)
+"""Those whose text depends on the model's chat template."""
+TGI = "/models/{model}/tgi"
+PUT_THROUGH = (
+    Address("tgi", f"{TGI}/generate", tgi, lambda answer: str(answer["generated_text"])),
+    Address("tgi, streamed", f"{TGI}/generate_stream", tgi, native_piece, streams=True, final=native_last),
+    Address(
+        "tgi's chat, streamed", f"{TGI}/v1/chat/completions", streamed(chat), openai_piece, streams=True, counted=2
+    ),
+)
+"""Those that are put through to TGI as they are."""
+EVERY = (*ADDRESSES, *CHATS, *PUT_THROUGH)
 STREAMS = tuple(each for each in ADDRESSES if each.streams)
 
 

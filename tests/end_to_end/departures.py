@@ -73,7 +73,7 @@ class Scene:
         if phase in BEFORE_IT:
             wait_until(lambda: self.queued(phase))
         else:
-            wait_until(lambda: self.begun(phase) == begun + address.asks)
+            wait_until(lambda: self.begun(phase) == begun + address.asks * address.counted)
             if address.streams and phase != "before the first token":
                 caller.hear(b"data:")
         return caller
@@ -81,9 +81,11 @@ class Scene:
     @contextmanager
     def place_taken(self) -> Iterator[None]:
         """Keep the only place of the model whose callers are to queue."""
+        begun = self.begun("queued")
         with_place = self.ask("queued", PLACE_HOLDER)
         try:
-            wait_until(lambda: self.in_flight("queued") == 1)
+            wait_until(lambda: self.begun("queued") == begun + 1)
+            assert self.in_flight("queued") == 1
             yield
             assert self.in_flight("queued") == 1
         finally:

@@ -71,7 +71,7 @@ def examples() -> list[str]:
 
 
 def test_the_readme_has_examples_to_test() -> None:
-    assert len(examples()) == 3
+    assert len(examples()) == 5
     assert len(blocks("python")) == 1
 
 
@@ -84,6 +84,7 @@ def test_a_command_of_the_readme_works(gateway: Gateway, example: str) -> None:
         ["bash", "-ec", command],
         env={**os.environ, "GATEWAY_URL": gateway.url},
         cwd=ROOT,
+        input="What is the capital of France?\n",  # for the one that talks with a model
         capture_output=True,
         text=True,
         timeout=60,

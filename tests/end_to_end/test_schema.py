@@ -21,7 +21,6 @@ import hypothesis
 import pytest
 import requests
 import schemathesis
-from _pytest.mark import ParameterSet
 from fastapi import FastAPI
 from hypothesis import strategies as st
 from schemathesis import APIOperation, Case, GenerationMode
@@ -41,8 +40,10 @@ BOUND_S = 60 + EXAMPLES
 DOCUMENTS = ("/openapi.json", "/models/tgi/llm-service/openapi.json", "/models/tgi/api-server/openapi.json")
 ENDLESS = "/events"
 NOWHERE = "http://127.0.0.1:1"
-NAMED_BY = {"model_id", "model", "model_path"}
+NAMED_BY = ("model_id", "model", "model_path", "name")
 NAMES = ["tgi", "openai", "vllm", "gpt2"]
+KNOWN = {**dict.fromkeys(NAMED_BY, NAMES), "messages": [[{"role": "user", "content": "Hello"}]]}
+"""Values that lead on, where one that is made up would end at its check."""
 BOTH = (GenerationMode.POSITIVE, GenerationMode.NEGATIVE)
 """What the document allows, and what it does not."""
 
@@ -74,18 +75,18 @@ def document(app: FastAPI, path: str) -> Any:
     return asyncio.run(ask())
 
 
-def with_names(part: Any) -> Any:
-    """Return (part of) a document with names of models as examples of what names one: edges are tried with those."""
+def with_known(part: Any) -> Any:
+    """Return (part of) a document with known values as examples: the edges of all else are tried with them."""
     if isinstance(part, list):
-        return [with_names(each) for each in part]
+        return [with_known(each) for each in part]
     if not isinstance(part, dict):
         return part
-    part = {key: with_names(value) for key, value in part.items()}
+    part = {key: with_known(value) for key, value in part.items()}
     fields = part.get("properties", {})
-    for schema in [fields[name] for name in NAMED_BY & fields.keys()]:
-        schema["examples"] = NAMES
-    if part.get("in") == "path" and part["name"] in NAMED_BY:
-        part["schema"]["examples"] = NAMES
+    for name in [name for name in KNOWN if name in fields]:
+        fields[name]["examples"] = KNOWN[name]
+    if part.get("in") == "path" and part["name"] in KNOWN:
+        part["schema"]["examples"] = KNOWN[part["name"]]
     return part
 
 
@@ -108,13 +109,13 @@ def config() -> schemathesis.Config:
     )
 
 
-def operations() -> Iterator[ParameterSet]:
+def operations() -> Iterator[pytest.ParameterSet]:
     """Yield every operation, and the path that stands before its own."""
     app = application()
     for path in DOCUMENTS:
         said = document(app, path)
         base = said["servers"][0]["url"] if "servers" in said else ""
-        schema = schemathesis.openapi.from_dict(with_names(said), config=config()).exclude(path=ENDLESS)
+        schema = schemathesis.openapi.from_dict(with_known(said), config=config()).exclude(path=ENDLESS)
         for found in schema.get_all_operations():
             assert isinstance(found, Ok), found.err()
             operation = found.ok()

@@ -69,7 +69,7 @@ def test_a_launch_names_everything_but_the_secret_on_its_command_line() -> None:
         args={"threads": 2},
         env={"OMP_NUM_THREADS": "2"},
         weights_sha256=SHA256,
-        chat_template="{{ messages }}",
+        chat_template="- {{ messages }}",
     )
     launch = ENGINE.launch(chosen, "tgi-m", "s3cret")
     options = embedded_server.parse_options([word.replace("{port}", "8099") for word in launch.command[3:]])
@@ -83,12 +83,21 @@ def test_a_launch_names_everything_but_the_secret_on_its_command_line() -> None:
         "context_tokens": 2048,
         "device": "cpu",
         "args": {"threads": 2},
-        "chat_template": "{{ messages }}",
+        "chat_template": "- {{ messages }}",
     }
     assert launch.env == {"OMP_NUM_THREADS": "2", KEY_VARIABLE: "s3cret"}
     assert "s3cret" not in " ".join(launch.command)
     assert "s3cret" not in repr(launch)
     assert [(file.path, file.sha256) for file in launch.files] == [(Path("/models/m.gguf"), SHA256)]
+
+
+def test_a_template_that_knows_tools_is_taken_as_it_is_and_one_that_does_not_learns_of_them() -> None:
+    knows, plain = "{{ tools }}{{ messages }}", "{{ messages }}"
+
+    assert embedded_server.chat_template(knows, "") == knows
+    assert embedded_server.chat_template(plain, "").endswith(plain)
+    assert "<tool_call>" in embedded_server.chat_template(plain, "")
+    assert embedded_server.chat_template("", "no-such-file.gguf") == ""
 
 
 def test_a_model_without_context_tokens_gets_four_slots_of_4096() -> None:
@@ -344,6 +353,13 @@ def test_an_answer_without_a_length_is_as_long_as_there_is_room(asked: dict[str,
     assert body_of(ask(max_new_tokens=None, **asked))[key] == -1
 
 
+def test_an_empty_turn_of_the_assistant_is_nothing_to_continue() -> None:
+    empty = Message("assistant", ("",))
+    assert len(body_of(ask(chat=chat(HI, empty)))["messages"]) == 1
+    assert len(body_of(ask(chat=chat(empty, HI)))["messages"]) == 2
+    assert len(body_of(ask(chat=chat(empty)))["messages"]) == 1
+
+
 @pytest.mark.parametrize(
     ("asked", "told", "choice", "several"),
     [
@@ -386,6 +402,11 @@ def test_a_form_is_told(grammar: JsonObject | JsonSchema, schema: dict[str, Any]
         ({"grammar": Regex("a+")}, "not to a regular expression. Leave the regex out"),
         ({"chat": chat(Message("user", ("See", Image("http://h/i.png"))))}, "Leave image_url out"),
         ({"chat": chat(tools=(CLOCK,)), "grammar": JsonObject()}, "Leave out response_format .grammar. or tools"),
+        ({"chat": chat(HI, Message("assistant", ("So",))), "grammar": JsonObject()}, "Leave out the last message, or"),
+        (
+            {"chat": chat(HI, Message("assistant", ("So",)), tools=(CLOCK,), tool_choice="required")},
+            "response_format .grammar. and tool_choice required",
+        ),
         ({"grammar": JsonObject(), "top_tokens": 2}, "temperature 0.7 together with grammar .response_format."),
         ({"chat": chat(tools=(CLOCK,)), "top_tokens": 2}, "temperature 0.7 together with tools:"),
     ],
@@ -401,6 +422,8 @@ def test_what_it_cannot_do_is_refused_before_a_model_is_started(asked: dict[str,
         {"chat": chat(tools=(CLOCK,), tool_choice="none"), "grammar": JsonObject()},
         {"chat": chat(tools=(CLOCK,)), "top_tokens": 2, "temperature": 0.0},
         {"chat": chat(tools=(CLOCK,)), "logprobs": True},
+        {"chat": chat(HI, Message("assistant", ("So",)), tools=(CLOCK,))},
+        {"chat": chat(HI, Message("assistant", ("",))), "grammar": JsonObject()},
         {"grammar": JsonSchema({})},
     ],
 )
@@ -638,6 +661,22 @@ def error(message: str, kind: str, **more: Any) -> bytes:
             ),
             InvalidRequest,
             r"refuses the request: bad string\.$",
+        ),
+        (
+            500,
+            error("Failed to parse tool call arguments as JSON: [json] bad; last read: 'private'", "server_error"),
+            InvalidRequest,
+            "arguments of a tool call in the messages are not JSON",
+        ),
+        (
+            400,
+            error(
+                "Unable to generate parser for this template. Automatic parser generation failed: JSON schema error at "
+                "#: cannot resolve $ref #/nope",
+                "invalid_request_error",
+            ),
+            InvalidRequest,
+            r"refuses the request: JSON schema error at #: cannot resolve \$ref",
         ),
         (503, error("Loading model", "unavailable_error"), ModelNotLoaded, "loading"),
         (401, error("Invalid API Key", "authentication_error"), UpstreamFailed, "status 401: Invalid API Key"),

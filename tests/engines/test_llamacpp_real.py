@@ -332,6 +332,10 @@ def test_a_last_turn_of_the_assistant_is_continued(server: Server) -> None:
     assert server.chat(*turns, max_new_tokens=1).text == " Paris"
 
 
+def test_an_empty_last_turn_of_the_assistant_is_begun(server: Server) -> None:
+    assert server.chat(HELLO, Message("assistant", ("",))).text == server.chat(HELLO).text
+
+
 def test_a_conversation_is_told_whole(server: Server) -> None:
     texts = [("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello"), ("user", HELLO)]
     prompt = rendered(server, messages=[{"role": role, "content": text} for role, text in texts])
@@ -531,6 +535,12 @@ def test_a_chat_goes_on_after_the_result_of_a_tool(server: Server) -> None:
     assert server.chat(*turns, tools=(WEATHER,), max_new_tokens=10).text
 
 
+def test_arguments_that_are_no_json_are_told_of(server: Server) -> None:
+    called = Message("assistant", tool_calls=(ToolCall("c1", "weather", '{"city'),))
+    with pytest.raises(InvalidRequest, match="arguments of a tool call in the messages are not JSON"):
+        server.chat("Hi", called, Message("tool", ("warm",), tool_call_id="c1"), tools=(WEATHER,))
+
+
 # ---- tokens of prompts ----
 
 
@@ -561,7 +571,13 @@ def test_the_secret_is_in_no_process_list_and_no_log(server: Server) -> None:
 
 
 def test_prompts_are_not_logged(server: Server) -> None:
-    server.generate("A prompt that nobody else shall read", max_new_tokens=1)
+    secret = "A prompt that nobody else shall read"
+    server.generate(secret, max_new_tokens=1)
+    server.chat(secret, tools=(Tool("nobody else", "nobody else"),), max_new_tokens=1)
+    with pytest.raises(InvalidRequest):
+        server.chat(secret, grammar=JsonSchema({"title": "nobody else", "$ref": "#/none"}))
+    with pytest.raises(PromptTooLong):
+        server.chat(f"{secret} " * 100)
     server.play(asyncio.sleep(0.05))
     assert "nobody else" not in "\n".join(server.ear.lines)
 
