@@ -19,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 
 from gateway.departure import Departed, until_departure
 from gateway.engines.base import Call
-from gateway.engines.keys import without_key
+from gateway.engines.keys import hidden, without_key
 from gateway.errors import GatewayError, ModelNotLoaded, UpstreamFailed
 from gateway.fleet.instance import Instance
 from gateway.lifecycle import SERVING
@@ -97,7 +97,8 @@ class Passage(Errand["Whole | None"]):
             raise await self.refusal(answer)
         if self.stream is None or answer.status != 200 or not _is_stream(answer):
             whole = await _whole(answer)
-            return replace(whole, body=self.manner.feed(whole.body) + self.manner.rest())
+            body = self.manner.feed(whole.body) + self.manner.rest()
+            return replace(whole, body=body if whole.status == 200 else hidden(body, self.instance.spec))
         self.stream.head = [*_passed_on(answer.headers), *EVENT_STREAM[1:]]  # all but our own content-type
         async with aclosing(answer.chunks()) as chunks:
             async for chunk in chunks:
@@ -108,6 +109,12 @@ class Passage(Errand["Whole | None"]):
         if rest := self.manner.rest():
             await self.stream.write(rest)
         return None
+
+    def no_stream(self, whole: Whole) -> GatewayError:
+        """Return what it means that a server answers like this where a stream was awaited, and has begun."""
+        if whole.status == 200:
+            return UpstreamFailed("The model's server answered with something that is no stream.")
+        return without_key(self.instance.engine.refusal(whole.status, whole.body), self.instance.spec)
 
 
 class PutThrough(Response):
@@ -147,14 +154,8 @@ class PutThrough(Response):
             stream.close()
             await send_whole(send, whole.body, whole.status, whole.head)
         else:  # the status went out before the server said its own
-            error = self._instead_of_a_stream(whole)
+            error = self._passage.no_stream(whole)
             await stream.fail(error, self._passage.manner.failure(error))
-
-    def _instead_of_a_stream(self, whole: Whole) -> GatewayError:
-        if whole.status == 200:
-            return UpstreamFailed("The model's server answered with something that is no stream.")
-        instance = self._passage.instance
-        return without_key(instance.engine.refusal(whole.status, whole.body), instance.spec)
 
 
 async def look(instance: Instance, call: Call, client: Client, *, request_id: str) -> Whole:

@@ -227,6 +227,19 @@ def test_a_refused_key_is_the_gateways_own_and_never_the_callers(stream: bool, s
     asyncio.run(scene())
 
 
+def test_a_refusal_that_repeats_the_gateways_key_does_not_show_it() -> None:
+    async def refuse(conversation: Conversation) -> None:
+        await conversation.say(answer(400, b"not with k-123"))
+
+    async def scene() -> None:
+        async with tgi(refuse, api_key="k-123") as on:
+            answered = await send(on, "/generate")
+
+            assert (answered.status_code, answered.text) == (400, "not with [key]")
+
+    asyncio.run(scene())
+
+
 @pytest.mark.parametrize("path", STREAMED)
 def test_a_stream_comes_back_as_it_was_given(path: str) -> None:
     async def scene() -> None:

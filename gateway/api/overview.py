@@ -25,6 +25,7 @@ ENDPOINTS = {
     "POST /v1/chat/completions": "OpenAI's chats",
     "POST /v1/completions": "OpenAI's completions",
     "GET /v1/models": "OpenAI's list of models",
+    "/models/{id}/tgi": "TGI's own API for one model, whatever its engine",
     "GET /models": "The models, and what they are doing",
     "GET /health": "Health check",
     "GET /status": "The gateway, its GPUs and the default model",

@@ -24,7 +24,7 @@ from gateway.api.middleware import request_id_of
 from gateway.api.pages import add_pages
 from gateway.api.problems import documented
 from gateway.api.reports import Reports
-from gateway.api.streams import EventStream
+from gateway.api.streams import EVENTS, EventStream
 from gateway.dialects import tgi
 from gateway.dialects.openai_chat import ChatCompletion, ChatCompletionBody
 from gateway.dialects.openai_completions import Completion, CompletionBody
@@ -34,9 +34,9 @@ from gateway.dialects.tgi import (
     GenerateAnswer,
     GenerateBody,
     Info,
-    SimpleToken,
     TgiReply,
     TokenizeBody,
+    Tokens,
     Untouched,
 )
 from gateway.engines.base import Call
@@ -74,7 +74,8 @@ class ServedModels(BaseModel):
 
 
 _ERRORS = documented(400, 404, 408, 413, 422, 500, 502, 503, 504)
-_STREAM = {"content": {"text/event-stream": {}}, "description": "The text; streamed, its tokens as they come"}
+_STREAM = {"content": EVENTS, "description": "The text; streamed, its tokens as they come"}
+_CHUNKS = {"content": openai.CHUNKS, "description": "The answer; streamed, its pieces as they come"}
 _NO_GENERATION = documented(404, 422, 503)
 
 
@@ -144,7 +145,7 @@ def _add_tokens(router: APIRouter, fleet: Fleet, client: Client) -> None:
     @router.post(
         BASE + "/tokenize",
         summary="Cut a text into tokens",
-        response_model=list[SimpleToken],
+        response_model=Tokens,
         responses=documented(404, 408, 413, 422, 500, 502, 503, 504),
     )
     async def tokenize(model_id: str, request: Request, body: TokenizeBody, prefer: Prefer = None) -> Any:
@@ -168,7 +169,7 @@ def _add_openai(router: APIRouter, fleet: Fleet, client: Client) -> None:
         BASE + "/v1/chat/completions",
         summary="Answer a conversation",
         response_model=ChatCompletion,
-        responses={**_ERRORS, 200: _STREAM},
+        responses={**_ERRORS, 200: _CHUNKS},
     )
     async def chat_completions(
         model_id: str,
@@ -184,7 +185,7 @@ def _add_openai(router: APIRouter, fleet: Fleet, client: Client) -> None:
         BASE + "/v1/completions",
         summary="Continue a prompt",
         response_model=Completion,
-        responses={**_ERRORS, 200: _STREAM},
+        responses={**_ERRORS, 200: _CHUNKS},
     )
     async def completions(model_id: str, request: Request, body: CompletionBody, prefer: Prefer = None) -> Any:
         """As the gateway's `/v1`, with the model of this address and the stop text kept."""

@@ -260,7 +260,16 @@ class OpenAiChoices:
     def _chunks(self, index: int, pieces: Sequence[dict[str, Any]]) -> bytes:
         usage_so_far = {"usage": None} if self._include_usage else {}
         head = self._head(self._chunk_kind)
-        return b"".join(_event({**head, "choices": [{"index": index, **each}], **usage_so_far}) for each in pieces)
+        told = map(_as_tgi, pieces) if self._heading.tgi_fingerprint else pieces
+        return b"".join(_event({**head, "choices": [{"index": index, **each}], **usage_so_far}) for each in told)
+
+
+def _as_tgi(piece: dict[str, Any]) -> dict[str, Any]:
+    """Return a piece of a choice with what TGI's clients look for in each delta of a chat: role, and text or calls."""
+    if "delta" not in piece:
+        return piece
+    text = {} if "tool_calls" in piece["delta"] else {"content": ""}
+    return {**piece, "delta": {"role": "assistant", **text, **piece["delta"]}}
 
 
 def _event(data: Mapping[str, Any]) -> bytes:

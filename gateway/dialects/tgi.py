@@ -346,6 +346,10 @@ class SimpleToken(BaseModel):
     stop: int
 
 
+class Tokens(RootModel[list[SimpleToken]]):
+    """What `/tokenize` answers."""
+
+
 class TgiReply:
     """Writes one answer as TGI gives it: whole, or as a stream of events."""
 

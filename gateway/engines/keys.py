@@ -19,6 +19,12 @@ def key_refused(status: int) -> UpstreamFailed:
     )
 
 
+def hidden(words: bytes, spec: ModelSpec) -> bytes:
+    """Return the words of a server without the key."""
+    key = spec.api_key.get_secret_value().encode() if spec.api_key else b""
+    return words.replace(key, b"[key]") if key else words
+
+
 def without_key(error: GatewayError, spec: ModelSpec) -> GatewayError:
     """Return the same error, in words that do not hold the key: a server may repeat what it was sent."""
     key = spec.api_key.get_secret_value() if spec.api_key else ""

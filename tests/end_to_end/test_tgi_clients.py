@@ -1,4 +1,4 @@
-"""TGI's client of these days, huggingface_hub, as its users run it, on every engine."""
+"""The client that TGI's makers recommend, huggingface_hub, as its users run it, on every engine."""
 
 from __future__ import annotations
 
