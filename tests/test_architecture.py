@@ -37,6 +37,8 @@ FLOORS = [
     ["gateway.app"],
     ["gateway.serving", "gateway.doctor"],
     ["gateway.terminal"],
+    ["gateway.commands"],
+    ["gateway.remote"],
     ["gateway.cli"],
     ["gateway.__main__"],
 ]

@@ -825,6 +825,36 @@ class HalfAnswers(BaseHTTPRequestHandler):
         pass
 
 
+class Refusals(HalfAnswers):
+    """A gateway that refuses the first turn, and answers later ones."""
+
+    def do_POST(self) -> None:
+        self.asked.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
+        first = len(self.asked) == 1
+        self.send_response(503 if first else 200)
+        self.end_headers()
+        refusal = json.dumps({"error": {"message": "It failed.", "code": "START_FAILED", "evidence": ["no memory"]}})
+        self.wfile.write((refusal if first else chunks("whole")).encode())
+
+
+@contextmanager
+def answering(kind: type[HalfAnswers]) -> Iterator[tuple[str, type[HalfAnswers]]]:
+    """Serve a kind of gateway, and yield its address and what it remembers."""
+
+    class Handler(kind):  # type: ignore[valid-type, misc]
+        asked: ClassVar[list[Any]] = []
+        left = threading.Event()
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}", Handler
+        finally:
+            server.shutdown()
+            thread.join(LONG_S)
+
+
 class Terminal:
     """A command on a terminal of its own."""
 
@@ -862,33 +892,41 @@ class Terminal:
         os.close(self._ours)
 
 
+def contents(asked: Mapping[str, Any]) -> list[str]:
+    return [message["content"] for message in asked["messages"]]
+
+
 def test_ctrl_c_ends_an_answer_of_a_chat_and_ctrl_d_the_chat() -> None:
-    class Handler(HalfAnswers):
-        asked: ClassVar[list[Any]] = []
-        left = threading.Event()
+    with answering(HalfAnswers) as (url, gateway), Terminal("chat", "m", "--url", url) as terminal:
+        terminal.wait_for("> ")
+        terminal.write("one\n")
+        terminal.wait_for("so far")
+        terminal.process.send_signal(signal.SIGINT)
+        terminal.wait_for("> ")
+        assert gateway.left.wait(LONG_S)
+        terminal.write("two\n")
+        terminal.wait_for("whole")
+        terminal.wait_for("> ")
+        terminal.write("\x04")
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            with Terminal("chat", "m", "--url", f"http://127.0.0.1:{server.server_port}") as terminal:
-                terminal.wait_for("> ")
-                terminal.write("one\n")
-                terminal.wait_for("so far")
-                terminal.process.send_signal(signal.SIGINT)
-                terminal.wait_for("> ")
-                assert Handler.left.wait(LONG_S)
-                terminal.write("two\n")
-                terminal.wait_for("whole")
-                terminal.wait_for("> ")
-                terminal.write("\x04")
+        assert terminal.process.wait(LONG_S) == 0
+    assert contents(gateway.asked[1]) == ["one", "so far", "two"]
 
-                assert terminal.process.wait(LONG_S) == 0
-        finally:
-            server.shutdown()
-            thread.join(LONG_S)
-    said = [message["content"] for message in Handler.asked[1]["messages"]]
-    assert said == ["one", "so far", "two"]
+
+def test_a_chat_on_a_terminal_goes_on_after_a_refusal_without_that_turn() -> None:
+    with answering(Refusals) as (url, gateway), Terminal("chat", "m", "--url", url) as terminal:
+        terminal.wait_for("> ")
+        terminal.write("one\n")
+        terminal.wait_for("START_FAILED: It failed.")
+        terminal.wait_for("| no memory")
+        terminal.wait_for("> ")
+        terminal.write("two\n")
+        terminal.wait_for("whole")
+        terminal.wait_for("> ")
+        terminal.write("\x04")
+
+        assert terminal.process.wait(LONG_S) == 0
+    assert contents(gateway.asked[1]) == ["two"]
 
 
 # ---- with the embedded model ----------------------------------------------------------------------------------------

@@ -62,11 +62,14 @@ class OpenAiProblem(BaseModel):
 
 
 class TgiProblem(BaseModel):
-    """Every error under `/models/{id}/tgi`. `error_code` is stable, and the same as everywhere in this gateway."""
+    """Every error under `/models/{id}/tgi`. `error_code` is stable, and the same as everywhere in this gateway.
+
+    It lacks where a TGI that callers are put through to speaks for itself.
+    """
 
     error: str
     error_type: str
-    error_code: str
+    error_code: str | None = None
 
 
 _WHEN = {
@@ -131,20 +134,34 @@ def _in_shape(api: Api, responses: dict[int | str, Any]) -> dict[int | str, Any]
     """Return an operation's answers with errors as callers of `api` see them."""
     if api == "documents":
         return responses
-    shape = {"schema": {"$ref": f"#/components/schemas/{_SCHEMAS[api].__name__}"}}
-    found = {int(status): answer for status, answer in responses.items()}
-    for status in [each for each in found if each >= 400]:
-        answer = {"description": _WHEN.get(status, ""), "content": {"application/json": shape}}
-        del found[status]
-        for sent in _STATUSES[api].get(status, (status,)):
-            found[sent] = found.get(sent, answer)
-    return {str(status): found[status] for status in sorted(found)}
+    statuses = sorted(map(int, responses))
+    sent = {status for each in statuses if each >= 400 for status in _STATUSES[api].get(each, (each,))}
+    errors: dict[int | str, Any] = {str(status): _error(api, status) for status in sorted(sent)}
+    return {**{status: answer for status, answer in responses.items() if int(status) < 400}, **errors}
 
 
+def _error(api: Api, status: int) -> dict[str, Any]:
+    """Return an error of an API as it stands in the document. A TGI itself may use plain words."""
+    content: dict[str, Any] = {
+        "application/json": {"schema": {"$ref": f"#/components/schemas/{_SCHEMAS[api].__name__}"}}
+    }
+    if api == "tgi" and status in _TGIS_PLAIN:
+        content["text/plain"] = {"schema": {"type": "string"}}
+    return {"description": _WHEN_THERE.get((api, status)) or _WHEN[status], "content": content}
+
+
+_TGIS_PLAIN = (400, 413, 415, 422)
+_WHEN_THERE: Mapping[tuple[Api, int], str] = {
+    ("openai", 400): "The request is not valid, its prompt is empty or too long, or this model's engine cannot do it",
+    ("tgi", 400): "The body is not JSON, in the words of a TGI",
+    ("tgi", 415): "The body is not sent as JSON, in the words of a TGI",
+    ("tgi", 422): "The request is not valid, its prompt is empty or too long, or this model's engine cannot do it",
+    ("tgi", 429): "Too many ask at once, or the key's own limit is reached",
+}
 _STATUSES: Mapping[Api, Mapping[int, tuple[int, ...]]] = {
     "documents": {},
     "openai": {422: (400,)},
-    "tgi": {400: (422,), 500: (424,), 503: (429, 503)},
+    "tgi": {400: (422,), 413: (400, 413, 415), 500: (424,), 503: (429, 503)},
 }
 """What becomes of a status of the documents' APIs in another one."""
 
