@@ -321,9 +321,8 @@ def test_what_is_told_of_the_model(gateway: Gateway, model: str) -> None:
         assert post(gateway, path, {}, model).status_code == 404
     described = gateway.get(f"{base}/api-doc/openapi.json").json()
     assert {"/", "/generate", "/generate_stream", "/tokenize", "/info", "/health"} <= described["paths"].keys()
-    assert described["paths"]["/generate"]["post"]["responses"]["422"]["content"] == {
-        "application/json": {"schema": {"$ref": "#/components/schemas/TgiProblem"}}
-    }
+    problem = described["paths"]["/generate"]["post"]["responses"]["422"]["content"]["application/json"]
+    assert problem == {"schema": {"$ref": "#/components/schemas/TgiProblem"}}
     assert "swagger" in gateway.get(f"{base}/docs").text
 
 
