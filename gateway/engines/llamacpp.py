@@ -38,6 +38,8 @@ SERVER = Path(__file__).with_name("embedded_server.py")
 KEY_VARIABLE = "EMBEDDED_API_KEY"
 DEFAULT_CONTEXT_TOKENS = 4096
 """Context of each slot where the catalog says nothing. A model made for less gets less."""
+LEAST_TEMPERATURE = 1e-6
+"""Below, logits divided by it may overflow, and llama.cpp answers whatever; it is as good as greedy."""
 RECENT_TOKENS = 64
 CHAT = "/v1/chat/completions"
 
@@ -249,7 +251,7 @@ def _sampling(request: GenerationRequest, context_tokens: int) -> dict[str, Any]
     """Return every parameter that decides which tokens come, those that are off included."""
     return {
         "samplers": _samplers(request),
-        "temperature": request.temperature,
+        "temperature": max(request.temperature, LEAST_TEMPERATURE) if request.temperature else 0.0,
         "top_k": request.top_k or 0,
         "top_p": request.top_p,
         "seed": _seed(request.seed),

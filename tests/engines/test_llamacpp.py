@@ -289,6 +289,7 @@ def test_a_call_is_a_stream_with_the_key_and_leaves_no_sampler_to_the_server() -
     ("asked", "sent"),
     [
         ({"temperature": 0.0}, {"temperature": 0.0}),
+        ({"temperature": 1e-44}, {"temperature": 1e-6}),  # its logits would overflow
         ({"top_k": 40, "top_p": 0.9}, {"top_k": 40, "top_p": 0.9}),
         ({"repetition_penalty": 1.2}, {"repeat_penalty": 1.2, "repeat_last_n": 4096}),
         ({"frequency_penalty": 0.5, "presence_penalty": -1.0}, {"frequency_penalty": 0.5, "presence_penalty": -1.0}),
