@@ -78,6 +78,10 @@ def _narrow(value: float) -> float:
         return float("inf")
 
 
+NOT_EMPTY = _rule(bool, "cannot be empty")
+"""Not in the OpenAPI document: a TGI that callers are put through to takes it."""
+
+
 def _few(stops: list[str]) -> list[str]:
     if len(stops) > MOST_STOPS:
         words = f"supports up to {MOST_STOPS} stop sequences. Given: {len(stops)}"
@@ -173,8 +177,8 @@ class GenerateParameters(_TgiBody):
         None, description="Most tokens to generate; default: as many as the context has room for"
     )
     return_full_text: bool | None = Field(None, description="Begin generated_text with the prompt")
-    stop: Annotated[list[Annotated[str, Field(min_length=1), AfterValidator(is_unicode)]], AfterValidator(_few)] = (
-        Field([], description="Texts that end the generation, and are its end")
+    stop: Annotated[list[Annotated[str, NOT_EMPTY, AfterValidator(is_unicode)]], AfterValidator(_few)] = Field(
+        [], description="Texts that end the generation, and are its end"
     )
     truncate: Annotated[int | None, U64, POSITIVE, _neutral()] = Field(None, description="Not supported")
     watermark: Annotated[bool, _neutral(False)] = Field(False, description="Not supported")
