@@ -36,6 +36,8 @@ Result = TypeVar("Result")
 
 SECOND_ATTEMPT_S = 0.1
 REFUSAL_BYTES = 64 * 1024
+COUNT_S = 2.0
+"""How long a server may take to count a prompt's tokens, once the answer is there."""
 MOST_TOKENS_BYTES = 64 * 2**20
 """Of a prompt's tokens: some 50 bytes each."""
 
@@ -77,11 +79,20 @@ class Client(Protocol):
         """
 
 
+class Admission:
+    """Whether a caller's request was let in: from then on no part of it is turned away at the queue (promise P4)."""
+
+    def __init__(self) -> None:
+        self.granted = False
+
+
 class Errand(Generic[Result]):
     """A call to a model's server under a lease, and within its bounds. Used once."""
 
     def __init__(self, instance: Instance, client: Client, *, request_id: str, max_wait_s: float | None = None) -> None:
         self.instance = instance
+        self.admission = Admission()
+        """Its own, or that of the request that it is a part of."""
         self._client = client
         self._tags = {"x-request-id": request_id}
         self._max_wait_s = max_wait_s
@@ -118,7 +129,9 @@ class Errand(Generic[Result]):
     async def _attempt(self, interrupt: Interrupt, *, streamed: bool) -> Result:
         """Hold a lease for as long as the server works on the call."""
         timeout_s = self.instance.spec.generation_timeout_s
-        async with self.instance.lease(max_wait_s=self._max_wait_s) as lease:
+        lease_to_come = self.instance.lease(max_wait_s=self._max_wait_s, admitted=self.admission.granted)
+        async with lease_to_come as lease:
+            self.admission.granted = True
             lease.on_cut = interrupt.fire
             try:
                 async with asyncio.timeout(timeout_s) as bound:
@@ -130,6 +143,7 @@ class Errand(Generic[Result]):
         try:
             async with self._client.send(lease.handle.base_url, self.call(lease.secret), self._tags) as answer:
                 result = await self.read(answer, pace)
+            pace.is_over()
             return await self.complete(result, lease)
         except Broken as error:
             raise self._broken(error, pace) from None
@@ -137,7 +151,7 @@ class Errand(Generic[Result]):
             raise without_key(error, self.instance.spec) from None
 
     async def complete(self, result: Result, lease: Lease) -> Result:  # noqa: ARG002 - for those that must ask again
-        """Return the result with what was not in the answer, whose connection is closed now."""
+        """Return the result with what was not in the answer, whose connection is closed now. Has a bound of its own."""
         return result
 
     async def refusal(self, answer: Answer) -> GatewayError:
@@ -227,14 +241,19 @@ class Exchange(Errand[Finished]):
         """Return the end with the prompt's length, which servers tell only at an end of their own."""
         if result.prompt_tokens or not self._request.count_prompt:
             return result
+        with suppress(GatewayError, Broken, ConnectFailed, TimeoutError):  # the answer is not lost for a number
+            return replace(result, prompt_tokens=await self._count(lease))
+        return result
+
+    async def _count(self, lease: Lease) -> int:
+        """Return how many tokens the prompt has; 0 if the server does not say."""
         engine = self.instance.engine
-        with suppress(GatewayError, Broken, ConnectFailed):  # the answer is there: it is not lost for a number
+        async with asyncio.timeout(COUNT_S):
             call = engine.tokenize(self.instance.spec, self._request, lease.secret)
             async with self._client.send(lease.handle.base_url, call, self._tags) as answer:
-                if answer.status == 200:
-                    tokens = engine.tokens(self._request, await start_of(answer, MOST_TOKENS_BYTES))
-                    return replace(result, prompt_tokens=len(tokens))
-        return result
+                if answer.status != 200:
+                    return 0
+                return len(engine.tokens(self._request, await start_of(answer, MOST_TOKENS_BYTES)))
 
 
 class Tokenization(Errand["tuple[PromptToken, ...]"]):
@@ -282,7 +301,7 @@ class Relay(Response):
     background = None
 
     def __init__(self, exchanges: Sequence[Exchange], choices: Choices) -> None:  # not the base class's: there is no
-        self._exchanges = exchanges  # body yet
+        self._exchanges = as_one(exchanges)  # body yet
         self._choices = choices
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - an ASGI app
@@ -312,6 +331,13 @@ class Relay(Response):
 
         work = [partial(one, index, exchange) for index, exchange in enumerate(self._exchanges)]
         return await together(work, at_once=self._exchanges[0].instance.spec.max_concurrency)
+
+
+def as_one(exchanges: Sequence[Exchange]) -> Sequence[Exchange]:
+    """Return the same exchanges, as parts of one request: once one of them has a lease, all are let in."""
+    for exchange in exchanges:
+        exchange.admission = exchanges[0].admission
+    return exchanges
 
 
 async def together(work: Sequence[Callable[[], Awaitable[Result]]], *, at_once: int) -> list[Result]:
@@ -373,6 +399,11 @@ class Pace:
         """How long the server has had the request."""
         return self._loop.time() - self._began_at
 
+    def is_over(self) -> None:
+        """Say that the answer is here, so that what is done with it does not count."""
+        if not self._bound.expired():
+            self._bound.reschedule(None)
+
     def came(self) -> None:
         """Say that another piece came, and is written."""
         self.came_so_far += 1
@@ -382,10 +413,10 @@ class Pace:
 
 async def start_of(answer: Answer, most_bytes: int) -> bytes:
     """Return the body of an answer, as much of it as can matter."""
-    body = b""
+    body = bytearray()
     async with aclosing(answer.chunks()) as chunks:
         async for chunk in chunks:
             body += chunk
             if len(body) > most_bytes:
                 break
-    return body[:most_bytes]
+    return bytes(body[:most_bytes])

@@ -15,7 +15,7 @@ from gateway.dialects import autotrain
 from gateway.dialects.autotrain import AutotrainAnswer, AutotrainBody
 from gateway.errors import LoadingFailed, StartFailed
 from gateway.fleet.fleet import Fleet
-from gateway.relay import Client, Worked, together
+from gateway.relay import Client, Worked, as_one, together
 
 
 def autotrain_router(fleet: Fleet, client: Client) -> APIRouter:
@@ -38,7 +38,7 @@ def autotrain_router(fleet: Fleet, client: Client) -> APIRouter:
         with _as_loading_failed():
             instance = fleet.get(spec)
         wanted = autotrain.to_requests(spec, body)
-        exchanges = [exchange(instance, each, client, request, prefer) for each in wanted]
+        exchanges = as_one([exchange(instance, each, client, request, prefer) for each in wanted])
 
         async def work() -> bytes:
             with _as_loading_failed():

@@ -56,6 +56,7 @@ def llm_service_router(fleet: Fleet, client: Client, reports: Reports) -> APIRou
             tokens = llm_service.first_of(result)
             if llm_service.lacks_alternatives(result, wanted):
                 again = exchange(instance, llm_service.unsharpened(wanted), client, request, prefer)
+                again.admission = asked.admission
                 plain = llm_service.first_of(await again.whole())
                 tokens = llm_service.completed(tokens, plain, wanted.temperature)
             return llm_service.answer(spec, wanted, result, tokens, device=reports.device(spec))

@@ -22,6 +22,9 @@ SHORTEST_REST_S, LONGEST_REST_S, REST_SHARE = 0.02, 1.0, 0.02
 RECOVERY_REST_S = 1.0
 
 Answer = tuple[int, bytes]
+AS_IT_IS = {"Accept-Encoding": "identity"}
+MOST_BYTES = 64 * 1024
+"""Of a health check's answer: a server that lists its models may go on for long."""
 Rest = Callable[[Handle, float], Awaitable[None]]
 
 
@@ -41,14 +44,26 @@ class HttpProbe:
 
     async def ask(self, url: str, timeout_s: float, headers: Mapping[str, str]) -> Answer | None:
         try:
-            async with asyncio.timeout(timeout_s):
-                response = await self._client.get(url, timeout=timeout_s, headers=headers)
+            async with (
+                asyncio.timeout(timeout_s),
+                self._client.stream("GET", url, timeout=timeout_s, headers={**headers, **AS_IT_IS}) as response,
+            ):
+                return response.status_code, await _start_of(response)
         except (httpx.HTTPError, TimeoutError):
             return None
-        return response.status_code, response.content
 
     async def aclose(self) -> None:
         await self._client.aclose()
+
+
+async def _start_of(response: httpx.Response) -> bytes:
+    """Return the body, as much of it as can matter."""
+    body = bytearray()
+    async for chunk in response.aiter_raw():
+        body += chunk
+        if len(body) > MOST_BYTES:
+            break
+    return bytes(body[:MOST_BYTES])
 
 
 async def rest(_: Handle, seconds: float) -> None:

@@ -123,18 +123,19 @@ class Instance:
         )
 
     @asynccontextmanager
-    async def lease(self, *, max_wait_s: float | None = None) -> AsyncIterator[Lease]:
+    async def lease(self, *, max_wait_s: float | None = None, admitted: bool = False) -> AsyncIterator[Lease]:
         """Hold the right to send one request, starting the model first if it is down.
 
         Waits for the start, then for a free slot, in the order of arrival. `max_wait_s` bounds the wait for
-        a model that is not running yet; the start goes on without the caller who gave up.
+        a model that is not running yet; the start goes on without the caller who gave up. `admitted`: it is for
+        a further part of a request that was let in, so a full queue does not turn it away.
 
         Raises:
             StartFailed, StartTimeout: the model could not be started, or failed recently and cools down.
             ModelNotLoaded: `max_wait_s` has passed, or an operator called the start off.
             ModelUnhealthy, NoCapacity, QueueFull, ShuttingDown: come back later.
         """
-        lease = self._grant_at_once() or await self._wait(lease=True, max_wait_s=max_wait_s)
+        lease = self._grant_at_once() or await self._wait(lease=True, max_wait_s=max_wait_s, admitted=admitted)
         assert isinstance(lease, Lease)  # a ticket for a lease is never granted anything else
         try:
             if lease.error:  # cut in the very tick in which it was granted
@@ -250,9 +251,9 @@ class Instance:
             return None
         return self._new_lease()
 
-    async def _wait(self, *, lease: bool, max_wait_s: float | None = None) -> Grant:
+    async def _wait(self, *, lease: bool, max_wait_s: float | None = None, admitted: bool = False) -> Grant:
         if lease:
-            self._refuse_newcomer()
+            self._refuse_newcomer(admitted=admitted)
         try:
             async with asyncio.timeout(None) as bound:
                 ticket = Ticket(self._loop.create_future(), bound, self._loop.time(), lease, max_wait_s)
@@ -326,11 +327,13 @@ class Instance:
 
     # Refusals
 
-    def _refuse_newcomer(self) -> None:
+    def _refuse_newcomer(self, *, admitted: bool) -> None:
         self._refuse_when_closing()
         self._refuse_when_unhealthy()
         self._refuse_while_cooling()
-        if self._queue.requests >= queue_room(self._state, self.spec.max_queue, self.spec.max_concurrency):
+        if not admitted and self._queue.requests >= queue_room(
+            self._state, self.spec.max_queue, self.spec.max_concurrency
+        ):
             raise self._promised(refusals.queue_full(self.spec))
 
     def _refuse_when_closing(self) -> None:
