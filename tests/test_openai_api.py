@@ -84,6 +84,62 @@ def test_choices_of_a_stream_come_as_they_are_made_and_end_together() -> None:
     asyncio.run(scene())
 
 
+def test_a_request_that_was_let_in_is_not_turned_away_in_its_midst_however_many_come() -> None:
+    async def scene() -> None:
+        async with stage(its_prompt_and_seed, max_concurrency=1, max_queue=1) as on:
+            over = asyncio.Event()
+
+            async def come_again_and_again() -> int:
+                served = 0
+                while not over.is_set():
+                    served += (await on.post(TEXT, {**ASK, "seed": 1})).status_code == 200
+                return served
+
+            crowd = [asyncio.create_task(come_again_and_again()) for _ in range(4)]
+            answers = []
+            while len(answers) < 3:
+                answer = await on.post(TEXT, {**ASK, "n": 10, "seed": 1, "stream": True})
+                if answer.status_code == 200:
+                    answers.append(sum(b'"finish_reason":"length"' in line for line in answer.content.split(b"\n")))
+                else:  # it was not let in at all
+                    assert error_of(answer)["code"] == "QUEUE_FULL"
+            over.set()
+
+            assert answers == [10, 10, 10]
+            assert sum(await asyncio.gather(*crowd)) > 0
+            await on.nothing_is_held()
+
+    asyncio.run(scene())
+
+
+def tgi_event(text: str, number: int) -> bytes:
+    said = {"id": number, "text": text, "logprob": -0.1, "special": False}
+    frame = {"index": number, "token": said, "generated_text": None, "details": None}
+    return b"data:" + json.dumps(frame).encode() + b"\n\n"
+
+
+async def stops_and_counts_for_ever(conversation: Conversation) -> None:
+    if b"/tokenize" not in conversation.head:
+        await conversation.say(HEAD + tgi_event(" a", 1) + tgi_event(" b", 2))
+    await asyncio.get_running_loop().create_future()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_is_not_lost_where_nobody_counts_its_prompt(stream: bool) -> None:
+    async def scene() -> None:
+        model = {"engine": "tgi", "hf_name": "x", "runtime": "external", "url": "http://127.0.0.1:1"}
+        async with stage(stops_and_counts_for_ever, **model, generation_timeout="500ms") as on:
+            options = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+            answer = await on.post(TEXT, {**ASK, "stop": [" b"], **options})
+
+            usage = events(answer)[-2]["usage"] if stream else answer.json()["usage"]
+            assert usage == {"prompt_tokens": 0, "completion_tokens": 2, "total_tokens": 2}
+            assert len(on.server.requests) == 2
+            await on.nothing_is_held()
+
+    asyncio.run(scene())
+
+
 class OneBreaks:
     """A script in which the prompt `bad` breaks off after its first token, and all others never end."""
 
