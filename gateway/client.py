@@ -504,7 +504,7 @@ class _Tokens:
 
 
 class _Turn:
-    """The texts of an assistant's turn, from chunks in OpenAI's shape."""
+    """The texts of an assistant's turn, from chunks in OpenAI's shape. Who made them may be a provider."""
 
     def __init__(self, url: str) -> None:
         self._url = url
@@ -516,13 +516,18 @@ class _Turn:
             data = "\n".join(frame.data)
             if data == "[DONE]":
                 self._complete = True
-                continue
+            elif not self._complete:
+                yield from self._texts(data)
+
+    def _texts(self, data: str) -> list[str]:
+        try:
             said = json.loads(data)
-            if "error" in said:
-                raise _openai_refusal(200, said["error"])
-            for choice in said["choices"]:
-                if text := choice["delta"].get("content"):
-                    yield text
+            if isinstance(error := said.get("error"), dict):
+                raise _openai_refusal(200, error)
+            return [text for choice in said["choices"] if (text := str(choice["delta"].get("content") or ""))]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            words = f"The gateway at {self._url} sent something that is no part of a chat; its log may say why."
+            raise GatewayUnreachable(self._url, words) from None
 
     def end(self) -> Iterator[str]:
         if not self._complete:

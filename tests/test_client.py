@@ -404,6 +404,23 @@ def test_a_turn_may_be_refused_early_and_late_in_openais_words(both: Both, gatew
         assert caught.value.extra == {"fix": "Do."}
 
 
+@pytest.mark.parametrize(
+    "data", ["nonsense", "[]", "7", "{}", '{"choices": 7}', '{"choices": [7]}', '{"choices": [{}]}', "[" * 100_000]
+)
+def test_a_chunk_that_is_none_is_an_error_in_words(both: Both, gateway: respx.MockRouter, data: str) -> None:
+    body = chunk("a") + f"data: {data}\n\n".encode() + b"data: [DONE]\n\n"
+    gateway.post("/v1/chat/completions").respond(stream=Cut(body))
+
+    with pytest.raises(GatewayUnreachable, match="no part of a chat"):
+        both.chat("m", HELLO)
+
+
+def test_what_comes_after_the_end_of_a_turn_is_not_part_of_it(both: Both, gateway: respx.MockRouter) -> None:
+    gateway.post("/v1/chat/completions").respond(stream=Cut(chunk("a") + b"data: [DONE]\n\ndata: nonsense\n\n"))
+
+    assert both.chat("m", HELLO) == ["a"]
+
+
 def test_a_misspelt_parameter_of_a_chat_is_refused(both: Both) -> None:
     with pytest.raises(TypeError, match="no such parameter: temprature"):
         both.chat("m", HELLO, temprature=1)

@@ -284,11 +284,14 @@ def test_the_end_of_a_generation_has_the_headers_of_tgi() -> None:
     asyncio.run(scene())
 
 
-@pytest.mark.parametrize(
-    "path", ["", "/health", "/info", "/metrics", "/docs", "/redoc", "/api-doc/openapi.json", "/generate", "/v1/models"]
-)
+@pytest.mark.parametrize("path", ["", "/health", "/info", "/metrics", "/generate", "/v1/models", "/docs/x"])
 def test_every_address_needs_the_right_to_generate(path: str) -> None:
     assert right_for(f"/models/m/tgi{path}") == "generate"
+
+
+@pytest.mark.parametrize("path", ["/docs", "/redoc", "/api-doc/openapi.json"])
+def test_the_documentation_is_open_to_all(path: str) -> None:
+    assert right_for(f"/models/m/tgi{path}") is None
 
 
 def test_a_chat_that_is_not_valid_is_told_in_tgis_shape() -> None:

@@ -8,7 +8,7 @@ from gateway.keys import Right
 
 _OPEN = re.compile(
     r"/health(/.*)?|/(docs|docs/oauth2-redirect|redoc|openapi\.json)"
-    r"|/models/[^/]+/(llm-service|api-server)/(docs|redoc|openapi\.json)"
+    r"|/models/[^/]+/((llm-service|api-server)/(docs|redoc|openapi\.json)|tgi/(docs|redoc|api-doc/openapi\.json))"
 )
 _MANAGE = re.compile(r"/models/[^/]+/(start|stop|restart|pull|logs)\s*$")
 """More than the router takes: its own patterns let a line feed stand at the end."""
