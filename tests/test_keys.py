@@ -150,13 +150,13 @@ def test_changes_at_once_are_all_made(file: Path) -> None:
     ("path", "right"),
     [
         *((path, None) for path in ("/health", "/health/live", "/docs", "/redoc", "/openapi.json")),
-        *((f"/models/m/{service}/docs", None) for service in ("llm-service", "api-server")),
+        *((f"/models/m/{service}/docs", None) for service in ("llm-service", "api-server", "tgi")),
         *((f"/models/m/{what}", "manage") for what in ("start", "stop", "restart", "pull", "logs", "start\n")),
         *(
             (path, "generate")
             for path in ("/", "", "/models", "/models/m", "/generate", "/events", "/status", "/nowhere")
         ),
-        *((path, "generate") for path in ("/healthy", "/docs\n", "/docs/x", "/models/docs", "/models/m/tgi/docs")),
+        *((path, "generate") for path in ("/healthy", "/docs\n", "/docs/x", "/models/docs", "/models/m/tgx/docs")),
         *((path, "generate") for path in ("/models/m/llm-service/health", "/models/m/n/start", "/x/health")),
     ],
 )
