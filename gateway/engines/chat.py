@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 from gateway.engines.lines import EventLines
+from gateway.engines.protocol import NOT_THE_PROTOCOL, count_in, object_in, text_in, unseen
 from gateway.engines.stops import StopTexts
 from gateway.errors import GatewayError, GenerationFailed, Unsupported
 from gateway.generation import (
@@ -123,7 +124,6 @@ _REASONS: Mapping[str, FinishReason] = {
     "eos_token": "eos",
     "eos": "eos",
 }
-_NOT_THE_PROTOCOL = (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
 
 
 def new_call_id() -> str:
@@ -174,8 +174,8 @@ class ChatDecoder:
         if self._finished or field not in (b"data", b"error"):
             return
         try:
-            yield from self._end() if value == b"[DONE]" else self._frame(field, _object_in(value))
-        except _NOT_THE_PROTOCOL as error:
+            yield from self._end() if value == b"[DONE]" else self._frame(field, object_in(value))
+        except NOT_THE_PROTOCOL as error:
             raise not_understood() from error
 
     def _frame(self, field: bytes, frame: dict[str, Any]) -> Iterator[TokenEvent | Finished]:
@@ -199,34 +199,33 @@ class ChatDecoder:
     def _choice(self, choice: dict[str, Any], told: _Told) -> Iterator[TokenEvent]:
         pieces = self._pieces(choice)
         if pieces and told.tokens:
-            yield from self._unseen(told.tokens - len(pieces))
+            yield from self._catch_up(told.tokens - len(pieces))
         for piece in pieces:
             yield from self._event(piece, told.tokens)
         if (said := choice.get("finish_reason")) and not self._ended_here:
             self._reason = self._reason_of(str(said), choice)
 
-    def _pieces(self, choice: dict[str, Any]) -> list[_Piece]:
+    def _pieces(self, choice: dict[str, Any]) -> list[Piece]:
         delta = choice.get("delta") or {}
         calls = self._calls.pieces(delta.get("tool_calls") or ())
         content = delta.get("content")
-        reported = (choice.get("logprobs") or {}).get("content") or ()
-        pieces = _with_text([_reported(token) for token in reported], content or "")
+        tokens = (choice.get("logprobs") or {}).get("content") or ()
+        pieces = with_text([reported(token) for token in tokens], content or "")
         if not pieces and (content or calls or (self._chunk_is_token and content is not None)):
             token = content if self._chunk_is_token and content and not calls else None
-            pieces = [_Piece(content or "", token)]
+            pieces = [Piece(content or "", token)]
         if calls:
             pieces[-1] = pieces[-1]._replace(calls=calls)
         if self._chunk_is_token and content == "" and not calls:
             pieces = [piece._replace(special=bool(piece.token or choice.get("finish_reason"))) for piece in pieces]
         return pieces
 
-    def _unseen(self, before: int) -> Iterator[TokenEvent]:
-        """Yield the tokens that were counted and not sent: parts of a character, say."""
-        while self._tokens < before:
-            self._tokens += 1
-            yield TokenEvent(None, "")
+    def _catch_up(self, counted: int) -> Iterator[TokenEvent]:
+        """Yield what stands for the tokens that were counted and not sent."""
+        yield from unseen(counted - self._tokens)
+        self._tokens = max(self._tokens, counted)
 
-    def _event(self, piece: _Piece, told: int) -> Iterator[TokenEvent]:
+    def _event(self, piece: Piece, told: int) -> Iterator[TokenEvent]:
         if not told and self._is_beyond_length():
             self._end_here("length")
         if self._ended_here:
@@ -271,10 +270,10 @@ class ChatDecoder:
         if self._reason is None:
             raise not_understood()
         self._finished = True
-        counted = 0 if self._ended_here else int(self._usage.get("completion_tokens") or 0)
+        counted = 0 if self._ended_here else count_in(self._usage.get("completion_tokens"))
         if self._chunk_is_token:
-            yield from self._unseen(counted)  # the model's own mark of its end, say
-        prompt_tokens = int(self._usage.get("prompt_tokens") or UNKNOWN_PROMPT_TOKENS)
+            yield from self._catch_up(counted)  # the model's own mark of its end, say
+        prompt_tokens = count_in(self._usage.get("prompt_tokens")) or UNKNOWN_PROMPT_TOKENS
         rest = "" if self._stop.found else self._stop.rest()
         yield Finished(self._reason, counted or self._tokens, prompt_tokens, rest, self._stop.matched)
 
@@ -287,8 +286,8 @@ class _Told(NamedTuple):
 
 
 def _told(timings: Mapping[str, Any]) -> dict[str, int]:
-    prompt_tokens = int(timings.get("prompt_n") or 0) + int(timings.get("cache_n") or 0)
-    return {"tokens": int(timings.get("predicted_n") or 0), "prompt_tokens": prompt_tokens}
+    prompt_tokens = count_in(timings.get("prompt_n")) + count_in(timings.get("cache_n"))
+    return {"tokens": count_in(timings.get("predicted_n")), "prompt_tokens": prompt_tokens}
 
 
 class _Calls:
@@ -323,11 +322,12 @@ def _arguments(said: Any) -> str:
     return said if isinstance(said, str) else "" if said is None else json.dumps(said)
 
 
-class _Piece(NamedTuple):
+class Piece(NamedTuple):
     """One token, or what a chunk holds that does not tell its tokens apart."""
 
     text: str
     token: str | None = None
+    """The token's own text, if the piece is one."""
     id: int | None = None
     logprob: float | None = None
     top: tuple[TokenChance, ...] = ()
@@ -335,41 +335,36 @@ class _Piece(NamedTuple):
     calls: tuple[ToolCallPiece, ...] = ()
 
 
-def _with_text(pieces: list[_Piece], text: str) -> list[_Piece]:
+def with_text(pieces: list[Piece], text: str) -> list[Piece]:
     """Return the pieces with the chunk's own text: those of tokens that are parts of characters do not add up to it."""
     if not pieces or "".join(piece.text for piece in pieces) == text:
         return pieces
     return [*(piece._replace(text="") for piece in pieces[:-1]), pieces[-1]._replace(text=text)]
 
 
-def _reported(said: Mapping[str, Any]) -> _Piece:
-    text = str(said["token"])
+def reported(said: Mapping[str, Any]) -> Piece:
+    """Return a token as it was reported with its log-probability, the likeliest in its place first.
+
+    The token that was taken may be among them even if it is a less likely one.
+    """
+    text, number = text_in(said["token"]), said.get("id")
     found = (_chance(each) for each in said.get("top_logprobs") or said.get("top_probs") or ())
     top = sorted((chance for chance in found if chance), key=lambda chance: -chance.logprob)
-    return _Piece(text, text, said.get("id"), _logprob(said), tuple(top))
+    return Piece(text, text, None if number is None else int(number), _logprob(said), tuple(top))
 
 
 def _chance(said: Mapping[str, Any]) -> TokenChance | None:
     logprob = _logprob(said)
     if logprob is None:
         return None
-    probability = float(said.get("prob", math.exp(min(logprob, 0.0))))
-    return TokenChance(int(said.get("id", UNKNOWN_ID)), str(said["token"]), probability, logprob)
+    probability = min(max(float(said["prob"]), 0.0), 1.0) if "prob" in said else math.exp(min(logprob, 0.0))
+    return TokenChance(int(said.get("id", UNKNOWN_ID)), text_in(said["token"]), probability, logprob)
 
 
 def _logprob(said: Mapping[str, Any]) -> float | None:
     """Return the logarithm, or None where there is none: JSON cannot express that of 0. llama.cpp may tell `prob`."""
-    if "prob" in said:
-        return math.log(max(float(said["prob"]), LEAST_PROBABILITY))
-    logprob = said.get("logprob")
+    logprob = math.log(max(float(said["prob"]), LEAST_PROBABILITY)) if "prob" in said else said.get("logprob")
     return None if logprob is None or not math.isfinite(logprob) else float(logprob)
-
-
-def _object_in(text: bytes) -> dict[str, Any]:
-    found = json.loads(text)
-    if not isinstance(found, dict):
-        raise not_understood()
-    return found
 
 
 def not_understood() -> GenerationFailed:

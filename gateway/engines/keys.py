@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import takewhile
+
 from gateway.catalog import ModelSpec
 from gateway.errors import GatewayError, UpstreamFailed
+
+LEAST_TELLING = 8
+"""How many characters of a key's beginning are no secret, such as `sk-proj`."""
 
 
 def authorization(spec: ModelSpec) -> dict[str, str]:
@@ -26,8 +31,22 @@ def hidden(words: bytes, spec: ModelSpec) -> bytes:
 
 
 def without_key(error: GatewayError, spec: ModelSpec) -> GatewayError:
-    """Return the same error, in words that do not hold the key: a server may repeat what it was sent."""
+    """Return the same error, in words that do not hold the key: a server may repeat what it was sent.
+
+    Its words may have been cut in the midst of the key: what begins like the key is taken out as well.
+    """
     key = spec.api_key.get_secret_value() if spec.api_key else ""
-    if not key or key not in error.detail:
+    if not key or key[:LEAST_TELLING] not in error.detail:
         return error
-    return type(error)(error.detail.replace(key, "[key]"), retry_after_s=error.retry_after_s, **error.extra)
+    detail = error.detail.replace(key, "[key]")
+    detail = _without_beginnings(detail, key) if len(key) > LEAST_TELLING else detail
+    return type(error)(detail, retry_after_s=error.retry_after_s, **error.extra)
+
+
+def _without_beginnings(words: str, key: str) -> str:
+    found = ""
+    while (at := words.find(key[:LEAST_TELLING])) >= 0:
+        found += f"{words[:at]}[key]"
+        like_key = takewhile(lambda pair: pair[0] == pair[1], zip(words[at:], key, strict=False))
+        words = words[at + len(list(like_key)) :]
+    return found + words

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+from gateway.errors import GenerationFailed
+
+MOST_LINE_BYTES = 4 * 2**20
+"""Far more than a token with its 50 likeliest, or a whole answer in one event."""
+
 
 class EventLines:
     """Reads the lines of server-sent events. They are cut as bytes, so characters never are."""
 
     def __init__(self) -> None:
-        self._unread = b""
+        self._unread = bytearray()
 
     def feed(self, chunk: bytes) -> list[tuple[bytes, bytes]]:
         """Return the field and the value of each line that `chunk` completes, without the spaces around them.
 
         Empty lines, and comments, which keep a connection alive, are left out.
+
+        Raises:
+            GenerationFailed: a line has no end within `MOST_LINE_BYTES`.
         """
-        *lines, self._unread = (self._unread + chunk).split(b"\n")
+        self._unread += chunk
+        if len(self._unread) > MOST_LINE_BYTES + len(chunk):
+            raise GenerationFailed("The model's server sent a line without end, which is no protocol; see its log.")
+        if b"\n" not in chunk:  # what is unread is looked at once, however small its pieces are
+            return []
+        *lines, unread = bytes(self._unread).split(b"\n")
+        self._unread = bytearray(unread)
         cut = (line.partition(b":") for line in lines)
         return [(name, value.strip()) for field, _, value in cut if (name := field.strip())]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from gateway.engines.chat import LEAST_PROBABILITY
+from gateway.engines.chat import reported
 from gateway.engines.lines import EventLines
+from gateway.engines.protocol import NOT_THE_PROTOCOL, count_in, json_in, number_in, object_in, text_in, unseen
 from gateway.engines.stops import StopTexts
 from gateway.errors import (
     GatewayError,
@@ -19,7 +18,7 @@ from gateway.errors import (
     PromptTooLong,
     UpstreamFailed,
 )
-from gateway.generation import Finished, FinishReason, PromptToken, TokenChance, TokenEvent
+from gateway.generation import Finished, FinishReason, PromptToken, TokenEvent
 
 LOADING_RETRY_S = 2.0
 NO_TEMPLATE = "it has none"
@@ -44,68 +43,45 @@ class CompletionDecoder:
     def _line(self, field: bytes, value: bytes) -> Iterator[TokenEvent | Finished]:
         if self._finished or field not in (b"data", b"error"):
             return
-        frame = _object_in(value)
-        if field == b"error" or "error" in frame:
-            raise failure(frame)
         try:
+            frame = object_in(value)
+            if field == b"error" or "error" in frame:
+                raise failure(frame)
             yield from self._frame(frame)
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        except NOT_THE_PROTOCOL as error:
             raise _not_understood() from error
 
     def _frame(self, frame: dict[str, Any]) -> Iterator[TokenEvent | Finished]:
+        counted = count_in(frame["tokens_predicted"])
         if frame["stop"]:
-            yield from self._unseen(int(frame["tokens_predicted"]))
+            yield from self._catch_up(counted)
             text = self._stop.feed(frame["content"]) + self._stop.rest()
             yield self._end("stop" if self._stop.found else _REASONS[frame["stop_type"]], frame, text)
             return
-        yield from self._unseen(int(frame["tokens_predicted"]) - 1)
+        yield from self._catch_up(counted - 1)
         self._tokens += 1
         yield _token(frame, self._stop.feed(frame["content"]))
         if self._stop.found:
             yield self._end("stop", frame, "")
 
-    def _unseen(self, before: int) -> Iterator[TokenEvent]:
-        """Yield the tokens that were counted and not sent: parts of a character."""
-        while self._tokens < before:
-            self._tokens += 1
-            yield TokenEvent(None, "")
+    def _catch_up(self, counted: int) -> Iterator[TokenEvent]:
+        """Yield what stands for the tokens that were counted and not sent."""
+        yield from unseen(counted - self._tokens)
+        self._tokens = max(self._tokens, counted)
 
     def _end(self, reason: FinishReason, frame: dict[str, Any], text: str) -> Finished:
         self._finished = True
-        return Finished(
-            reason, int(frame["tokens_predicted"]), int(frame["tokens_evaluated"]), text, self._stop.matched
-        )
+        counted, prompt_tokens = count_in(frame["tokens_predicted"]), count_in(frame["tokens_evaluated"])
+        return Finished(reason, counted, prompt_tokens, text, self._stop.matched)
 
 
 def _token(frame: dict[str, Any], text: str) -> TokenEvent:
-    ids, own = frame["tokens"], frame["content"]
-    reported = frame.get("completion_probabilities")
-    if not reported:
-        return TokenEvent(ids[-1] if ids else None, text, token=own)
-    token = reported[0]
-    top = token.get("top_logprobs") or token.get("top_probs") or ()
-    return TokenEvent(token["id"], text, _logprob(token), tuple(_chance(candidate) for candidate in top), own)
-
-
-def _chance(candidate: dict[str, Any]) -> TokenChance:
-    logprob = _logprob(candidate)
-    return TokenChance(candidate["id"], candidate["token"], candidate.get("prob", math.exp(logprob)), logprob)
-
-
-def _logprob(candidate: dict[str, Any]) -> float:
-    if "logprob" in candidate:
-        return float(candidate["logprob"])
-    return math.log(max(float(candidate["prob"]), LEAST_PROBABILITY))
-
-
-def _object_in(text: bytes) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except ValueError as error:
-        raise _not_understood() from error
-    if not isinstance(found, dict):
-        raise _not_understood()
-    return found
+    ids, own = frame["tokens"], text_in(frame["content"])
+    probabilities = frame.get("completion_probabilities")
+    if not probabilities:
+        return TokenEvent(int(ids[-1]) if ids else None, text, token=own)
+    token = reported(probabilities[0])
+    return TokenEvent(token.id, text, token.logprob, token.top, own)
 
 
 def _not_understood() -> GenerationFailed:
@@ -126,7 +102,7 @@ def refusal(status: int, body: bytes) -> GatewayError:
     words = _plain_words(error)
     if error.get("type") == "exceed_context_size_error":
         return _too_long(error)
-    if found := _TEMPLATE.search(str(error.get("message"))):
+    if found := _TEMPLATE.search(error.get("message", "")):
         return _no_chat(found["words"])
     if "tool call arguments" in words:  # status 500
         return InvalidRequest("The arguments of a tool call in the messages are not JSON. Correct or leave them out.")
@@ -155,14 +131,15 @@ def _no_chat(words: str) -> InvalidRequest:
 
 def _error_in(body: bytes) -> dict[str, Any]:
     try:
-        return _error_of(json.loads(body))
-    except ValueError:
+        return _error_of(json_in(body))
+    except NOT_THE_PROTOCOL:
         return {}
 
 
 def _error_of(frame: Any) -> dict[str, Any]:
     error = frame.get("error", frame) if isinstance(frame, dict) else None
-    return error if isinstance(error, dict) else {"message": error}
+    error = error if isinstance(error, dict) else {"message": error}
+    return {**error, "message": str(error.get("message") or "")}
 
 
 _AROUND = re.compile(
@@ -173,12 +150,12 @@ _AROUND = re.compile(
 
 def _plain_words(error: dict[str, Any]) -> str:
     """Return the server's words without what they may quote of the request, which holds the prompt."""
-    words = _AROUND.sub("", str(error.get("message") or "no reason given"))
+    words = _AROUND.sub("", error.get("message") or "no reason given")
     return words.partition("; last read")[0][:300].rstrip(". ")
 
 
 def _too_long(error: dict[str, Any]) -> PromptTooLong:
-    prompt_tokens, context_tokens = error.get("n_prompt_tokens"), error.get("n_ctx")
+    prompt_tokens, context_tokens = number_in(error.get("n_prompt_tokens")), number_in(error.get("n_ctx"))
     return PromptTooLong(
         f"The prompt has {prompt_tokens} tokens, and this model takes {context_tokens} per request, prompt and answer "
         "together. Shorten the prompt, or raise context_tokens in models.yaml.",
@@ -197,15 +174,15 @@ def prompt_tokens(prompt: str, body: bytes) -> tuple[PromptToken, ...]:
         UpstreamFailed: it is not the server's own protocol.
     """
     try:
-        told = [(int(token["id"]), _bytes_of(token["piece"])) for token in json.loads(body)["tokens"]]
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        told = [(int(token["id"]), _bytes_of(token["piece"])) for token in json_in(body)["tokens"]]
+    except NOT_THE_PROTOCOL as error:
         raise UpstreamFailed("The model's server sent something that is not its own protocol; see its log.") from error
     return tuple(_placed(told, prompt.encode(errors="surrogatepass")))
 
 
 def _bytes_of(piece: Any) -> bytes:
     """Return a token's bytes: llama.cpp writes a part of a character as a list of numbers."""
-    return piece.encode() if isinstance(piece, str) else bytes(piece)
+    return piece.encode() if isinstance(piece, str) else bytes([*piece])
 
 
 def _placed(told: Iterable[tuple[int, bytes]], prompt: bytes) -> Iterator[PromptToken]:

@@ -15,7 +15,7 @@ A prompt is asked for by `POST /v1/completions`, into which it goes as it is, as
 from __future__ import annotations
 
 import json
-from typing import ClassVar
+from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
 from gateway.catalog import ModelSpec
@@ -160,12 +160,23 @@ def _headers(spec: ModelSpec) -> dict[str, str]:
 
 
 def _with_model(body: bytes, name: str) -> bytes:
-    """Return a caller's body with this name of the model; the very same bytes if it has it already."""
+    """Return a caller's body with this name of the model and no other; the very same bytes if it is so already.
+
+    A server may go by the first of several, or by `Model`: it would serve another model on the catalog's key.
+    """
     try:
-        said = json.loads(body)
-        if not isinstance(said, dict) or said.get("model") == name:
+        members: list[tuple[str, Any]] = []
+
+        def note(found: list[tuple[str, Any]]) -> dict[str, Any]:
+            members[:] = found  # the outermost object is the last one to be complete
+            return dict(found)
+
+        said = json.loads(body, object_pairs_hook=note)
+        names = [member for member, _ in members if member.lower() == "model"]
+        if not isinstance(said, dict) or (names == ["model"] and said["model"] == name):
             return body
-        return json.dumps({**said, "model": name}, allow_nan=False).encode()
+        kept = {member: value for member, value in said.items() if member == "model" or member not in names}
+        return json.dumps({**kept, "model": name}, allow_nan=False).encode()
     except (ValueError, RecursionError):
         raise InvalidRequest("The body is not valid JSON, or holds NaN or a number beyond all bounds.") from None
 

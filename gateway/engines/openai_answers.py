@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from itertools import islice, zip_longest
 from typing import Any, NamedTuple
 
-from gateway.engines.chat import UNKNOWN_ID, UNKNOWN_PROMPT_TOKENS, ChatDecoder
+from gateway.engines.chat import UNKNOWN_PROMPT_TOKENS, ChatDecoder, Piece, reported, with_text
 from gateway.engines.keys import key_refused
 from gateway.engines.lines import EventLines
+from gateway.engines.protocol import NOT_THE_PROTOCOL, count_in, json_in, number_in, object_in
 from gateway.engines.stops import StopTexts
 from gateway.errors import (
     BodyTooLarge,
@@ -22,7 +22,7 @@ from gateway.errors import (
     Unsupported,
     UpstreamFailed,
 )
-from gateway.generation import Finished, FinishReason, GenerationRequest, TokenChance, TokenEvent
+from gateway.generation import Finished, FinishReason, GenerationRequest, TokenEvent
 
 BUSY_RETRY_S = 5.0
 """What a caller is told to wait where the server does not say."""
@@ -69,8 +69,8 @@ class CompletionDecoder:
         if self._finished or field != b"data":
             return
         try:
-            yield from self._end() if value == b"[DONE]" else self._chunk(_object_in(value))
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+            yield from self._end() if value == b"[DONE]" else self._chunk(object_in(value))
+        except NOT_THE_PROTOCOL as error:
             raise _not_understood() from error
 
     def _chunk(self, chunk: dict[str, Any]) -> Iterator[TokenEvent | Finished]:
@@ -94,7 +94,7 @@ class CompletionDecoder:
         if not self._stop.found and (reason := choice.get("finish_reason")):
             self._reason = self._reason_of(str(reason), choice)
 
-    def _token(self, piece: _Piece) -> TokenEvent:
+    def _token(self, piece: Piece) -> TokenEvent:
         if self._request.top_tokens and not piece.top:
             raise Unsupported("This model's server reports no top_tokens, though it was asked to. Leave them out.")
         self._tokens += 1
@@ -118,8 +118,8 @@ class CompletionDecoder:
         if reason is None:
             raise _not_understood()
         self._finished = True
-        counted = 0 if self._stop.found else int(self._usage.get("completion_tokens") or 0)
-        prompt_tokens = int(self._usage.get("prompt_tokens") or UNKNOWN_PROMPT_TOKENS)
+        counted = 0 if self._stop.found else count_in(self._usage.get("completion_tokens"))
+        prompt_tokens = count_in(self._usage.get("prompt_tokens")) or UNKNOWN_PROMPT_TOKENS
         rest = "" if self._stop.found else self._stop.rest()
         yield Finished(reason, counted or self._tokens, prompt_tokens, rest, self._stop.matched or self._stopped_by)
 
@@ -135,68 +135,18 @@ def failure(chunk: Mapping[str, Any], begun: bool) -> GatewayError:
     return GenerationFailed(f"The model's server failed in mid-answer: {error.words}.")
 
 
-class _Piece(NamedTuple):
-    """One token, or what a chunk without log-probabilities holds."""
-
-    text: str
-    token: str | None = None
-    """The token's own text, if the piece is one."""
-    id: int | None = None
-    logprob: float | None = None
-    top: tuple[TokenChance, ...] = ()
-
-
-def _pieces(choice: Mapping[str, Any]) -> list[_Piece]:
+def _pieces(choice: Mapping[str, Any]) -> list[Piece]:
     text, said = choice.get("text") or "", choice.get("logprobs") or {}
-    if content := said.get("content"):  # llama.cpp: as in a chat
-        return _with_texts([_chat_like(token) for token in content], text)
-    if said.get("tokens"):
-        return _with_texts(list(_as_documented(said)), text)
-    return [_Piece(text)] if text else []
+    tokens = said.get("content") or (_as_in_chats(said) if said.get("tokens") else ())  # llama.cpp: as in a chat
+    return with_text([reported(token) for token in tokens], text) or ([Piece(text)] if text else [])
 
 
-def _with_texts(pieces: list[_Piece], text: str) -> list[_Piece]:
-    """Return the pieces with the chunk's own text: those of tokens that are parts of characters do not add up to it."""
-    if "".join(piece.text for piece in pieces) == text:
-        return pieces
-    return [*(piece._replace(text="") for piece in pieces[:-1]), pieces[-1]._replace(text=text)]
-
-
-def _as_documented(said: Mapping[str, Any]) -> Iterator[_Piece]:
-    tokens: Sequence[str] = said["tokens"]
-    logprobs, tops = said.get("token_logprobs") or [], said.get("top_logprobs") or []
-    for index, token in enumerate(tokens):
-        logprob = _finite(logprobs[index]) if index < len(logprobs) else None
-        found = (tops[index] if index < len(tops) else None) or {}
-        yield _Piece(token, token, None, logprob, _ranked(_chance(UNKNOWN_ID, *each) for each in found.items()))
-
-
-def _chat_like(token: Mapping[str, Any]) -> _Piece:
-    found = token.get("top_logprobs") or ()
-    top = _ranked(_chance(each.get("id", UNKNOWN_ID), each["token"], each["logprob"]) for each in found)
-    return _Piece(token["token"], token["token"], token.get("id"), _finite(token["logprob"]), top)
-
-
-def _chance(id: int, text: str, logprob: float | None) -> TokenChance | None:  # noqa: A002 - the field's name
-    known = _finite(logprob)
-    return None if known is None else TokenChance(int(id), str(text), math.exp(min(known, 0.0)), known)
-
-
-def _ranked(chances: Iterator[TokenChance | None]) -> tuple[TokenChance, ...]:
-    """Return the likeliest first. The token that was taken is among them even if it is a less likely one."""
-    return tuple(sorted((chance for chance in chances if chance), key=lambda chance: -chance.logprob))
-
-
-def _finite(logprob: float | None) -> float | None:
-    """Return the logarithm, or None where there is none: JSON cannot express that of 0."""
-    return None if logprob is None or not math.isfinite(logprob) else float(logprob)
-
-
-def _object_in(text: bytes) -> dict[str, Any]:
-    found = json.loads(text)
-    if not isinstance(found, dict):
-        raise _not_understood()
-    return found
+def _as_in_chats(said: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the tokens as a chat reports them, each with its likeliest; prompts have a list of each kind."""
+    lists = said["tokens"], said.get("token_logprobs") or (), said.get("top_logprobs") or ()
+    for token, logprob, top in islice(zip_longest(*lists), len(said["tokens"])):
+        likeliest = [{"token": text, "logprob": each} for text, each in (top or {}).items()]
+        yield {"token": token, "logprob": logprob, "top_logprobs": likeliest}
 
 
 def _not_understood() -> GenerationFailed:
@@ -272,8 +222,8 @@ def _known(error: _Error) -> GatewayError | None:
 
 
 def _too_long(error: _Error) -> PromptTooLong:
-    most = error.facts.get("n_ctx") or _number(_MOST, error.words)
-    prompt = error.facts.get("n_prompt_tokens") or _number(_PROMPT, error.words)
+    most = number_in(error.facts.get("n_ctx")) or _number(_MOST, error.words)
+    prompt = number_in(error.facts.get("n_prompt_tokens")) or _number(_PROMPT, error.words)
     if most is None or prompt is None:
         words = f"The prompt is too long for this model: {error.words}. Shorten it, or ask for fewer new tokens."
     else:
@@ -310,11 +260,11 @@ def _too_many() -> QueueFull:
 
 def _error_in(body: bytes) -> _Error:
     try:
-        found = json.loads(body)
-    except (ValueError, RecursionError):
+        found = json_in(body)
+        found = found[0] if isinstance(found, list) and found else found  # Google's
+        return (_error_of(found) if isinstance(found, dict) else None) or _Error()
+    except NOT_THE_PROTOCOL:
         return _Error()
-    found = found[0] if isinstance(found, list) and found else found  # Google's
-    return (_error_of(found) if isinstance(found, dict) else None) or _Error()
 
 
 def _error_of(found: Mapping[str, Any]) -> _Error | None:

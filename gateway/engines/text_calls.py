@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from gateway.engines.base import Decoder
-from gateway.engines.chat import new_call_id
+from gateway.engines.chat import new_call_id, not_understood
+from gateway.engines.protocol import json_in
 from gateway.generation import Finished, TokenEvent, Tool, ToolCallPiece
 
 _HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*(?P<name>"(?:[^"\\]|\\.)*")\s*,\s*"arguments"\s*:\s*(?=\S)')
@@ -74,7 +74,14 @@ class TextCallDecoder:
             return ()
         self._has_begun = True
         arguments = self._arguments.feed(self._head[found.end() :])
-        return (ToolCallPiece(0, self._call_id(), json.loads(found["name"]), arguments),)
+        return (ToolCallPiece(0, self._call_id(), _name_in(found["name"]), arguments),)
+
+
+def _name_in(text: str) -> str:
+    try:
+        return str(json_in(text.encode()))
+    except ValueError as error:
+        raise not_understood() from error
 
 
 class _Arguments:

@@ -17,6 +17,7 @@ from gateway.engines.base import Decoder
 from gateway.engines.chat import ChatDecoder, not_understood
 from gateway.engines.keys import key_refused
 from gateway.engines.lines import EventLines
+from gateway.engines.protocol import NOT_THE_PROTOCOL, count_in, json_in, object_in, text_in
 from gateway.engines.stops import StopTexts
 from gateway.errors import (
     BodyTooLarge,
@@ -33,8 +34,6 @@ from gateway.generation import Finished, FinishReason, GenerationRequest, Prompt
 OVERLOADED_RETRY_S = 1.0
 UNKNOWN_PROMPT_TOKENS = 0
 """Stands for the prompt's length where the gateway ended the answer: TGI tells it in its own last event only."""
-
-_NOT_THE_PROTOCOL = (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
 
 # ---- the events of an answer ----------------------------------------------------------------------------------------
 
@@ -63,8 +62,8 @@ class StreamDecoder:
         if self._finished or field != b"data":
             return
         try:
-            yield from self._event(_object_in(value))
-        except _NOT_THE_PROTOCOL as error:
+            yield from self._event(object_in(value))
+        except NOT_THE_PROTOCOL as error:
             raise _not_understood() from error
 
     def _event(self, event: dict[str, Any]) -> Iterator[TokenEvent | Finished]:
@@ -73,7 +72,7 @@ class StreamDecoder:
         token, special = event["token"], bool(event["token"]["special"])
         text = self._stop.feed("" if special else token["text"])
         self._tokens += 1
-        yield TokenEvent(int(token["id"]), text, _logprob(token), self._chances(event), token["text"], special)
+        yield TokenEvent(int(token["id"]), text, _logprob(token), self._chances(event), text_in(token["text"]), special)
         if reason := self._reason(event):
             yield self._end(reason, event.get("details"))
 
@@ -86,7 +85,7 @@ class StreamDecoder:
 
     def _end(self, reason: FinishReason, details: dict[str, Any] | None) -> Finished:
         self._finished = True
-        prompt_tokens = int(details["input_length"]) if details else UNKNOWN_PROMPT_TOKENS
+        prompt_tokens = count_in(details["input_length"]) if details else UNKNOWN_PROMPT_TOKENS
         rest = "" if self._stop.found else self._stop.rest()
         return Finished(reason, self._tokens, prompt_tokens, rest, self._stop.matched)
 
@@ -101,20 +100,13 @@ class StreamDecoder:
 
 
 def _chance(token: dict[str, Any], logprob: float) -> TokenChance:
-    return TokenChance(int(token["id"]), str(token["text"]), math.exp(min(logprob, 0.0)), logprob)
+    return TokenChance(int(token["id"]), text_in(token["text"]), math.exp(min(logprob, 0.0)), logprob)
 
 
 def _logprob(token: dict[str, Any]) -> float | None:
     """Return the logarithm, or None where TGI has none: JSON cannot express that of 0."""
     logprob = token["logprob"]
     return None if logprob is None or not math.isfinite(logprob) else float(logprob)
-
-
-def _object_in(text: bytes) -> dict[str, Any]:
-    found = json.loads(text)
-    if not isinstance(found, dict):
-        raise _not_understood()
-    return found
 
 
 def _not_understood() -> GenerationFailed:
@@ -155,10 +147,10 @@ class ToolCallMender:
     def _mended(self, value: bytes) -> bytes:
         """Return the chunk as it should be; as it is if it is none, which `chat` has words for."""
         try:
-            chunk = _object_in(value)
+            chunk = object_in(value)
             self._mend(chunk)
             return json.dumps(chunk).encode()
-        except (*_NOT_THE_PROTOCOL, GenerationFailed):
+        except NOT_THE_PROTOCOL:
             return value
 
     def _mend(self, chunk: dict[str, Any]) -> None:
@@ -226,24 +218,24 @@ def _kind_of(words: str) -> str:
 def prompt_tokens(request: GenerationRequest, body: bytes) -> tuple[PromptToken, ...]:
     """Return the tokens of the prompt; of the conversation as the chat template wrote it."""
     try:
-        found = json.loads(body)
+        found = json_in(body)
         found = found if request.chat is None else found["tokenize_response"]
         return tuple(_prompt_token(token) for token in found)
-    except _NOT_THE_PROTOCOL as error:
+    except NOT_THE_PROTOCOL as error:
         raise UpstreamFailed("The model's server did not tell the prompt's tokens; see its log.") from error
 
 
 def _prompt_token(token: Mapping[str, Any]) -> PromptToken:
-    return PromptToken(int(token["id"]), str(token["text"]), int(token["start"]), int(token["stop"]))
+    return PromptToken(int(token["id"]), text_in(token["text"]), int(token["start"]), int(token["stop"]))
 
 
 # ---- errors ---------------------------------------------------------------------------------------------------------
 
 _TOO_LONG = (
-    re.compile(r"`inputs` must have less than (?P<most>\d+) tokens\. Given: (?P<prompt>\d+)"),
+    re.compile(r"`inputs` must have less than (?P<most>\d{1,18}) tokens\. Given: (?P<prompt>\d{1,18})"),
     re.compile(
-        r"`inputs` tokens \+ `max_new_tokens` must be <= (?P<most>\d+)\. "
-        r"Given: (?P<prompt>\d+) `inputs` tokens and (?P<new>\d+) `max_new_tokens`"
+        r"`inputs` tokens \+ `max_new_tokens` must be <= (?P<most>\d{1,18})\. "
+        r"Given: (?P<prompt>\d{1,18}) `inputs` tokens and (?P<new>\d{1,18}) `max_new_tokens`"
     ),
 )
 _RULE = re.compile(r"Input validation error: (`[a-z_]+`[^\n]{0,300})")
@@ -350,10 +342,9 @@ def _overloaded() -> QueueFull:
 def _error_in(body: bytes) -> tuple[str, str]:
     """Return the kind and the words of an error; both are empty if the body is not TGI's JSON."""
     try:
-        found = json.loads(body)
-    except (ValueError, RecursionError):
+        return _error_of(object_in(body))
+    except NOT_THE_PROTOCOL:
         return "", ""
-    return _error_of(found) if isinstance(found, dict) else ("", "")
 
 
 def _error_of(error: dict[str, Any]) -> tuple[str, str]:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import Field, ValidationError
 
-from gateway.bodies import Body, Prompt, StopTexts, request_of
+from gateway.bodies import Body, Prompt, StopTexts, as_json, request_of
 from tests.fleet.scenes import spec
 
 DEFAULTS = {"temperature": 0.7, "max_new_tokens": 200, "top_p": 0.95}
@@ -87,3 +87,7 @@ def test_the_schema_of_a_body_tells_that_null_means_not_given_and_that_a_prompt_
     }
     assert schema["properties"]["name"]["anyOf"] == [{"type": "string"}, null]
     assert [kind["type"] for kind in schema["properties"]["stop"]["anyOf"]] == ["string", "array", "null"]
+
+
+def test_an_answer_is_valid_utf_8_whatever_is_in_it() -> None:
+    assert as_json({"\ud800": ["a\udfff", "é😀"]}) == '{"?":["a?","é😀"]}'.encode()

@@ -477,6 +477,29 @@ def test_a_request_that_names_no_model_gets_the_servers_name() -> None:
     assert json.loads(forwarded(b'{"prompt": "a"}').body) == {"prompt": "a", "model": model_name(spec())}
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"model": "ours", "a": {"Model": "kept"}, "model": "a/b"}',
+        b'{"model": "a/b", "a": {"Model": "kept"}, "model": "a/b"}',
+        b'{"model": "ours", "a": {"Model": "kept"}, "mod\\u0065l": "a/b"}',
+        b'{"Model": "ours", "a": {"Model": "kept"}, "model": "a/b"}',
+        b'{"model": "a/b", "a": {"Model": "kept"}, "MODEL": "ours"}',
+        b'{"mOdel": "ours", "a": {"Model": "kept"}}',
+    ],
+)
+def test_no_server_reads_another_name_of_the_model_than_the_catalogs(body: bytes) -> None:
+    sent = json.loads(forwarded(body, hf_name="a/b").body, object_pairs_hook=list)
+
+    assert sorted(sent) == [("a", [("Model", "kept")]), ("model", "a/b")]
+
+
+def test_a_body_that_is_no_object_is_the_servers_to_refuse() -> None:
+    body = b'[{"model": "ours"}]'
+
+    assert forwarded(body, hf_name="a/b").body == body
+
+
 @pytest.mark.parametrize("body", [b"", b"{", b'{"a": NaN}', b'{"a": 1e999}', b"\xff", b'{"a":' * 100_000])
 def test_a_body_that_is_not_json_is_not_put_through(body: bytes) -> None:
     with pytest.raises(InvalidRequest, match="not valid JSON"):
