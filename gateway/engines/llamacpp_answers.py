@@ -156,12 +156,15 @@ def _plain_words(error: dict[str, Any]) -> str:
 
 def _too_long(error: dict[str, Any]) -> PromptTooLong:
     prompt_tokens, context_tokens = number_in(error.get("n_prompt_tokens")), number_in(error.get("n_ctx"))
-    return PromptTooLong(
-        f"The prompt has {prompt_tokens} tokens, and this model takes {context_tokens} per request, prompt and answer "
-        "together. Shorten the prompt, or raise context_tokens in models.yaml.",
-        prompt_tokens=prompt_tokens,
-        context_tokens=context_tokens,
-    )
+    if prompt_tokens is None or context_tokens is None:
+        how_long = "The prompt is too long for this model."
+    else:
+        how_long = (
+            f"The prompt has {prompt_tokens} tokens, and this model takes {context_tokens} per request, prompt and "
+            "answer together."
+        )
+    words = f"{how_long} Shorten the prompt, or raise context_tokens in models.yaml."
+    return PromptTooLong(words, prompt_tokens=prompt_tokens, context_tokens=context_tokens)
 
 
 # ---- tokens of a prompt ---------------------------------------------------------------------------------------------

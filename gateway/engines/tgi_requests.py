@@ -310,14 +310,14 @@ def with_served_model(body: bytes) -> bytes:
     What is no object, or not JSON at all, comes back as it is: TGI has its own words for it.
     """
     try:
-        text = body.decode()
+        text = body.decode(errors="surrogateescape")  # bytes that are no text stay as they are
         names = [span for name, *span in _members(text) if name == "model"]
     except (ValueError, IndexError, RecursionError):
         return body
     for start, stop in reversed(names):
         if text[start] == '"':
             text = f'{text[:start]}"{SERVED_MODEL}"{text[stop:]}'
-    return text.encode()
+    return text.encode(errors="surrogateescape")
 
 
 def _members(text: str) -> Iterator[tuple[str, int, int]]:

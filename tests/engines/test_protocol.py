@@ -326,6 +326,7 @@ def test_nothing_but_numbers_is_told_for_numbers(refusal: Any) -> None:
     assert isinstance(found, PromptTooLong)
     assert found.extra == {"prompt_tokens": None, "context_tokens": None}
     assert "sk-secret" not in found.detail
+    assert "None" not in found.detail
 
 
 def test_the_bytes_of_a_prompts_token_are_never_made_of_a_number() -> None:

@@ -816,6 +816,8 @@ def forwarded(body: bytes, path: str = "/v1/chat/completions") -> bytes:
         ),
         (b'{"n":' + b"9" * 5000 + b',"model":"m"}', b'{"n":' + b"9" * 5000 + b',"model":"tgi"}'),
         (b'{"model":"m"} ', b'{"model":"tgi"} '),
+        (b'{"x":"\xff","model":"m"}', b'{"x":"\xff","model":"tgi"}'),
+        (b'{"model":"a","mod\\u0065l":"b","Model":"c"}', b'{"model":"tgi","mod\\u0065l":"tgi","Model":"c"}'),
     ],
 )
 def test_a_model_s_name_becomes_tgi_s_and_nothing_else_changes(body: bytes, sent: bytes | None) -> None:
