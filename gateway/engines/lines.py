@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from gateway.errors import GenerationFailed
 
-MOST_LINE_BYTES = 4 * 2**20
-"""Far more than a token with its 50 likeliest, or a whole answer in one event."""
+MOST_LINE_BYTES = 16 * 2**20
+"""Far more than a token with its 50 likeliest takes. llama.cpp's last event repeats the whole prompt."""
 
 
 class EventLines:
