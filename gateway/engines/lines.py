@@ -5,7 +5,7 @@ from __future__ import annotations
 from gateway.errors import GenerationFailed
 
 MOST_LINE_BYTES = 16 * 2**20
-"""More than a token with the chances of a whole vocabulary, or a whole answer in one event."""
+"""Far more than a token with its 50 likeliest takes. llama.cpp's last event repeats the whole prompt."""
 
 
 class EventLines:
