@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -17,10 +17,11 @@ from typing import Protocol
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from gateway.catalog import ModelSpec
 from gateway.departure import Departed, until_departure
 from gateway.engines.base import Call
-from gateway.engines.keys import hidden, without_key
-from gateway.errors import GatewayError, ModelNotLoaded, UpstreamFailed
+from gateway.engines.keys import begun_key, hidden, without_key
+from gateway.errors import GatewayError, GenerationFailed, ModelNotLoaded, UpstreamFailed
 from gateway.fleet.instance import Instance
 from gateway.lifecycle import SERVING
 from gateway.relay import Answer, Broken, Client, ConnectFailed, Errand, Pace, start_of
@@ -30,6 +31,10 @@ log = logging.getLogger(__name__)
 
 MOST_BYTES = 256 * 2**20
 """Of an answer that is not streamed: it is whole here before the first byte goes on."""
+MOST_LINE_BYTES = 8 * 2**20
+"""Of one line of a stream."""
+SHORTEST_KEY = 8
+"""A shorter `api_key` is no secret but a word like EMPTY or none, for servers without keys; a model may say it."""
 LOOK_S = 10.0
 """How long a server may take to answer what is no generation."""
 _PASSED_ON = re.compile(r"content-type|x-(?:compute|total|validation|queue|inference|time|prompt|generated)-[a-z-]+")
@@ -43,14 +48,27 @@ class Manner(Protocol):
     keeps_refusals: bool
     """Whether an answer other than 200 goes on as it is, and does not become one of the gateway's errors."""
 
-    def feed(self, chunk: bytes) -> bytes:
-        """Return what goes on of the answer so far; may be empty."""
+    @property
+    def may_end(self) -> bool:
+        """Whether a stream is complete after the lines so far."""
 
-    def rest(self) -> bytes:
-        """Return what was held back, at the end of the answer.
+    @property
+    def is_over(self) -> bool:
+        """Whether its last event has come: what a server may still send after it is not waited for."""
+
+    def whole(self, body: bytes) -> bytes:
+        """Return what goes on of an answer that is not streamed.
 
         Raises:
-            Broken: it must not end here.
+            Broken: it has no end.
+            GenerationFailed: it tells of an error.
+        """
+
+    def line(self, line: bytes) -> bytes:
+        """Return what goes on of a stream's next line, which has its end unless it is the last one; may be empty.
+
+        Raises:
+            GenerationFailed: it tells of an error.
         """
 
     def failure(self, error: GatewayError) -> bytes:
@@ -93,22 +111,51 @@ class Passage(Errand["Whole | None"]):
 
     async def read(self, answer: Answer, pace: Pace) -> Whole | None:
         """Pass a stream on as it comes, and return None; or return the answer once it is whole."""
+        answer = _discreet(answer, self.instance.spec)
+        _refuse_odd_status(answer)
         if answer.status in _PROVIDERS_REFUSAL or (answer.status != 200 and not self.manner.keeps_refusals):
             raise await self.refusal(answer)
+        _refuse_compressed(answer)
         if self.stream is None or answer.status != 200 or not _is_stream(answer):
             whole = await _whole(answer)
-            body = self.manner.feed(whole.body) + self.manner.rest()
-            return replace(whole, body=body if whole.status == 200 else hidden(body, self.instance.spec))
+            return replace(whole, body=self.manner.whole(whole.body))
         self.stream.head = [*_passed_on(answer.headers), *EVENT_STREAM[1:]]  # all but our own content-type
-        async with aclosing(answer.chunks()) as chunks:
-            async for chunk in chunks:
-                if data := self.manner.feed(chunk):
-                    await self.stream.write(data)
-                if not _is_comment(chunk):  # a server may go on with these for ever
-                    pace.came()
-        if rest := self.manner.rest():
-            await self.stream.write(rest)
+        await self._pass_on(answer, self.stream, pace)
         return None
+
+    async def _pass_on(self, answer: Answer, stream: Stream, pace: Pace) -> None:
+        lines = _Lines()
+        try:
+            async with aclosing(answer.chunks()) as chunks:
+                async for chunk in chunks:
+                    if await self._over_with(lines.feed(chunk), stream, pace):
+                        return
+        except Broken:
+            if not self.manner.may_end:
+                raise
+            return
+        last = self.manner.line(lines.rest())
+        if not self.manner.may_end:  # and half a line would spoil the event that tells of it
+            raise Broken("the answer has no end")
+        if last:
+            await stream.write(last)
+
+    async def _over_with(self, lines: Sequence[bytes], stream: Stream, pace: Pace) -> bool:
+        """Pass lines on up to the end of the answer, and return whether that was among them."""
+        passed, said_something, over = bytearray(), False, False
+        try:
+            for line in lines:
+                passed += self.manner.line(line)
+                is_blank = not line.strip()
+                said_something |= not is_blank and not line.startswith(b":")  # comments may go on for ever
+                if over := is_blank and self.manner.is_over:
+                    break
+        finally:
+            if passed:
+                await stream.write(bytes(passed))
+        if said_something:
+            pace.came()
+        return over
 
     def no_stream(self, whole: Whole) -> GatewayError:
         """Return what it means that a server answers like this where a stream was awaited, and has begun."""
@@ -175,21 +222,91 @@ async def look(instance: Instance, call: Call, client: Client, *, request_id: st
             asyncio.timeout(LOOK_S),
             client.send(status.handle.base_url, forwarded, {"x-request-id": request_id}) as answer,
         ):
+            _refuse_odd_status(answer)
             if answer.status in _PROVIDERS_REFUSAL:
                 raise instance.engine.refusal(answer.status, b"")
-            return await _whole(answer)
+            _refuse_compressed(answer)
+            return await _whole(_discreet(answer, instance.spec))
     except (Broken, ConnectFailed, TimeoutError) as error:
         words = f"The server of {instance.spec.id} does not answer ({type(error).__name__})."
         raise UpstreamFailed(words) from None
 
 
+class _Lines:
+    """Cuts what comes into lines."""
+
+    def __init__(self) -> None:
+        self._begun = bytearray()
+
+    def feed(self, chunk: bytes) -> list[bytes]:
+        """Return the lines that are complete now, with their ends.
+
+        Raises:
+            GenerationFailed: one has no end.
+        """
+        *lines, begun = chunk.split(b"\n")
+        if lines:
+            lines[0] = bytes(self._begun) + lines[0]
+            self._begun.clear()
+        self._begun += begun
+        if len(self._begun) > MOST_LINE_BYTES:
+            raise GenerationFailed(f"The model's server sent more than {MOST_LINE_BYTES:,} bytes that are no event.")
+        return [line + b"\n" for line in lines]
+
+    def rest(self) -> bytes:
+        """Return the line that has no end."""
+        return bytes(self._begun)
+
+
+class _Discreet:
+    """An answer without the gateway's key, in whatever place and pieces the server repeats it."""
+
+    def __init__(self, answer: Answer, spec: ModelSpec) -> None:
+        self._answer = answer
+        self._spec = spec
+        self.status = answer.status
+        self.retry_after_s = answer.retry_after_s
+        self.headers = {name: self._hidden(value) for name, value in answer.headers.items()}
+
+    async def chunks(self) -> AsyncGenerator[bytes, None]:
+        held = b""
+        async with aclosing(self._answer.chunks()) as chunks:
+            async for chunk in chunks:
+                said = hidden(held + chunk, self._spec)
+                sure = len(said) - begun_key(said, self._spec)
+                held = said[sure:]
+                if sure:
+                    yield said[:sure]
+        if held:
+            yield held
+
+    def _hidden(self, value: str) -> str:
+        return hidden(value.encode("utf-8", "surrogateescape"), self._spec).decode("utf-8", "surrogateescape")
+
+
+def _discreet(answer: Answer, spec: ModelSpec) -> Answer:
+    """Return the answer without the key, if there is one. A good answer may hold words that only stand in its place."""
+    key = spec.api_key.get_secret_value() if spec.api_key else ""
+    return _Discreet(answer, spec) if len(key) >= (SHORTEST_KEY if answer.status == 200 else 1) else answer
+
+
+def _refuse_odd_status(answer: Answer) -> None:
+    """Raise UpstreamFailed for what is not the status of an answer."""
+    if not 200 <= answer.status <= 599:
+        raise UpstreamFailed(f"The model's server answered with status {answer.status}; look into its log.")
+
+
+def _refuse_compressed(answer: Answer) -> None:
+    """Raise UpstreamFailed for an answer of which nothing can be read."""
+    if answer.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
+        raise UpstreamFailed(
+            "The model's server compressed its answer, though it was asked not to (Accept-Encoding: identity). "
+            "Turn compression off there, or in the proxy before it."
+        )
+
+
 def _is_stream(answer: Answer) -> bool:
-    return answer.headers.get("content-type", "").startswith("text/event-stream")
-
-
-def _is_comment(chunk: bytes) -> bool:
-    """Say whether a piece of a stream only keeps the connection alive."""
-    return all(not line or line.startswith(b":") for line in chunk.splitlines())
+    return answer.headers.get("content-type", "").partition(";")[0].strip().lower() == "text/event-stream"
 
 
 def _passed_on(headers: Mapping[str, str]) -> Head:

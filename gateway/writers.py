@@ -29,6 +29,8 @@ EVENT_STREAM: Head = [
 ]
 JSON: Head = [(b"content-type", b"application/json")]
 COMMENT = b": still working\n\n"
+BETWEEN_EVENTS = (b"\n\n", b"\n\r\n")
+"""How what was written ends where an event ends, with either kind of line ends."""
 
 
 class Reply(Protocol):
@@ -181,7 +183,7 @@ class Stream:
         self.began = False
         self._send = send
         self._turn = asyncio.Lock()  # a comment, and several exchanges, write to one connection
-        self._last_bytes = b"\n\n"
+        self._last_bytes = BETWEEN_EVENTS[0]
         self._loop = asyncio.get_running_loop()
         self._last_write_at = self._loop.time()
         self._timer = self._loop.call_later(QUIET_S, self._look)
@@ -203,11 +205,14 @@ class Stream:
         """Send `data`, which may end within an event; waits until the caller has room for it."""
         self._last_write_at = self._loop.time()
         async with self._turn:
-            if not self.began:
-                self.began = True
-                await self._send({"type": "http.response.start", "status": 200, "headers": self.head})
-            self._last_bytes = (self._last_bytes + data)[-2:]
-            await self._send({"type": "http.response.body", "body": data, "more_body": more})
+            await self._write(data, more=more)
+
+    async def _write(self, data: bytes, *, more: bool = True) -> None:
+        if not self.began:
+            self.began = True
+            await self._send({"type": "http.response.start", "status": 200, "headers": self.head})
+        self._last_bytes = (self._last_bytes + data)[-3:]
+        await self._send({"type": "http.response.body", "body": data, "more_body": more})
 
     async def fail(self, error: GatewayError, words: bytes) -> None:
         """End with `words` that tell of `error`.
@@ -225,12 +230,18 @@ class Stream:
 
     @property
     def _within_event(self) -> bool:
-        return self._last_bytes != b"\n\n"
+        return not self._last_bytes.endswith(BETWEEN_EVENTS)
+
+    async def _beat(self) -> None:
+        self._last_write_at = self._loop.time()
+        async with self._turn:
+            if not self._within_event:  # half of one may have been written meanwhile
+                await self._write(COMMENT)
 
     def _look(self) -> None:
         quiet_s = self._loop.time() - self._last_write_at
         if quiet_s >= QUIET_S and not self._within_event and (self._comment is None or self._comment.done()):
-            self._comment = self._loop.create_task(self.write(COMMENT), name="heartbeat")
+            self._comment = self._loop.create_task(self._beat(), name="heartbeat")
             quiet_s = 0.0
         self._timer = self._loop.call_later(max(QUIET_S - quiet_s, 0.1), self._look)
 

@@ -522,6 +522,68 @@ def test_a_stream_that_breaks_off_ends_in_one_error_event_and_without_done(head:
     asyncio.run(scene())
 
 
+@pytest.mark.parametrize("done", [CHUNKS[3], b"data:[DONE]\r\n\r\n"])
+@pytest.mark.parametrize("then", [b"", b": still here\n\n", b'data: {"error": "too late"}\n\n'])
+def test_a_stream_ends_with_done_though_its_provider_keeps_the_connection(done: bytes, then: bytes) -> None:
+    async def scene() -> None:
+        async with provider(NeverEnds(HEAD + CHUNKS[2] + done + then)) as on:
+            answer = await on.post(CHAT, {"model": "m", "stream": True})
+
+            assert answer.content == CHUNKS[2].replace(b"what", b"m") + done
+            await asyncio.wait_for(on.server.left.wait(), 5)
+            await on.nothing_is_held()
+
+    asyncio.run(scene())
+
+
+def test_a_connection_that_breaks_after_done_is_no_failure() -> None:
+    said = CHUNKS[2] + CHUNKS[3]
+    head = HEAD.replace(b"Connection: close", b"Transfer-Encoding: chunked")
+
+    async def breaks_off(conversation: Conversation) -> None:
+        await conversation.say(head + b"%x\r\n%b\r\n" % (len(said), said))
+
+    async def scene() -> None:
+        async with provider(breaks_off) as on:
+            answer = await on.post(CHAT, {"model": "m", "stream": True})
+
+            assert answer.content == said.replace(b"what", b"m")
+
+    asyncio.run(scene())
+
+
+def test_what_came_before_an_error_is_not_lost_with_it() -> None:
+    async def fails(conversation: Conversation) -> None:
+        await conversation.say(HEAD + CHUNKS[2] + b'data: {"error": {"message": "out of memory"}}\n\n')
+
+    async def scene() -> None:
+        async with provider(fails) as on:
+            first, last = events(await on.post(CHAT, {"model": "m", "stream": True}))
+
+            assert first["model"] == "m"
+            assert "out of memory" in last["error"]["message"]
+
+    asyncio.run(scene())
+
+
+def test_an_error_shows_no_part_of_the_gateways_key() -> None:
+    lengths = list(range(280, 300))
+
+    async def fails(conversation: Conversation) -> None:
+        words = "x" * lengths.pop() + KEY
+        await conversation.say(HEAD + f'data: {{"error": {{"message": "{words}"}}}}\n\n'.encode())
+
+    async def scene() -> None:
+        async with provider(fails, api_key=KEY) as on:
+            while lengths:
+                answer = await on.post(CHAT, {"model": "m", "stream": True})
+
+                assert answer.status_code == 500
+                assert KEY[:1] not in answer.text.partition("xxx")[2].partition(".")[0]
+
+    asyncio.run(scene())
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_silent_provider_is_given_up_at_the_generation_timeout(stream: bool) -> None:
     async def scene() -> None:

@@ -22,6 +22,7 @@ from tests.simulator.servers import Manners
 from tests.test_writers import Wire
 
 EVENT = b'data: {"index":1}\n\n'
+END = b'data: {"index":2,"generated_text":"x"}\n\n'
 
 
 class Said:
@@ -86,10 +87,10 @@ async def answered(stage: Scene, said: Said, *, streamed: bool = True) -> Wire:
 def test_a_slow_cold_start_is_told_of_in_comments_and_then_the_stream_goes_on_as_it_is() -> None:
     async def scene() -> None:
         stage = Scene(Manners(make_s=5, load_s=30))
-        wire = await answered(stage, Said({1: EVENT, 2: EVENT[:5], 3: EVENT[5:]}))
+        wire = await answered(stage, Said({1: EVENT, 2: END[:5], 3: END[5:]}))
 
         assert wire.sent[0][1]["status"] == 200
-        assert wire.bodies == [COMMENT] * 3 + [EVENT, EVENT[:5], EVENT[5:], b""]
+        assert wire.bodies == [COMMENT] * 3 + [EVENT, END, b""]
         assert wire.sent[-1][1]["more_body"] is False
 
     play(scene)
@@ -98,9 +99,9 @@ def test_a_slow_cold_start_is_told_of_in_comments_and_then_the_stream_goes_on_as
 def test_no_comment_comes_between_the_pieces_of_one_event_however_long_they_take() -> None:
     async def scene() -> None:
         stage = Scene(Manners(make_s=0.1, load_s=0.1))
-        wire = await answered(stage, Said({1: EVENT[:-1], 40: EVENT[-1:], 55: EVENT}))
+        wire = await answered(stage, Said({1: EVENT[:-1], 40: EVENT[-1:], 55: END}))
 
-        assert wire.bodies == [EVENT[:-1], EVENT[-1:], COMMENT, EVENT, b""]
+        assert wire.bodies == [EVENT[:-1], EVENT[-1:], COMMENT, END, b""]
 
     play(scene)
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import re
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any
 
 import httpx
@@ -14,7 +15,7 @@ import pytest
 
 from gateway.lifecycle import State
 from gateway.runtimes.base import Exit
-from tests.scripted_server import Conversation, Script, scripted
+from tests.scripted_server import WELL, Conversation, Script, scripted
 from tests.test_relay import Stage, stage
 
 BASE = "/models/m/tgi"
@@ -22,6 +23,8 @@ HEAD = (
     b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nX-Compute-Type: gpu+optimized\r\n"
     b"Transfer-Encoding: chunked\r\n\r\n"
 )
+CLOSED_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n"
+OLD_HEAD = b"HTTP/1.0 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
 EVENTS = [
     b'data: {"index":1,"token":{"id":7,"text":" \xe2\x98\x95","logprob":-0.1,"special":false}}\n\n',
     b":\n\n",
@@ -309,25 +312,26 @@ def test_a_server_that_breaks_off_before_its_first_byte_is_502(stream: bool, sai
         async with tgi(break_off) as on:
             answered = await send(on, "/generate_stream" if stream else "/generate")
 
-            if stream and said.endswith(b"da"):  # it had begun
-                assert json.loads(answered.text.partition("data: ")[2])["error_code"] == "GENERATION_FAILED"
-            else:
-                assert (answered.status_code, answered.json()["error_type"]) == (502, "upstream_failed")
+            assert (answered.status_code, answered.json()["error_type"]) == (502, "upstream_failed")
             assert len(on.server.requests) == 1  # what was sent is not sent again
             await on.nothing_is_held()
 
     asyncio.run(scene())
 
 
-@pytest.mark.parametrize("within_event", [False, True])
+HALVES = [b"", b'data: {"ind', EVENTS[2][:-20], b"data: [DO"]
+
+
+@pytest.mark.parametrize("half", HALVES)
+@pytest.mark.parametrize("said", [HEAD + chunk(EVENTS[0]), CLOSED_HEAD + EVENTS[0], OLD_HEAD + EVENTS[0]])
 @pytest.mark.parametrize("path", STREAMED)
 def test_a_stream_that_breaks_off_ends_with_one_event_in_the_shape_of_its_address(
-    path: str, within_event: bool
+    path: str, said: bytes, half: bytes
 ) -> None:
-    begun = EVENTS[0] + (b'data: {"ind' if within_event else b"")
+    begun = EVENTS[0]
 
     async def break_off(conversation: Conversation) -> None:
-        await conversation.say(HEAD + chunk(begun))
+        await conversation.say(said + (chunk(half) if half and said.startswith(HEAD) else half))
 
     async def scene() -> None:
         async with tgi(break_off) as on:
@@ -335,9 +339,7 @@ def test_a_stream_that_breaks_off_ends_with_one_event_in_the_shape_of_its_addres
 
             assert answered.status_code == 200
             assert answered.content.startswith(begun)
-            events = re.findall(rb"^data: (\{.*\})\n\n", answered.content.removeprefix(begun), re.MULTILINE)
-            assert b"[DONE]" not in answered.content
-            (event,) = map(json.loads, events)
+            event = json.loads(answered.content.removeprefix(begun + b"data: "))
             assert (event["error_type"], event["error_code"]) == ("generation", "GENERATION_FAILED")
             if path.startswith("/v1"):
                 assert "broke off" in event["error"]["message"]
@@ -367,18 +369,22 @@ def test_a_silent_server_is_given_up(stream: bool, said: bytes) -> None:
     asyncio.run(scene())
 
 
-def test_a_server_that_sends_comments_only_is_given_up_as_well() -> None:
-    async def comment(conversation: Conversation) -> None:
+@pytest.mark.parametrize("pieces", [[b":\n\n"], [b": pi", b"ng\n\n"], [b":", b"\r", b"\n\r\n"], [b"\n"], [b"x"]])
+def test_a_server_that_sends_no_more_events_is_given_up_as_well(pieces: list[bytes]) -> None:
+    async def go_on(conversation: Conversation) -> None:
         await conversation.say(HEAD + chunk(EVENTS[0]))
         while True:
-            await asyncio.sleep(0.02)
-            await conversation.say(chunk(b":\n\n"))
+            for piece in pieces:
+                await asyncio.sleep(0.02)
+                await conversation.say(chunk(piece))
 
     async def scene() -> None:
-        async with tgi(comment, generation_timeout="300ms") as on:
+        async with tgi(go_on, generation_timeout="300ms") as on:
             answered = await send(on, "/generate_stream")
 
-            assert answered.content.startswith(EVENTS[0] + b":\n\n")
+            assert answered.content.startswith(EVENTS[0])
+            if pieces == [b"x"]:  # half a line would spoil the event after it
+                assert answered.content.startswith(EVENTS[0] + b"data: ")
             assert json.loads(answered.text.rpartition("data: ")[2])["error_code"] == "GENERATION_TIMEOUT"
             await on.nothing_is_held()
 
@@ -391,11 +397,11 @@ def test_a_stream_may_last_longer_than_the_time_between_two_events() -> None:
         for _ in range(6):
             await asyncio.sleep(0.1)
             await conversation.say(chunk(EVENTS[0]))
-        await conversation.say(b"0\r\n\r\n")
+        await conversation.say(chunk(EVENTS[2]) + b"0\r\n\r\n")
 
     async def scene() -> None:
         async with tgi(slowly, generation_timeout="400ms") as on:
-            assert (await send(on, "/generate_stream")).content == EVENTS[0] * 6
+            assert (await send(on, "/generate_stream")).content == EVENTS[0] * 6 + EVENTS[2]
 
     asyncio.run(scene())
 
@@ -456,6 +462,236 @@ def test_the_end_of_the_server_ends_a_stream_with_words() -> None:
 
             assert json.loads(rest[6:])["error_code"] == "GENERATION_FAILED"
             await asyncio.wait_for(on.server.left.wait(), 5)
+
+    asyncio.run(scene())
+
+
+LAST_EVENTS = [
+    EVENTS[2],
+    EVENTS[2].replace(b"\n", b"\r\n"),
+    b"data: [DONE]\n\n",
+    b"data:[DONE]\r\n\r\n",
+    b'data: {"error":"Incomplete generation","error_type":"Incomplete generation"}\n\n',
+    b'data: {"error":{"message":"no","http_status_code":422}}\n\ndata: [DONE]\n\n',
+]
+
+
+@pytest.mark.parametrize("last", LAST_EVENTS)
+@pytest.mark.parametrize("head", [CLOSED_HEAD, OLD_HEAD])
+@pytest.mark.parametrize("after", [b"", b": still here\n\n"])
+def test_a_stream_ends_with_its_last_event_though_its_server_keeps_the_connection(
+    head: bytes, last: bytes, after: bytes
+) -> None:
+    async def linger(conversation: Conversation) -> None:
+        await conversation.say(head + EVENTS[0])
+        for byte in last + after:
+            await conversation.say(bytes([byte]))
+        await for_ever(conversation)
+
+    async def scene() -> None:
+        async with tgi(linger) as on:
+            answered = await send(on, "/generate_stream")
+
+            assert answered.content == EVENTS[0] + last
+            await asyncio.wait_for(on.server.left.wait(), 5)
+            await on.nothing_is_held()
+
+    asyncio.run(scene())
+
+
+@pytest.mark.parametrize("last", [*LAST_EVENTS, LAST_EVENTS[-1].partition(b"data: [")[0]])
+@pytest.mark.parametrize("said", [HEAD, CLOSED_HEAD])
+def test_a_connection_that_breaks_after_the_last_event_is_no_failure(said: bytes, last: bytes) -> None:
+    async def break_off(conversation: Conversation) -> None:
+        await conversation.say(said + (chunk(EVENTS[0] + last) if said == HEAD else EVENTS[0] + last))
+
+    async def scene() -> None:
+        async with tgi(break_off) as on:
+            assert (await send(on, "/generate_stream")).content == EVENTS[0] + last
+
+    asyncio.run(scene())
+
+
+def test_a_token_that_speaks_of_the_end_is_not_the_end() -> None:
+    event = json.dumps({"token": {"text": 'data: [DONE] "generated_text":"x","error":"y"'}, "generated_text": None})
+
+    async def speak(conversation: Conversation) -> None:
+        await conversation.say(CLOSED_HEAD + f"data: {event}\n\n".encode())
+        await conversation.say(b"".join(EVENTS))
+
+    async def scene() -> None:
+        async with tgi(speak) as on:
+            answered = await send(on, "/generate_stream")
+
+            assert answered.content == f"data: {event}\n\n".encode() + b"".join(EVENTS)
+
+    asyncio.run(scene())
+
+
+def test_a_line_without_end_is_not_kept_for_ever() -> None:
+    async def go_on(conversation: Conversation) -> None:
+        await conversation.say(CLOSED_HEAD + EVENTS[0] + b"data: ")
+        while True:
+            await conversation.say(b"x" * 2**20)
+
+    async def scene() -> None:
+        async with tgi(go_on) as on:
+            answered = await send(on, "/generate_stream")
+
+            error = json.loads(answered.content.removeprefix(EVENTS[0] + b"data: "))
+            assert error["error_code"] == "GENERATION_FAILED"
+            await asyncio.wait_for(on.server.left.wait(), 5)
+
+    asyncio.run(scene())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("status", [101, 600, 999])
+def test_a_status_that_is_none_of_an_answer_is_502(stream: bool, status: int) -> None:
+    async def scene() -> None:
+        async with tgi(lambda conversation: conversation.say(answer(status, b"{}"))) as on:
+            answered = await send(on, "/generate_stream" if stream else "/generate")
+
+            assert (answered.status_code, answered.json()["error_type"]) == (502, "upstream_failed")
+            on.server.well = answer(status, b"{}")
+            assert (await ask(on, "/info")).status_code == 502
+
+    asyncio.run(scene())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("status", [200, 422])
+def test_an_answer_that_is_compressed_is_502(stream: bool, status: int) -> None:
+    compressed = answer(status, gzip.compress(b"{}"), "application/json", "Content-Encoding: gzip")
+    plain = answer(status, b"{}", "application/json", "Content-Encoding: Identity")
+
+    async def scene() -> None:
+        said = [compressed, plain]
+        async with tgi(lambda conversation: conversation.say(said.pop(0))) as on:
+            answered = await send(on, "/generate_stream" if stream else "/generate")
+
+            assert (answered.status_code, answered.json()["error_type"]) == (502, "upstream_failed")
+            assert (await send(on, "/generate")).status_code == status
+            on.server.well = compressed
+            assert (await ask(on, "/info")).status_code == 502
+
+    asyncio.run(scene())
+
+
+@pytest.mark.parametrize("path", POSTS)
+def test_a_body_that_is_compressed_is_refused_and_wakes_nobody(path: str) -> None:
+    async def scene() -> None:
+        async with tgi(all_events) as on:
+            answered = await send(on, path, gzip.compress(b"{}"), content_encoding="gzip")
+
+            assert (answered.status_code, answered.json()["error_type"]) == (422, "validation")
+            assert "Content-Encoding 'gzip'" in answered.json()["error"]
+            assert on.instance.status.state is State.STOPPED
+
+    asyncio.run(scene())
+
+
+@pytest.mark.parametrize("kind", ["Text/Event-Stream", "TEXT/EVENT-STREAM; charset=utf-8", "text/event-stream ;x=y"])
+def test_a_stream_is_one_however_its_media_type_is_written(kind: str) -> None:
+    heard = asyncio.Event()
+
+    async def one_by_one(conversation: Conversation) -> None:
+        await conversation.say(CLOSED_HEAD.replace(b"text/event-stream", kind.encode()) + EVENTS[0])
+        await heard.wait()
+        await conversation.say(EVENTS[2])
+
+    async def scene() -> None:
+        async with (
+            tgi(one_by_one) as on,
+            httpx.AsyncClient(timeout=20) as client,
+            client.stream("POST", f"{on.url}{BASE}/generate_stream", json=ASKED) as answered,
+        ):
+            chunks = answered.aiter_raw()
+            assert await anext(chunks) == EVENTS[0]
+            heard.set()
+            assert [each async for each in chunks] == [EVENTS[2]]
+
+    asyncio.run(scene())
+
+
+# ---- the gateway's key ----------------------------------------------------------------------------------------------
+
+KEY = b"sk-secret-of-the-gateway"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("engine", ["tgi", "openai"])
+@pytest.mark.parametrize(
+    ("status", "body", "kind"),
+    [
+        (200, b'{"model":"x","generated_text":"%b"}', "application/json"),
+        (200, b'{"error":{"message":"%b has no credit"}}', "application/json; key=%b"),
+        (200, b'{"error":{"message":"%b has no credit"}}\n', "text/event-stream"),
+        (400, b'{"error":{"message":"%b"}}', "application/json"),
+        (400, b"x" * 290 + b"%b", "text/plain"),
+        (500, b"<html>%b</html>", "text/html"),
+        (429, b"%b", "text/plain"),
+    ],
+)
+def test_whatever_a_server_answers_does_not_show_the_gateways_key(
+    engine: str, stream: bool, status: int, body: bytes, kind: str
+) -> None:
+    said = answer(status, body, kind, "X-Time-Per-Token: %b").replace(b"%b", KEY)
+    said = re.sub(rb"Content-Length: \d+", b"Content-Length: %d" % len(body.replace(b"%b", KEY)), said)
+
+    async def scene() -> None:
+        async with tgi(lambda conversation: conversation.say(said), engine=engine, api_key=KEY.decode()) as on:
+            answered = await send(on, "/generate_stream" if stream else "/generate")
+            if engine == "openai":
+                answered = await on.post("/v1/completions", {"model": "m", "prompt": "Once", "stream": stream})
+            assert KEY in on.server.requests[-1]
+            assert KEY[:8] not in answered.content + str(answered.headers).encode()
+            if engine == "tgi" and kind != "text/event-stream":
+                assert answered.content == body.replace(b"%b", b"[key]")
+                assert answered.headers["x-time-per-token"] == "[key]"
+
+    asyncio.run(scene())
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 23, 24, 25, 1000])
+def test_a_stream_does_not_show_the_gateways_key_however_it_is_cut(size: int) -> None:
+    told = b'data: {"token":{"text":"sk-s %b sk-secret-of sk-%b s"}}\n\n'
+    last = b'data: {"error":"%b","error_type":"sk-secret"}\n\n'
+    whole = (told + last).replace(b"%b", KEY)
+
+    async def in_pieces(conversation: Conversation) -> None:
+        await conversation.say(HEAD)
+        for start in range(0, len(whole), size):
+            await conversation.say(chunk(whole[start : start + size]))
+            await asyncio.sleep(0)
+
+    async def scene() -> None:
+        async with tgi(in_pieces, api_key=KEY.decode()) as on:
+            answered = await send(on, "/generate_stream")
+
+            assert answered.content == (told + last).replace(b"%b", b"[key]")
+
+    asyncio.run(scene())
+
+
+def test_a_question_is_not_answered_with_the_gateways_key() -> None:
+    async def scene() -> None:
+        async with tgi(all_events, api_key=KEY.decode()) as on:
+            await on.instance.start()
+            for status in (200, 500):
+                on.server.well = answer(status, KEY, "text/plain", f"X-Time-A: {KEY.decode()}")
+                answered = await ask(on, "/info")
+
+                assert (answered.status_code, answered.text) == (status, "[key]")
+                assert answered.headers["x-time-a"] == "[key]"
+
+    asyncio.run(scene())
+
+
+def test_a_word_that_stands_in_the_place_of_a_key_may_be_said() -> None:
+    async def scene() -> None:
+        async with tgi(lambda conversation: conversation.say(answer(200, b'"EMPTY"')), api_key="EMPTY") as on:
+            assert (await send(on, "/generate")).content == b'"EMPTY"'
 
     asyncio.run(scene())
 
@@ -527,6 +763,32 @@ def test_a_question_that_the_server_does_not_answer_well(told: bytes, status: in
 
             assert (await ask(on, "/info")).status_code == status
             assert (await ask(on, "/health")).status_code == (404 if status == 404 else 503)
+
+    asyncio.run(scene())
+
+
+def test_a_question_is_given_up_when_its_caller_leaves() -> None:
+    heard, left = asyncio.Event(), asyncio.Event()
+
+    async def be_well_and_tell_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(asyncio.IncompleteReadError):
+            if (await reader.readuntil(b"\r\n\r\n")).startswith(b"GET /info"):
+                heard.set()
+                await reader.read()
+                left.set()
+            else:
+                writer.write(WELL)
+        writer.close()
+
+    async def scene() -> None:
+        listener = await asyncio.start_server(be_well_and_tell_nothing, "127.0.0.1", 0)
+        async with listener, tgi(all_events, listener.sockets[0].getsockname()[1]) as on:
+            await on.instance.start()
+            asked = asyncio.create_task(ask(on, "/info"))
+            await asyncio.wait_for(heard.wait(), 5)
+            asked.cancel()
+
+            await asyncio.wait_for(left.wait(), 5)  # and not only when the gateway has waited long enough
 
     asyncio.run(scene())
 

@@ -121,6 +121,42 @@ def test_no_comment_goes_out_within_an_event_and_an_error_gets_one_of_its_own() 
     play(scene)
 
 
+@pytest.mark.parametrize("event", [b"data: x\n\n", b"data: x\r\n\r\n"])
+def test_comments_go_out_after_an_event_with_either_kind_of_line_ends(event: bytes) -> None:
+    async def scene() -> None:
+        wire = Wire()
+        with Stream(wire.send) as stream:
+            for at in range(len(event)):
+                await stream.write(event[at : at + 1])
+            await asyncio.sleep(25)
+
+        assert b"".join(wire.bodies) == event + COMMENT * 2
+
+    play(scene)
+
+
+def test_a_comment_that_waited_for_its_turn_does_not_go_out_within_an_event() -> None:
+    async def scene() -> None:
+        bodies: list[bytes] = []
+
+        async def slowly(message: Message) -> None:
+            await asyncio.sleep(30 if message.get("body") == b"data: 1\n\n" else 0)
+            bodies.append(message.get("body", b""))
+
+        with Stream(slowly) as stream:
+            first = asyncio.create_task(stream.write(b"data: 1\n\n"))
+            await asyncio.sleep(5)
+            await stream.write(b'data: {"half":')  # both wait for the first; the comment from 15 s on
+            await first
+            await asyncio.sleep(3)
+            await stream.write(b"1}\n\n")
+            await asyncio.sleep(12)
+
+        assert bodies[1:] == [b"data: 1\n\n", b'data: {"half":', b"1}\n\n", COMMENT]
+
+    play(scene)
+
+
 def test_writes_of_several_never_go_out_before_the_status() -> None:
     async def scene() -> None:
         sent: list[str] = []

@@ -21,8 +21,7 @@ class JsonRequest(Request):
         Raises:
             InvalidRequest: it is not JSON in UTF-8; says what it is instead.
         """
-        if encoding := self.headers.get("content-encoding"):
-            raise InvalidRequest(f"Content-Encoding {encoding[:20]!r} is not supported; send the body as it is.")
+        refuse_compressed(self)
         try:
             return json.loads((await self.body()).decode())
         except UnicodeDecodeError as error:
@@ -33,6 +32,12 @@ class JsonRequest(Request):
             raise InvalidRequest("The body is nested too deeply.") from None
         except ValueError:
             raise InvalidRequest("The body holds a number that is too long.") from None
+
+
+def refuse_compressed(request: Request) -> None:
+    """Raise InvalidRequest for a body that has to be decompressed."""
+    if encoding := request.headers.get("content-encoding"):
+        raise InvalidRequest(f"Content-Encoding {encoding[:20]!r} is not supported; send the body as it is.")
 
 
 class JsonRoute(APIRoute):

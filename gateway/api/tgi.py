@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request, Response
@@ -19,7 +20,7 @@ from starlette.responses import JSONResponse
 
 from gateway.api import openai
 from gateway.api.asking import Prefer, exchange, invalid, max_wait_s
-from gateway.api.json_body import JsonRoute
+from gateway.api.json_body import JsonRoute, refuse_compressed
 from gateway.api.middleware import request_id_of
 from gateway.api.pages import add_pages
 from gateway.api.problems import documented
@@ -261,7 +262,7 @@ def _route_class(fleet: Fleet, client: Client) -> type[APIRoute]:
                     return await translate(request)
                 if request.method == "POST":
                     return await _put_through(instance, client, request, path)
-                return await _looked_up(instance, client, request, path)
+                return Worked(partial(_looked_up, instance, client, request, path))
 
             return handle
 
@@ -272,8 +273,9 @@ async def _put_through(instance: Instance, client: Client, request: Request, pat
     """Return the server's own answer to what the caller sent. A query stays here: TGI has none, and it may hold keys.
 
     Raises:
-        BodyTooLarge, BodyTimeout, InvalidRequest: the body did not come.
+        BodyTooLarge, BodyTimeout, InvalidRequest: the body did not come, or is compressed.
     """
+    refuse_compressed(request)
     try:
         sent = await request.body()
     except ClientDisconnect:

@@ -20,67 +20,54 @@ _DONE = re.compile(rb"data:\s*\[DONE\]\s*")
 
 
 class Renaming:
-    """Passes an answer on line by line. A stream that tells of an error, or that ends without [DONE], has failed."""
+    """Passes an answer on with another model's name. A stream that tells of an error has failed."""
 
     keeps_refusals = False
 
     def __init__(self, name: str) -> None:
         self._name = json.dumps(name).encode()
-        self._unread = b""
-        self._is_body: bool | None = None
-        self._is_renamed = False
-        self._is_done = False
+        self.is_over = False
 
-    def feed(self, chunk: bytes) -> bytes:
-        """Return what goes on.
+    @property
+    def may_end(self) -> bool:
+        return self.is_over
 
-        Raises:
-            GenerationFailed: a stream tells of an error.
-        """
-        *lines, self._unread = (self._unread + chunk).split(b"\n")
-        return b"".join(self._line(line + b"\n") for line in lines)
-
-    def rest(self) -> bytes:
-        """Return what was held back.
+    def whole(self, body: bytes) -> bytes:
+        """Return the body of an answer, which names the model once.
 
         Raises:
-            Broken: the answer has no end.
+            Broken: it is a stream without end.
+            GenerationFailed: it is a stream that tells of an error.
         """
-        rest = self._line(self._unread) if self._unread else b""
-        if not self._is_body and not self._is_done:
+        if body.lstrip().startswith(b"{"):
+            return self._renamed(body)
+        lines = b"".join(map(self.line, body.splitlines(keepends=True)))
+        if not self.is_over:
             raise Broken("the answer has no end")
-        return rest
+        return lines
+
+    def line(self, line: bytes) -> bytes:
+        """Return what goes on of a stream's line.
+
+        Raises:
+            GenerationFailed: it tells of an error.
+        """
+        if line.startswith((b"data:", b"{")) and _ERROR.search(line):
+            raise GenerationFailed(f"The model's server failed in mid-answer: {_words(line)}.")
+        self.is_over = self.is_over or bool(_DONE.fullmatch(line))
+        return self._renamed(line)
 
     def failure(self, error: GatewayError) -> bytes:
         return b"data: " + as_json(shown(error, "openai").body) + b"\n\n"
 
-    def _line(self, line: bytes) -> bytes:
-        if self._is_body is None and line.strip():
-            self._is_body = line.lstrip().startswith(b"{")
-        return self._of_body(line) if self._is_body else self._of_stream(line)
-
-    def _of_body(self, line: bytes) -> bytes:
-        """Return a line of a body: it names the model once, however many lines it has."""
-        if self._is_renamed:
-            return line
-        line, times = self._renamed(line)
-        self._is_renamed = times > 0
-        return line
-
-    def _of_stream(self, line: bytes) -> bytes:
-        if line.startswith(b"data:") and _ERROR.search(line):
-            raise GenerationFailed(f"The model's server failed in mid-answer: {_words(line)}.")
-        self._is_done = self._is_done or bool(_DONE.fullmatch(line))
-        return self._renamed(line)[0]
-
-    def _renamed(self, line: bytes) -> tuple[bytes, int]:
-        return _MODEL.subn(lambda found: found[1] + self._name, line, count=1)
+    def _renamed(self, words: bytes) -> bytes:
+        return _MODEL.sub(lambda found: found[1] + self._name, words, count=1)
 
 
 def _words(line: bytes) -> str:
     """Return what an event says of an error."""
     try:
-        error = json.loads(line.partition(b":")[2])["error"]
+        error = json.loads(line.removeprefix(b"data:"))["error"]
         words = str(error["message"] if isinstance(error, dict) else error)
     except (ValueError, KeyError, TypeError, RecursionError):
         words = ""

@@ -11,6 +11,7 @@ Its numbers have 32 bits, in which a top_p that is all but 1 is 1. Null stands o
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections.abc import Callable
 from dataclasses import replace
@@ -496,6 +497,12 @@ def served_name(spec: ModelSpec) -> str:
 # ---- what is put through --------------------------------------------------------------------------------------------
 
 
+_DONE = re.compile(rb"data:\s*\[DONE\]\s*")
+_LAST_FRAME = re.compile(rb'"(?:generated_text|error)"\s*:\s*".*\n', re.DOTALL)
+"""Both are null or absent before. Within a text the quotes of the keys would be escaped."""
+_OPENAI_ERROR = re.compile(rb'"error"\s*:\s*\{.*\n', re.DOTALL)
+
+
 class Untouched:
     """Lets an answer of TGI's pass as it is; tells of a failure in the words of the address."""
 
@@ -504,12 +511,18 @@ class Untouched:
     def __init__(self, *, as_openai: bool) -> None:
         """`as_openai`: under TGI's own `/v1`, whose streams tell of errors in another way."""
         self._as_openai = as_openai
+        self.may_end = False
+        self.is_over = False
 
-    def feed(self, chunk: bytes) -> bytes:
-        return chunk
+    def whole(self, body: bytes) -> bytes:
+        return body
 
-    def rest(self) -> bytes:
-        return b""
+    def line(self, line: bytes) -> bytes:
+        """Return the line. After an error under `/v1`, [DONE] still follows."""
+        if line.startswith(b"data:"):
+            self.is_over = self.is_over or bool(_DONE.fullmatch(line) or _LAST_FRAME.search(line))
+            self.may_end = self.may_end or self.is_over or bool(_OPENAI_ERROR.search(line))
+        return line
 
     def failure(self, error: GatewayError) -> bytes:
         return as_event(tgi_stream_failure(error) if self._as_openai else shown(error, "tgi").body)

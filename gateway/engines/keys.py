@@ -30,6 +30,12 @@ def hidden(words: bytes, spec: ModelSpec) -> bytes:
     return words.replace(key, b"[key]") if key else words
 
 
+def begun_key(words: bytes, spec: ModelSpec) -> int:
+    """Return how many bytes at the end of a server's words may be the beginning of the key."""
+    key = spec.api_key.get_secret_value().encode() if spec.api_key else b""
+    return next((size for size in range(len(key) - 1, 0, -1) if words.endswith(key[:size])), 0)
+
+
 def without_key(error: GatewayError, spec: ModelSpec) -> GatewayError:
     """Return the same error, in words that do not hold the key: a server may repeat what it was sent.
 

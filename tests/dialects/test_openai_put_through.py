@@ -13,13 +13,10 @@ from gateway.relay import Broken
 DONE = b"data: [DONE]\n\n"
 
 
-def passed(answer: bytes, name: str = "mine", size: int = 1000) -> bytes:
-    manner = Renaming(name)
-    pieces = [answer[start : start + size] for start in range(0, len(answer), size)]
-    return b"".join([*(manner.feed(piece) for piece in pieces), manner.rest()])
+def lines(manner: Renaming, stream: bytes) -> bytes:
+    return b"".join(map(manner.line, stream.splitlines(keepends=True)))
 
 
-@pytest.mark.parametrize("size", [1, 3, 1000])
 @pytest.mark.parametrize(
     ("answer", "expected"),
     [
@@ -39,20 +36,30 @@ def passed(answer: bytes, name: str = "mine", size: int = 1000) -> bytes:
         (b'data: {"model":"\xe2\x82\xac"}\n\n' + DONE.rstrip(), b'data: {"model":"mine"}\n\n' + DONE.rstrip()),
     ],
 )  # fmt: skip
-def test_nothing_but_the_models_name_is_changed(answer: bytes, expected: bytes, size: int) -> None:
-    assert passed(answer, size=size) == expected
+def test_nothing_but_the_models_name_is_changed(answer: bytes, expected: bytes) -> None:
+    assert Renaming("mine").whole(answer) == expected
+    if not answer.lstrip().startswith(b"{"):
+        manner = Renaming("mine")
+        assert lines(manner, answer) == expected
+        assert manner.is_over
 
 
 def test_a_name_is_written_as_json() -> None:
     name = 'a"\\1\N{EURO SIGN}'
 
-    assert json.loads(passed(b'{"model":"x"}', name))["model"] == name
+    assert json.loads(Renaming(name).whole(b'{"model":"x"}'))["model"] == name
 
 
-@pytest.mark.parametrize("answer", [b"", b"\n\n", b'data: {"model":"x"}\n\n', b'data: {"model":"x"}\n\ndata: [DO'])
+@pytest.mark.parametrize(
+    "answer", [b"", b"\n\n", b'["no stream"]', b'data: {"model":"x"}\n\n', b'data: {"model":"x"}\n\ndata: [DO']
+)
 def test_a_stream_without_end_has_broken_off(answer: bytes) -> None:
+    manner = Renaming("mine")
+    lines(manner, answer)
+
+    assert not manner.may_end
     with pytest.raises(Broken):
-        passed(answer)
+        Renaming("mine").whole(answer)
 
 
 @pytest.mark.parametrize(
@@ -64,20 +71,11 @@ def test_a_stream_without_end_has_broken_off(answer: bytes) -> None:
         (b'{"error": {', ": no reason given."),
     ],
 )
-def test_a_stream_that_tells_of_an_error_has_failed(event: bytes, words: str) -> None:
+@pytest.mark.parametrize("start", [b"data: ", b"data:", b""])
+def test_a_stream_that_tells_of_an_error_has_failed(event: bytes, words: str, start: bytes) -> None:
     manner = Renaming("mine")
-    assert manner.feed(b'data: {"model":"x"}\n\n') == b'data: {"model":"mine"}\n\n'
 
     with pytest.raises(GenerationFailed) as failed:
-        manner.feed(b"data: " + event + b"\n\n" + DONE)
+        manner.line(start + event + b"\n")
 
     assert failed.value.detail.endswith(words)
-
-
-def test_each_line_goes_on_as_soon_as_it_is_whole() -> None:
-    manner = Renaming("mine")
-
-    assert manner.feed(b'data: {"mod') == b""
-    assert manner.feed(b'el":"x"}\n\nda') == b'data: {"model":"mine"}\n\n'
-    assert manner.feed(b"ta: [DONE]\n\n") == DONE
-    assert manner.rest() == b""
