@@ -93,7 +93,9 @@ class LlamaCpp:
 
     def call(self, spec: ModelSpec, request: GenerationRequest, secret: str) -> Call:
         path, asked = ("/completion", _completion(request)) if request.chat is None else (CHAT, _chat(request))
-        common = {"stream": True, "cache_prompt": True, **_sampling(request, _context_tokens(spec))}
+        # What the slot still holds was computed in other batches, whose rounding differs: it could turn a greedy text.
+        may_reuse = request.temperature > 0
+        common = {"stream": True, "cache_prompt": may_reuse, **_sampling(request, _context_tokens(spec))}
         return _json_call(path, {**common, **_reporting(request), **asked}, secret)
 
     def decoder(self, request: GenerationRequest) -> Decoder:

@@ -286,6 +286,14 @@ def test_a_call_is_a_stream_with_the_key_and_leaves_no_sampler_to_the_server() -
 
 
 @pytest.mark.parametrize(
+    "asked", [{}, {"prompt": "", "chat": Chat((Message("user", ("Hello",)),))}], ids=["prompt", "chat"]
+)
+def test_a_greedy_text_does_not_depend_on_what_a_slot_held_before(asked: dict[str, Any]) -> None:
+    assert body_of(ask(temperature=0.0, **asked))["cache_prompt"] is False
+    assert body_of(ask(temperature=0.7, **asked))["cache_prompt"] is True
+
+
+@pytest.mark.parametrize(
     ("asked", "sent"),
     [
         ({"temperature": 0.0}, {"temperature": 0.0}),
