@@ -130,7 +130,7 @@ def chat(
         Unsupported: the engine cannot do what is asked.
     """
     _within_context(instance, body)
-    wanted = openai_chat.to_requests(instance.spec, body)
+    wanted = openai_chat.to_requests(instance.spec, body, keep_stop=as_tgi)
     choices = ChatChoices(_heading("chatcmpl", instance, body, as_tgi=as_tgi), body, keep_stop=as_tgi)
     return Relay([exchange(instance, each, client, request, prefer) for each in wanted], choices)
 
@@ -147,7 +147,7 @@ def completion(
     """Return the continuations of the prompts; else as `chat`. TGI has no default length: it fills the context."""
     _within_context(instance, body)
     default = None if as_tgi else openai_completions.DEFAULT_NEW_TOKENS
-    wanted = openai_completions.to_requests(instance.spec, body, default_new_tokens=default)
+    wanted = openai_completions.to_requests(instance.spec, body, default_new_tokens=default, keep_stop=as_tgi)
     choices = CompletionChoices(_heading("cmpl", instance, body, as_tgi=as_tgi), body, keep_stop=as_tgi)
     return Relay([exchange(instance, each, client, request, prefer) for each in wanted], choices)
 

@@ -75,7 +75,7 @@ class ChatCompletionBody(ChatBody, SampledBody):
         return said
 
 
-def to_requests(spec: ModelSpec, body: ChatCompletionBody) -> list[GenerationRequest]:
+def to_requests(spec: ModelSpec, body: ChatCompletionBody, *, keep_stop: bool = False) -> list[GenerationRequest]:
     """Return what is to be generated for each choice. Without a limit an answer ends where the context does."""
     request = replace(
         request_of(spec, "", defaults=DEFAULTS, said=said_of(body), top_tokens=body.top_logprobs or 0),
@@ -83,6 +83,7 @@ def to_requests(spec: ModelSpec, body: ChatCompletionBody) -> list[GenerationReq
         grammar=grammar_of(body.response_format),
         logprobs=body.logprobs,
         count_prompt=body.tells_usage,
+        keep_stop=keep_stop,
     )
     return choices_of(request, body.n)
 

@@ -80,7 +80,11 @@ class CompletionBody(SampledBody):
 
 
 def to_requests(
-    spec: ModelSpec, body: CompletionBody, *, default_new_tokens: int | None = DEFAULT_NEW_TOKENS
+    spec: ModelSpec,
+    body: CompletionBody,
+    *,
+    default_new_tokens: int | None = DEFAULT_NEW_TOKENS,
+    keep_stop: bool = False,
 ) -> list[GenerationRequest]:
     """Return what is to be generated for each choice: those of the first prompt, those of the next one, and so on."""
     request = replace(
@@ -93,6 +97,7 @@ def to_requests(
         ),
         logprobs=body.logprobs is not None,
         count_prompt=body.tells_usage,
+        keep_stop=keep_stop,
     )
     return [each for prompt in body.prompt for each in choices_of(replace(request, prompt=prompt), body.n)]
 

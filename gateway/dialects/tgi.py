@@ -249,7 +249,13 @@ def to_request(spec: ModelSpec, body: GenerateBody, *, stream: bool = False) -> 
         top_tokens=asked.top_n_tokens or 0,
     )
     told = asked.details and stream
-    return replace(request, grammar=_form(asked.grammar), logprobs=stream or asked.details, count_prompt=told)
+    return replace(
+        request,
+        grammar=_form(asked.grammar),
+        logprobs=stream or asked.details,
+        count_prompt=told,
+        keep_stop=True,
+    )
 
 
 def _said(asked: GenerateParameters) -> dict[str, Any]:

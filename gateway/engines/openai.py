@@ -7,7 +7,8 @@ A prompt is asked for by `POST /v1/completions`, into which it goes as it is, as
 - It reports log-probabilities at temperature 1, whatever the request's, and OpenAI itself no more than five of them,
   or twenty in chats. A server that refuses to is not asked to, with `args: {logprobs: false}`.
 - A stop text is told to the server, as a provider bills whatever it makes after it, and looked for here as well: some
-  servers leave it in, and OpenAI takes no more than four.
+  servers leave it in, and OpenAI takes no more than four. Where it has to be told to the caller (`keep_stop`), it is
+  looked for here alone, as most servers remove it.
 - What a provider counts is what counts: the usage is always asked for.
 - Callers of OpenAI's API are put through to it as they are (`forward`).
 """

@@ -41,7 +41,12 @@ _OVER: Mapping[str, FinishReason] = {
 
 def chat_decoder(request: GenerationRequest) -> ChatDecoder:
     """Return what reads the answer to a chat. One that was told of stop texts means one of them by `stop`."""
-    return ChatDecoder(request, failure, stop_means="stop" if any(request.stop) else "eos")
+    return ChatDecoder(request, failure, stop_means="stop" if _tells_stops(request) else "eos")
+
+
+def _tells_stops(request: GenerationRequest) -> bool:
+    """Say whether the server was told of stop texts (`openai_calls`)."""
+    return any(request.stop) and not request.keep_stop
 
 
 class CompletionDecoder:
@@ -111,7 +116,7 @@ class CompletionDecoder:
             if key in choice:
                 self._stopped_by = choice[key] if isinstance(choice[key], str) else ""
                 return "stop" if self._stopped_by else "eos"
-        return "stop" if any(self._request.stop) and said == "stop" else "eos"
+        return "stop" if _tells_stops(self._request) and said == "stop" else "eos"
 
     def _end(self) -> Iterator[Finished]:
         reason = "stop" if self._stop.found else self._reason

@@ -55,6 +55,10 @@ def asked(**parameters: Any) -> GenerationRequest:
     return to_request(spec(), body(**parameters))
 
 
+def test_the_stop_text_that_ends_an_answer_must_be_told() -> None:
+    assert asked(stop=["x"]).keep_stop
+
+
 def reply(*, stream: bool = True, **parameters: Any) -> TgiReply:
     said = body(**parameters)
     return TgiReply(said, to_request(spec(), said, stream=stream), stream=stream)

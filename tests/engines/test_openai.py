@@ -174,6 +174,15 @@ def test_what_is_sent_for_what_is_asked(server: str, asked: dict[str, Any], sent
     )
 
 
+def test_a_stop_text_that_must_be_told_is_looked_for_here_alone() -> None:
+    kept = {"stop": ("x",), "keep_stop": True}
+
+    assert "stop" not in body_of(**kept)
+    assert "stop" not in chat_body(**kept)
+    assert heard(chunk(" a x b"), **kept)[-1] == Finished("stop", 1, 0, stop="x")
+    assert heard(chunk(" a"), chunk("", "stop"), "[DONE]", **kept)[-1] == Finished("eos", 1, 0)
+
+
 @pytest.mark.parametrize(
     ("server", "neutral"),
     [
