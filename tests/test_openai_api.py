@@ -462,6 +462,55 @@ def test_a_stream_that_breaks_off_ends_in_one_error_event_and_without_done(head:
     asyncio.run(scene())
 
 
+async def counts(conversation: Conversation) -> None:
+    """Say one, two and so on until a stop text that it was told of, as OpenAI does."""
+    said = asked(conversation)
+    stops = said.get("stop", [])
+    is_chat = "messages" in said
+    for word in (" one", " two", " three"):
+        if word.strip() in stops:
+            break
+        choice = {"delta": {"content": word}} if is_chat else {"text": word}
+        await conversation.say(b"data: " + json.dumps({"choices": [{"index": 0, **choice}]}).encode() + b"\n\n")
+    end_of_it = {"choices": [{"index": 0, "delta": {}, "text": "", "finish_reason": "stop"}], "usage": {}}
+    await conversation.say(b"data: " + json.dumps(end_of_it).encode() + b"\n\ndata: [DONE]\n\n")
+
+
+async def counts_as_a_stream(conversation: Conversation) -> None:
+    await conversation.say(HEAD)
+    await counts(conversation)
+
+
+def test_tgis_clients_get_the_stop_text_of_a_provider_too() -> None:
+    async def scene() -> None:
+        async with provider(counts_as_a_stream) as on:
+            base = "/models/m/tgi"
+            parameters = {"stop": ["two"], "max_new_tokens": 9}
+            generated = (await on.post(base + "/generate", {"inputs": "Once", "parameters": parameters})).json()
+            text = (await on.post(base + TEXT, {**ASK, "stop": ["two"], "max_tokens": 9})).json()
+            chat = (await on.post(base + CHAT, {**SAY, "stop": ["two"]})).json()
+
+            assert generated["generated_text"] == " one two"
+            assert text["choices"][0]["text"] == " one two"
+            assert chat["choices"][0]["message"]["content"] == " one two"
+            await on.nothing_is_held()
+
+    asyncio.run(scene())
+
+
+def test_a_provider_without_top_k_answers_the_document_whose_default_it_is() -> None:
+    async def scene() -> None:
+        async with provider(counts_as_a_stream) as on:
+            body = {"model_path": "m", "prompts": ["Once"]}
+            answer = await on.post("/api/llm/inference", body)
+            asked_for = await on.post("/api/llm/inference", {**body, "top_k": 50})
+
+            assert answer.json()["outputs"] == [" one two three"]
+            assert (asked_for.status_code, asked_for.json()["error_code"]) == (422, "UNSUPPORTED")
+
+    asyncio.run(scene())
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_silent_provider_is_given_up_at_the_generation_timeout(stream: bool) -> None:
     async def scene() -> None:

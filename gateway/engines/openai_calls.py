@@ -216,7 +216,7 @@ def missing(server: Server, request: GenerationRequest) -> list[str]:
         "top_k": server.top_k is None and request.top_k is not None and request.temperature > 0,
         "repetition_penalty": server.repetition_penalty is None and request.repetition_penalty != 1,
     }
-    return [name for name, is_missing in without.items() if is_missing]
+    return [name for name, is_missing in without.items() if is_missing and name not in request.defaults]
 
 
 def can_bind(server: Server, request: GenerationRequest) -> bool:

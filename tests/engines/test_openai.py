@@ -174,6 +174,14 @@ def test_what_is_sent_for_what_is_asked(server: str, asked: dict[str, Any], sent
     )
 
 
+def test_a_parameter_that_nobody_asked_for_is_left_out_where_the_server_has_none_of_it() -> None:
+    unasked = {"top_k": 50, "defaults": frozenset({"top_k"})}
+
+    ENGINE.check(spec(), ask(**unasked))
+    assert body_of(**unasked) == body_of()
+    assert body_of(spec(args={"server": "vllm"}), **unasked)["top_k"] == 50
+
+
 def test_a_stop_text_that_must_be_told_is_looked_for_here_alone() -> None:
     kept = {"stop": ("x",), "keep_stop": True}
 
