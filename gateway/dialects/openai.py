@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, Protocol
 from pydantic import AfterValidator, BaseModel, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
-from gateway.bodies import MOST_TOKENS, Body, StopTexts, as_json
+from gateway.bodies import MOST_TOKENS, Body, StopTexts, as_json, is_unicode
 from gateway.errors import GatewayError
 from gateway.generation import Finished, FinishReason, GenerationRequest, GenerationResult, TokenEvent
 from gateway.shapes import shown, tgi_stream_failure
@@ -56,7 +56,9 @@ class StreamOptions(Body):
 class Addressed(Body):
     """What every request says, whoever reads the rest of it."""
 
-    model: str | None = Field(None, description="Model to use: an id, alias or hub name; default: the default model")
+    model: Annotated[str, AfterValidator(is_unicode)] | None = Field(
+        None, description="Model to use: an id, alias or hub name; default: the default model"
+    )
     stream: bool = Field(False, description="Answer piece by piece, as server-sent events that end with [DONE]")
 
 

@@ -425,6 +425,28 @@ def test_what_it_cannot_do_is_refused_before_a_model_is_started(asked: dict[str,
         ENGINE.check(spec(), ask(**asked))
 
 
+def nested(levels: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "string"}
+    for _ in range(levels):
+        schema = {"type": "object", "properties": {"a": schema}, "allOf": [{}]}
+    return schema
+
+
+def test_parameters_that_are_nested_too_deeply_for_a_call_are_refused_before_a_model_is_started() -> None:
+    deep = Tool("deep", None, nested(250))
+
+    with pytest.raises(Unsupported, match="at most 100 levels.*tool_choice auto"):
+        ENGINE.check(spec(), ask(prompt="", chat=chat(tools=(CLOCK, deep), tool_choice="required")))
+    ENGINE.check(spec(), ask(prompt="", chat=chat(tools=(CLOCK, deep))))
+
+
+def test_parameters_that_are_not_nested_too_deeply_are_told() -> None:
+    asked = ask(prompt="", chat=chat(tools=(Tool("deep", None, nested(49)),), tool_choice="required"))
+
+    ENGINE.check(spec(), asked)
+    assert body_of(asked)["response_format"]
+
+
 @pytest.mark.parametrize(
     "asked",
     [
