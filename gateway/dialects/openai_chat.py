@@ -70,7 +70,7 @@ class ChatCompletionBody(ChatBody, SampledBody):
     @field_validator("top_logprobs")
     @classmethod
     def _goes_with_logprobs(cls, said: int | None, info: ValidationInfo) -> int | None:
-        if said is not None and info.data.get("logprobs") is False:
+        if said and info.data.get("logprobs") is False:
             raise PydanticCustomError("top_logprobs", "goes with logprobs: true only")
         return said
 
