@@ -481,6 +481,34 @@ async def counts_as_a_stream(conversation: Conversation) -> None:
     await counts(conversation)
 
 
+@pytest.mark.parametrize("prompt", ["", " \n", ["Once", " "]])
+def test_no_provider_is_asked_to_continue_nothing(prompt: object) -> None:
+    async def scene() -> None:
+        async with provider(counts_as_a_stream) as on:
+            answer = await on.post(TEXT, {**ASK, "prompt": prompt})
+
+            assert (answer.status_code, error_of(answer)["code"]) == (400, "EMPTY_PROMPT")
+            assert on.server.requests == []
+            assert (await on.post(TEXT, {**ASK, "prompt": [1, 2]})).status_code == 200  # tokens are its own affair
+
+    asyncio.run(scene())
+
+
+def test_the_field_that_a_provider_finds_wrong_is_told() -> None:
+    body = json.dumps({"error": {"message": "no", "param": "top_p"}}).encode()
+
+    async def refuses(conversation: Conversation) -> None:
+        await conversation.say(whole(body).replace(b"200 OK", b"400 Bad Request"))
+
+    async def scene() -> None:
+        async with provider(refuses) as on:
+            answer = await on.post(CHAT, SAY)
+
+            assert (answer.status_code, error_of(answer)["param"]) == (400, "top_p")
+
+    asyncio.run(scene())
+
+
 def test_tgis_clients_get_the_stop_text_of_a_provider_too() -> None:
     async def scene() -> None:
         async with provider(counts_as_a_stream) as on:

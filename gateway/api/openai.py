@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError, WrapValidator
 from starlette._utils import get_route_path
 from starlette.responses import Response
 
-from gateway.api.asking import Prefer, exchange, max_wait_s, model_of, within_context
+from gateway.api.asking import Prefer, exchange, invalid, max_wait_s, model_of, within_context
 from gateway.api.json_body import JsonRoute
 from gateway.api.middleware import request_id_of
 from gateway.api.problems import documented
@@ -74,6 +74,7 @@ def openai_router(fleet: Fleet, client: Client) -> APIRouter:
         spec = model_of(fleet.catalog, asked.model, "model")
         instance = fleet.get(spec)
         if speaks_openai(instance):
+            _refuse_blank(said)
             return put_through(instance, client, request, await request.body(), asked, prefer)
         return translated(instance, client, request, read(body_kind, said), prefer)
 
@@ -170,6 +171,18 @@ def speaks_openai(instance: Instance) -> bool:
     """Say whether callers of the model may be put through: its server conforms, and nothing is to be added."""
     spec = instance.spec
     return instance.engine.speaks == "openai" and not spec.parameters and not spec.overrides
+
+
+def _refuse_blank(said: Any) -> None:
+    """Return if no prompt is blank: a provider would make something up, and bill it.
+
+    Raises:
+        RequestValidationError: one is; the caller gets EMPTY_PROMPT.
+    """
+    prompt = said.get("prompt")
+    prompts = prompt if isinstance(prompt, list) else [prompt]
+    if any(isinstance(each, str) and not each.strip() for each in prompts):
+        raise invalid("write what the model shall continue", "empty_prompt", "prompt")
 
 
 def put_through(

@@ -250,7 +250,7 @@ def _refusal(status: int, error: _Error) -> GatewayError:
     if status == 413:
         return BodyTooLarge("The request is longer than the model's server takes; shorten the prompt.")
     if status in (400, 422):
-        return InvalidRequest(f"The model's server refuses the request: {error.words}.")
+        return InvalidRequest(f"The model's server refuses the request: {error.words}.", **_param(error))
     if status == 402:
         return _no_quota()
     if status == 429:
@@ -292,6 +292,15 @@ def _too_long(error: _Error) -> PromptTooLong:
 def _number(pattern: re.Pattern[str], words: str) -> int | None:
     found = pattern.search(words)
     return next((int(group) for group in found.groups() if group), None) if found else None
+
+
+_FIELD = re.compile(r"[a-z_]{1,40}(?:\.[a-z_]{1,40}|\.\d{1,5}|\[\d{1,5}\]){0,9}")
+
+
+def _param(error: _Error) -> dict[str, str]:
+    """Return the field that the server finds wrong, if what it says is the name of one and nothing else."""
+    said = error.facts.get("param")
+    return {"param": said} if isinstance(said, str) and _FIELD.fullmatch(said) else {}
 
 
 def _nothing_there(error: _Error) -> UpstreamFailed:

@@ -174,6 +174,28 @@ def test_what_is_sent_for_what_is_asked(server: str, asked: dict[str, Any], sent
     )
 
 
+@pytest.mark.parametrize(
+    ("said", "extra"),
+    [
+        ("temperature", {"param": "temperature"}),
+        ("messages[0].content.1.image_url", {"param": "messages[0].content.1.image_url"}),
+        (None, {}),
+        ("", {}),
+        (5, {}),
+        ({"a": 1}, {}),
+        ("you wrote: Hello", {}),
+        (KEY, {}),
+        ("a" * 41, {}),
+        ("a" + "[0]" * 10, {}),
+    ],
+)
+def test_the_field_that_a_provider_finds_wrong_is_kept_if_it_is_one(said: object, extra: dict[str, str]) -> None:
+    error = ENGINE.refusal(400, json.dumps({"error": {"message": "no", "param": said}}).encode())
+
+    assert isinstance(error, InvalidRequest)
+    assert error.extra == extra
+
+
 def test_a_parameter_that_nobody_asked_for_is_left_out_where_the_server_has_none_of_it() -> None:
     unasked = {"top_k": 50, "defaults": frozenset({"top_k"})}
 
