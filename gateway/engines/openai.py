@@ -28,8 +28,6 @@ from gateway.errors import GatewayError, InvalidRequest, StartFailed, Unsupporte
 from gateway.generation import GenerationRequest, PromptToken, Regex
 from gateway.runtimes.base import Exit, Launch, Progress
 
-KNOWN_ARGS = ("model", "server", "logprobs")
-
 
 class OpenAi:
     name: ClassVar[str] = "openai"
@@ -38,13 +36,6 @@ class OpenAi:
     speaks: ClassVar[Api | None] = "openai"
 
     def launch(self, spec: ModelSpec, name: str, secret: str) -> Launch:  # noqa: ARG002 - its key is the catalog's
-        if spec.runtime != "external":
-            cause = f"engine openai reaches servers that already run, and the runtime of {spec.id} is {spec.runtime}"
-            raise _unusable(cause, "Write `runtime: external` and the server's `url`")
-        for flag in spec.args.keys() - set(KNOWN_ARGS):
-            cause = f"args of {spec.id} has {flag}, and nothing is started that could take it"
-            raise _unusable(cause, f"Remove it: engine openai takes {', '.join(KNOWN_ARGS)} in args")
-        _server(spec)
         return Launch(name=name, url=_base_url(spec.url or ""), model=spec.id)
 
     def download(self, spec: ModelSpec, name: str) -> Launch | None:  # noqa: ARG002 - it is where the server is
@@ -122,11 +113,7 @@ def _others() -> list[str]:
 
 
 def _server(spec: ModelSpec) -> Server:
-    name = str(spec.args.get("server", "openai"))
-    if name not in SERVERS:
-        cause = f"args of {spec.id} names the server {name}, which engine openai does not know"
-        raise _unusable(cause, f"Write one of {', '.join(SERVERS)} as `server` in args")
-    return SERVERS[name]
+    return SERVERS[str(spec.args.get("server", "openai"))]
 
 
 def model_name(spec: ModelSpec) -> str:
@@ -141,11 +128,6 @@ def _reports_logprobs(spec: ModelSpec) -> bool:
 def _base_url(url: str) -> str:
     """Return what stands before `/models` and `/completions`: an address without a path gets `/v1`."""
     return url if urlsplit(url).path.strip("/") else f"{url.rstrip('/')}/v1"
-
-
-def _unusable(cause: str, fix: str) -> StartFailed:
-    fix = f"{fix}, in models.yaml."
-    return StartFailed(f"{cause[0].upper()}{cause[1:]}. {fix}", cause=cause, fix=fix)
 
 
 def _never_ready(error: GatewayError) -> StartFailed:

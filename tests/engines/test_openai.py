@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.catalog import ModelSpec
+from gateway.catalog import OPENAI_SERVERS, ModelSpec
 from gateway.engines.base import Call
 from gateway.engines.openai import OpenAi, model_name
+from gateway.engines.openai_calls import SERVERS
 from gateway.errors import (
     BodyTooLarge,
     GatewayError,
@@ -81,20 +82,8 @@ def test_an_address_without_a_path_gets_v1_and_one_with_a_path_is_taken_as_it_is
     assert ENGINE.download(spec(), "tgi-m") is None
 
 
-@pytest.mark.parametrize(
-    ("keys", "words"),
-    [
-        ({"args": {"server": "ollama"}}, "names the server ollama.*openai, vllm, sglang, llama.cpp"),
-        ({"args": {"temperature": 1}}, "rgs of m has temperature.*takes model, server, logprobs in args"),
-        ({"runtime": "docker", "url": None}, "runtime of m is docker.*runtime: external"),
-    ],
-)
-def test_what_cannot_be_used_says_what_to_write(keys: dict[str, Any], words: str) -> None:
-    with pytest.raises(StartFailed, match=words) as caught:
-        ENGINE.launch(spec(**keys), "tgi-m", "")
-
-    assert caught.value.extra["cause"]
-    assert caught.value.extra["fix"]
+def test_every_kind_of_server_that_the_catalog_takes_is_known() -> None:
+    assert tuple(SERVERS) == OPENAI_SERVERS
 
 
 @pytest.mark.parametrize(
