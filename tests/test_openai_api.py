@@ -169,7 +169,11 @@ def test_a_caller_who_leaves_ends_all_choices(stream: bool, said: bytes) -> None
         (TEXT, {**ASK, "model": "mm"}, 404, "MODEL_NOT_FOUND", None),
         (CHAT, {**SAY, "model": "mm"}, 404, "MODEL_NOT_FOUND", None),
         (TEXT, {**ASK, "model": 5}, 400, "VALIDATION_ERROR", "model"),
-        (TEXT, {**ASK, "prompt": " "}, 400, "EMPTY_PROMPT", None),
+        (TEXT, {**ASK, "prompt": " "}, 400, "EMPTY_PROMPT", "prompt"),
+        (TEXT, {**ASK, "prompt": ["a", " "]}, 400, "EMPTY_PROMPT", "prompt"),
+        (TEXT, {**ASK, "prompt": ["a", 5.5]}, 400, "VALIDATION_ERROR", "prompt[1]"),
+        (TEXT, {**ASK, "stop": ""}, 400, "VALIDATION_ERROR", "stop"),
+        (TEXT, {**ASK, "stop": ["a", ""]}, 400, "VALIDATION_ERROR", "stop[1]"),
         (TEXT, {"model": "m"}, 400, "VALIDATION_ERROR", "prompt"),
         (TEXT, {**ASK, "prompt": [1, 2]}, 400, "UNSUPPORTED", "prompt"),
         (TEXT, {**ASK, "logit_bias": {"5": 1}}, 400, "UNSUPPORTED", "logit_bias"),
@@ -179,7 +183,7 @@ def test_a_caller_who_leaves_ends_all_choices(stream: bool, said: bytes) -> None
         (TEXT, {**ASK, "max_tokens": 5000}, 400, "INVALID_MAX_TOKENS", "max_tokens"),
         (CHAT, {**SAY, "max_completion_tokens": 5000}, 400, "INVALID_MAX_TOKENS", "max_completion_tokens"),
         (CHAT, {**SAY, "messages": []}, 400, "VALIDATION_ERROR", "messages"),
-        (CHAT, {**SAY, "messages": [{"role": "king", "content": "x"}]}, 400, "VALIDATION_ERROR", None),
+        (CHAT, {**SAY, "messages": [{"role": "king", "content": "x"}]}, 400, "VALIDATION_ERROR", "messages[0].role"),
         (CHAT, {**SAY, "stream": 1}, 400, "VALIDATION_ERROR", "stream"),
         (CHAT, [SAY], 400, "VALIDATION_ERROR", None),
         (CHAT, None, 400, "VALIDATION_ERROR", None),
@@ -196,8 +200,24 @@ def test_a_bad_request_is_refused_in_openais_shape(
             assert (answer.status_code, error["code"], error["type"]) == (status, code, "invalid_request_error")
             if param:
                 assert error["param"] == param
-                assert param in error["message"]
+                assert param in error["message"].lower()
             assert on.server.requests == []
+
+    asyncio.run(scene())
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [(each, "application/json") for each in (b"[]", b'"x"', b"null", b"5", b"true")] + [(b"{}", "text/plain")],
+)
+def test_a_body_that_is_no_object_is_told_what_it_must_be(content: bytes, kind: str) -> None:
+    async def scene() -> None:
+        async with stage(two_tokens) as on, httpx.AsyncClient() as client:
+            for address in (CHAT, TEXT):
+                answer = await client.post(on.url + address, content=content, headers={"content-type": kind})
+
+                words = "the body must be a JSON object, sent with Content-Type: application/json."
+                assert (answer.status_code, error_of(answer)["message"]) == (400, words)
 
     asyncio.run(scene())
 

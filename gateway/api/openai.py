@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import APIRouter, Request
@@ -215,7 +215,18 @@ def read(kind: type[B], said: Any) -> B:
         return kind.model_validate(said)
     except ValidationError as error:
         found = error.errors(include_url=False, include_input=False)
-        raise RequestValidationError([{**each, "loc": ("body", *each["loc"])} for each in found]) from None
+        written = [{**each, "loc": ("body", *_as_written(each["loc"], said))} for each in found]
+        raise RequestValidationError(written) from None
+
+
+def _as_written(loc: Sequence[int | str], said: Any) -> Sequence[int | str]:
+    """Return where it is in what the caller wrote, who may give a text where there is a list of them."""
+    for depth, step in enumerate(loc):
+        if isinstance(said, str):
+            return loc[:depth]
+        known = said if isinstance(said, dict) else dict(enumerate(said if isinstance(said, list) else ()))
+        said = known.get(step)
+    return loc
 
 
 def model_json(status: Status, name: str) -> dict[str, Any]:

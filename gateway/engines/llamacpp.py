@@ -230,8 +230,8 @@ def _refuse_unsupported(request: GenerationRequest) -> None:
         )
     if request.chat is not None and _must_call(request.chat) and is_too_deep(request.chat.tools):
         raise Unsupported(
-            f"This model's engine can hold a call to parameters of at most {MOST_LEVELS} levels. Nest the parameters of "
-            "the tools less deeply, or use tool_choice auto."
+            f"This model's engine can hold a call to parameters of at most {MOST_LEVELS} levels. Nest those of the "
+            "tools less deeply, or use tool_choice auto."
         )
     if request.chat is not None and _form(request) and _continues(request.chat):
         raise Unsupported(

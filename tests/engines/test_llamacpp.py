@@ -435,7 +435,7 @@ def nested(levels: int) -> dict[str, Any]:
 def test_parameters_that_are_nested_too_deeply_for_a_call_are_refused_before_a_model_is_started() -> None:
     deep = Tool("deep", None, nested(250))
 
-    with pytest.raises(Unsupported, match="at most 100 levels.*tool_choice auto"):
+    with pytest.raises(Unsupported, match=r"at most 100 levels.*tool_choice auto"):
         ENGINE.check(spec(), ask(prompt="", chat=chat(tools=(CLOCK, deep), tool_choice="required")))
     ENGINE.check(spec(), ask(prompt="", chat=chat(tools=(CLOCK, deep))))
 
