@@ -45,6 +45,11 @@ EngineName = Literal["tgi", "llamacpp", "openai"]
 RuntimeName = Literal["docker", "process", "external"]
 PullPolicy = Literal["missing", "always", "never"]
 
+OPENAI_ARGS = ("model", "server", "logprobs")
+"""What `args` of engine openai may have: nothing is started that could take more."""
+OPENAI_SERVERS = ("openai", "vllm", "sglang", "llama.cpp")
+"""What `server` in them may be."""
+
 _RUNTIME_OF: dict[str, RuntimeName] = {"tgi": "docker", "llamacpp": "process", "openai": "external"}
 _SLOTS_OF = {"tgi": 128, "llamacpp": 4, "openai": 64}
 _STOP_GRACE_S_OF = {"tgi": 95.0, "llamacpp": 10.0, "openai": 10.0}  # TGI itself lets requests finish for 90 s
@@ -230,13 +235,31 @@ def contradictions(said: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "runtime", "must be docker (or external): engine tgi runs in a container"
     if engine == "llamacpp" and runtime in ("docker", "external"):
         yield "runtime", "must be process: engine llamacpp runs as a child of the gateway"
+    if engine == "openai":
+        yield from _of_openai(runtime, said.get("args"))
     if runtime == "external" and said.get("url") is None:
         yield "url", "is missing: runtime external needs the address of the server that already runs"
     if runtime in ("docker", "process") and said.get("url") is not None:
         yield "url", f"is for runtime external only, and this model's runtime is {runtime}"
-    if said.get("chat_template") is not None and engine in _TEMPLATE_OF:
+    template = said.get("chat_template")
+    if template is not None and engine in _TEMPLATE_OF:
         yield "chat_template", _TEMPLATE_OF[engine]
+    elif isinstance(template, str) and template and "{{" not in template and "{%" not in template:
+        yield "chat_template", "must be the text of a Jinja template, with {{ or {% in it: paste it, not a name or file"
     yield from _beyond_the_context(said)
+
+
+def _of_openai(runtime: object, args: object) -> Iterator[tuple[str, str]]:
+    """Yield what does not fit to a server that others run."""
+    if runtime in ("docker", "process"):
+        yield "runtime", "must be external: engine openai reaches a server that already runs, at `url`"
+    said = args if isinstance(args, Mapping) else {}
+    for flag in said:
+        if flag not in OPENAI_ARGS:
+            known = ", ".join(OPENAI_ARGS)
+            yield f"args.{shown(flag)}", f"engine openai takes {known} in args{did_you_mean(flag, OPENAI_ARGS)}"
+    if said.get("server", "openai") not in OPENAI_SERVERS:
+        yield "args.server", f"must be one of {', '.join(OPENAI_SERVERS)}"
 
 
 _TEMPLATE_OF = {
@@ -259,8 +282,6 @@ def _beyond_the_context(said: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 def deferred(spec: ModelSpec) -> list[str]:
     """Return, in words, what `spec` asks for that this version reads but cannot do yet."""
     missing = []
-    if spec.engine == "openai" and spec.runtime != "external":
-        missing.append("engine openai starts no server in this version: it reaches one that runs (runtime external)")
     if spec.replicas > 1:
         missing.append(f"replicas: {spec.replicas} comes with a later version: this one runs one server per model")
     missing += [f"{key.removesuffix('_bytes')} has no effect on a model that {where}" for key, where in _idle(spec)]

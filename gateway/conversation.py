@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, fie
 from pydantic_core import PydanticCustomError, PydanticKnownError
 
 from gateway.bodies import Body, is_unicode
-from gateway.generation import Chat, Grammar, Image, JsonObject, JsonSchema, Message, Tool, ToolCall
+from gateway.generation import Chat, Grammar, Image, JsonObject, JsonSchema, Message, Regex, Tool, ToolCall
 
 MOST_TOOLS = 128
 """OpenAI's own bound."""
@@ -230,21 +230,25 @@ class SchemaBody(Body):
 class ResponseFormat(Body):
     """What form the whole answer must have."""
 
-    type: Literal["text", "json_object", "json_schema"]
+    type: Literal["text", "json_object", "json_schema", "regex"]
     json_schema: SchemaBody | None = Field(None, validate_default=True)
+    value: Text | None = Field(None, validate_default=True, description="Not OpenAI's but TGI's: the regex")
 
-    @field_validator("json_schema")
+    @field_validator("json_schema", "value")
     @classmethod
-    def _is_given_if_it_is_the_type(cls, schema: SchemaBody | None, info: ValidationInfo) -> SchemaBody | None:
-        if schema is None and info.data.get("type") == "json_schema":
+    def _is_given_if_it_is_the_type(cls, said: Any, info: ValidationInfo) -> Any:
+        needed_by = {"json_schema": "json_schema", "value": "regex"}[info.field_name or ""]
+        if said is None and info.data.get("type") == needed_by:
             raise PydanticKnownError("missing")
-        return schema
+        return said
 
 
 def grammar_of(response_format: ResponseFormat | None) -> Grammar | None:
     """Return what form the answer must have; None for any text."""
     if response_format is None or response_format.type == "text":
         return None
+    if response_format.type == "regex":
+        return Regex(response_format.value or "")
     body = response_format.json_schema
     if response_format.type == "json_object" or body is None or body.schema_ is None:
         return JsonObject()

@@ -132,6 +132,11 @@ class GenerationRequest:
     grammar: Grammar | None = None
     count_prompt: bool = False
     """Whether the prompt's length in tokens must be told, even where the gateway ends the answer itself."""
+    keep_stop: bool = False
+    """Whether the stop text that ended the answer must be told (`Finished.stop`)."""
+    defaults: frozenset[str] = frozenset()
+    """Parameters that nobody asked for, set by a document's defaults: an engine that has none of them leaves them out.
+    """
 
     @property
     def calls_tools(self) -> bool:

@@ -60,6 +60,7 @@ def _documents(error: GatewayError, code: str) -> Shown:
 
 def _openai(error: GatewayError, code: str, param: str | None) -> Shown:
     status = 400 if error.status == 422 else error.status
+    param = param or error.extra.get("param")  # a provider's own
     about = {"message": error.detail, "type": _openai_type(error), "param": param, "code": code}
     return Shown(status, {"error": {**error.extra, **about}})
 

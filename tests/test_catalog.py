@@ -139,7 +139,6 @@ def test_defaults_of_tgi(tmp_path: Path) -> None:
         ("hf_name: org/m", "docker", 1, 95, 128),
         ("engine: llamacpp, weights: m.gguf", "process", 0, 10, 4),
         ("engine: openai, url: 'http://h:1'", "external", 0, 10, 64),
-        ("engine: openai, runtime: docker", "docker", 0, 10, 64),
     ],
 )
 def test_defaults_by_engine(
@@ -190,6 +189,8 @@ NO_URL = "must be an address such as http://10.0.0.5:8080, without query"
 NO_TEXT = "must be text: put it in quotes"
 NO_VOLUME = "must be SOURCE:/PATH/IN/CONTAINER, with :ro at the end to make it read-only"
 NO_TEMPLATE = "is for engine llamacpp only:"
+NO_JINJA = "must be the text of a Jinja template, with {{ or {% in it: paste it, not a name or file"
+NO_SERVER = "must be external: engine openai reaches a server that already runs, at `url`"
 TEMPLATE_FILE = "{tokenizer-config-path: ...}"
 NO_PACKAGE = "must be a path, or package:NAME/FILE with a file inside an installed Python package"
 NO_JSON = "must hold only text, finite numbers, true, false, null, lists and mappings"
@@ -254,6 +255,18 @@ LIST_IT = "list it under the `aliases` of the one that shall answer to it"
         (
             "engine: openai, url: 'http://h', chat_template: x",
             f"chat_template: {NO_TEMPLATE} give it to the server that runs at `url`",
+        ),
+        ("engine: llamacpp, weights: m, chat_template: chatml", f"chat_template: {NO_JINJA}"),
+        ("engine: llamacpp, weights: m, chat_template: chat/template.jinja", f"chat_template: {NO_JINJA}"),
+        ("engine: openai, runtime: docker", f"runtime: {NO_SERVER}"),
+        ("engine: openai, runtime: process", f"runtime: {NO_SERVER}"),
+        (
+            "engine: openai, url: 'http://h', args: {modle: x}",
+            "args.modle: engine openai takes model, server, logprobs in args; did you mean model?",
+        ),
+        (
+            "engine: openai, url: 'http://h', args: {server: ollama}",
+            "args.server: must be one of openai, vllm, sglang, llama.cpp",
         ),
         ("url: 'http://h'", "url: is for runtime external only, and this model's runtime is docker"),
         ("runtime: external, url: 'ftp://h'", f"url: {NO_URL}"),
@@ -670,10 +683,6 @@ def test_catalogs_made_in_python() -> None:
             ["gpu_memory comes with a later version: this one gives a model its GPUs whole"],
         ),
         ("engine: openai, url: 'http://h:1', args: {server: vllm}", []),
-        (
-            "engine: openai, runtime: docker",
-            ["engine openai starts no server in this version: it reaches one that runs (runtime external)"],
-        ),
         ("hf_name: m, runtime: external, url: 'http://h:1'", []),
         (
             "hf_name: m, runtime: external, url: 'http://h:1', image: x, gpus: 1, args: {port: 1}",

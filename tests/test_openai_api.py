@@ -229,7 +229,11 @@ def test_a_caller_who_leaves_ends_all_choices(stream: bool, said: bytes) -> None
         (TEXT, {**ASK, "model": "mm"}, 404, "MODEL_NOT_FOUND", None),
         (CHAT, {**SAY, "model": "mm"}, 404, "MODEL_NOT_FOUND", None),
         (TEXT, {**ASK, "model": 5}, 400, "VALIDATION_ERROR", "model"),
-        (TEXT, {**ASK, "prompt": " "}, 400, "EMPTY_PROMPT", None),
+        (TEXT, {**ASK, "prompt": " "}, 400, "EMPTY_PROMPT", "prompt"),
+        (TEXT, {**ASK, "prompt": ["a", " "]}, 400, "EMPTY_PROMPT", "prompt"),
+        (TEXT, {**ASK, "prompt": ["a", 5.5]}, 400, "VALIDATION_ERROR", "prompt[1]"),
+        (TEXT, {**ASK, "stop": ""}, 400, "VALIDATION_ERROR", "stop"),
+        (TEXT, {**ASK, "stop": ["a", ""]}, 400, "VALIDATION_ERROR", "stop[1]"),
         (TEXT, {"model": "m"}, 400, "VALIDATION_ERROR", "prompt"),
         (TEXT, {**ASK, "prompt": [1, 2]}, 400, "UNSUPPORTED", "prompt"),
         (TEXT, {**ASK, "logit_bias": {"5": 1}}, 400, "UNSUPPORTED", "logit_bias"),
@@ -239,7 +243,7 @@ def test_a_caller_who_leaves_ends_all_choices(stream: bool, said: bytes) -> None
         (TEXT, {**ASK, "max_tokens": 5000}, 400, "INVALID_MAX_TOKENS", "max_tokens"),
         (CHAT, {**SAY, "max_completion_tokens": 5000}, 400, "INVALID_MAX_TOKENS", "max_completion_tokens"),
         (CHAT, {**SAY, "messages": []}, 400, "VALIDATION_ERROR", "messages"),
-        (CHAT, {**SAY, "messages": [{"role": "king", "content": "x"}]}, 400, "VALIDATION_ERROR", None),
+        (CHAT, {**SAY, "messages": [{"role": "king", "content": "x"}]}, 400, "VALIDATION_ERROR", "messages[0].role"),
         (CHAT, {**SAY, "stream": 1}, 400, "VALIDATION_ERROR", "stream"),
         (CHAT, [SAY], 400, "VALIDATION_ERROR", None),
         (CHAT, None, 400, "VALIDATION_ERROR", None),
@@ -256,8 +260,24 @@ def test_a_bad_request_is_refused_in_openais_shape(
             assert (answer.status_code, error["code"], error["type"]) == (status, code, "invalid_request_error")
             if param:
                 assert error["param"] == param
-                assert param in error["message"]
+                assert param in error["message"].lower()
             assert on.server.requests == []
+
+    asyncio.run(scene())
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [(each, "application/json") for each in (b"[]", b'"x"', b"null", b"5", b"true")] + [(b"{}", "text/plain")],
+)
+def test_a_body_that_is_no_object_is_told_what_it_must_be(content: bytes, kind: str) -> None:
+    async def scene() -> None:
+        async with stage(two_tokens) as on, httpx.AsyncClient() as client:
+            for address in (CHAT, TEXT):
+                answer = await client.post(on.url + address, content=content, headers={"content-type": kind})
+
+                words = "the body must be a JSON object, sent with Content-Type: application/json."
+                assert (answer.status_code, error_of(answer)["message"]) == (400, words)
 
     asyncio.run(scene())
 
@@ -531,6 +551,69 @@ def test_a_stream_ends_with_done_though_its_provider_keeps_the_connection(done: 
 
             assert answer.content == CHUNKS[2].replace(b"what", b"m") + done
             await asyncio.wait_for(on.server.left.wait(), 5)
+
+    asyncio.run(scene())
+
+
+async def counts(conversation: Conversation) -> None:
+    """Say one, two and so on until a stop text that it was told of, as OpenAI does."""
+    said = asked(conversation)
+    stops = said.get("stop", [])
+    is_chat = "messages" in said
+    for word in (" one", " two", " three"):
+        if word.strip() in stops:
+            break
+        choice = {"delta": {"content": word}} if is_chat else {"text": word}
+        await conversation.say(b"data: " + json.dumps({"choices": [{"index": 0, **choice}]}).encode() + b"\n\n")
+    end_of_it = {"choices": [{"index": 0, "delta": {}, "text": "", "finish_reason": "stop"}], "usage": {}}
+    await conversation.say(b"data: " + json.dumps(end_of_it).encode() + b"\n\ndata: [DONE]\n\n")
+
+
+async def counts_as_a_stream(conversation: Conversation) -> None:
+    await conversation.say(HEAD)
+    await counts(conversation)
+
+
+@pytest.mark.parametrize("prompt", ["", " \n", ["Once", " "]])
+def test_no_provider_is_asked_to_continue_nothing(prompt: object) -> None:
+    async def scene() -> None:
+        async with provider(counts_as_a_stream) as on:
+            answer = await on.post(TEXT, {**ASK, "prompt": prompt})
+
+            assert (answer.status_code, error_of(answer)["code"]) == (400, "EMPTY_PROMPT")
+            assert on.server.requests == []
+            assert (await on.post(TEXT, {**ASK, "prompt": [1, 2]})).status_code == 200  # tokens are its own affair
+
+    asyncio.run(scene())
+
+
+def test_the_field_that_a_provider_finds_wrong_is_told() -> None:
+    body = json.dumps({"error": {"message": "no", "param": "top_p"}}).encode()
+
+    async def refuses(conversation: Conversation) -> None:
+        await conversation.say(whole(body).replace(b"200 OK", b"400 Bad Request"))
+
+    async def scene() -> None:
+        async with provider(refuses) as on:
+            answer = await on.post(CHAT, SAY)
+
+            assert (answer.status_code, error_of(answer)["param"]) == (400, "top_p")
+
+    asyncio.run(scene())
+
+
+def test_tgis_clients_get_the_stop_text_of_a_provider_too() -> None:
+    async def scene() -> None:
+        async with provider(counts_as_a_stream) as on:
+            base = "/models/m/tgi"
+            parameters = {"stop": ["two"], "max_new_tokens": 9}
+            generated = (await on.post(base + "/generate", {"inputs": "Once", "parameters": parameters})).json()
+            text = (await on.post(base + TEXT, {**ASK, "stop": ["two"], "max_tokens": 9})).json()
+            chat = (await on.post(base + CHAT, {**SAY, "stop": ["two"]})).json()
+
+            assert generated["generated_text"] == " one two"
+            assert text["choices"][0]["text"] == " one two"
+            assert chat["choices"][0]["message"]["content"] == " one two"
             await on.nothing_is_held()
 
     asyncio.run(scene())
@@ -580,6 +663,19 @@ def test_an_error_shows_no_part_of_the_gateways_key() -> None:
 
                 assert answer.status_code == 500
                 assert KEY[:1] not in answer.text.partition("xxx")[2].partition(".")[0]
+
+    asyncio.run(scene())
+
+
+def test_a_provider_without_top_k_answers_the_document_whose_default_it_is() -> None:
+    async def scene() -> None:
+        async with provider(counts_as_a_stream) as on:
+            body = {"model_path": "m", "prompts": ["Once"]}
+            answer = await on.post("/api/llm/inference", body)
+            asked_for = await on.post("/api/llm/inference", {**body, "top_k": 50})
+
+            assert answer.json()["outputs"] == [" one two three"]
+            assert (asked_for.status_code, asked_for.json()["error_code"]) == (422, "UNSUPPORTED")
 
     asyncio.run(scene())
 

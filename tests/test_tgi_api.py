@@ -308,7 +308,22 @@ def test_a_chat_that_is_not_valid_is_told_in_tgis_shape() -> None:
             regex = await refused(
                 on, "/v1/chat/completions", {**CHAT, "response_format": {"type": "regex", "value": "x"}}
             )
-            assert regex["status"] == 422
+            assert (regex["status"], regex["error_code"]) == (422, "UNSUPPORTED")
+
+    asyncio.run(scene())
+
+
+@pytest.mark.parametrize(("path", "asked"), [("/v1/chat/completions", CHAT), ("/v1/completions", {"prompt": "Once"})])
+def test_a_models_name_that_no_answer_could_repeat_is_refused(path: str, asked: dict[str, Any]) -> None:
+    async def scene() -> None:
+        async with stage(two_tokens) as on, httpx.AsyncClient(timeout=20) as client:
+            body = json.dumps({**asked, "model": "\ud800"})
+            answered = await client.post(
+                on.url + BASE + path, content=body, headers={"Content-Type": "application/json"}
+            )
+
+            assert (answered.status_code, answered.json()["error_code"]) == (422, "VALIDATION_ERROR")
+            assert "`model`" in answered.json()["error"]
 
     asyncio.run(scene())
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import APIRouter, Request
@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError, WrapValidator
 from starlette._utils import get_route_path
 from starlette.responses import Response
 
-from gateway.api.asking import Prefer, exchange, max_wait_s, model_of, within_context
+from gateway.api.asking import Prefer, exchange, invalid, max_wait_s, model_of, within_context
 from gateway.api.json_body import JsonRoute
 from gateway.api.middleware import request_id_of
 from gateway.api.problems import documented
@@ -74,6 +74,7 @@ def openai_router(fleet: Fleet, client: Client) -> APIRouter:
         spec = model_of(fleet.catalog, asked.model, "model")
         instance = fleet.get(spec)
         if speaks_openai(instance):
+            _refuse_blank(said)
             return put_through(instance, client, request, await request.body(), asked, prefer)
         return translated(instance, client, request, read(body_kind, said), prefer)
 
@@ -130,7 +131,7 @@ def chat(
         Unsupported: the engine cannot do what is asked.
     """
     _within_context(instance, body)
-    wanted = openai_chat.to_requests(instance.spec, body)
+    wanted = openai_chat.to_requests(instance.spec, body, keep_stop=as_tgi)
     choices = ChatChoices(_heading("chatcmpl", instance, body, as_tgi=as_tgi), body, keep_stop=as_tgi)
     return Relay([exchange(instance, each, client, request, prefer) for each in wanted], choices)
 
@@ -147,7 +148,7 @@ def completion(
     """Return the continuations of the prompts; else as `chat`. TGI has no default length: it fills the context."""
     _within_context(instance, body)
     default = None if as_tgi else openai_completions.DEFAULT_NEW_TOKENS
-    wanted = openai_completions.to_requests(instance.spec, body, default_new_tokens=default)
+    wanted = openai_completions.to_requests(instance.spec, body, default_new_tokens=default, keep_stop=as_tgi)
     choices = CompletionChoices(_heading("cmpl", instance, body, as_tgi=as_tgi), body, keep_stop=as_tgi)
     return Relay([exchange(instance, each, client, request, prefer) for each in wanted], choices)
 
@@ -170,6 +171,18 @@ def speaks_openai(instance: Instance) -> bool:
     """Say whether callers of the model may be put through: its server conforms, and nothing is to be added."""
     spec = instance.spec
     return instance.engine.speaks == "openai" and not spec.parameters and not spec.overrides
+
+
+def _refuse_blank(said: Any) -> None:
+    """Return if no prompt is blank: a provider would make something up, and bill it.
+
+    Raises:
+        RequestValidationError: one is; the caller gets EMPTY_PROMPT.
+    """
+    prompt = said.get("prompt")
+    prompts = prompt if isinstance(prompt, list) else [prompt]
+    if any(isinstance(each, str) and not each.strip() for each in prompts):
+        raise invalid("write what the model shall continue", "empty_prompt", "prompt")
 
 
 def put_through(
@@ -202,7 +215,18 @@ def read(kind: type[B], said: Any) -> B:
         return kind.model_validate(said)
     except ValidationError as error:
         found = error.errors(include_url=False, include_input=False)
-        raise RequestValidationError([{**each, "loc": ("body", *each["loc"])} for each in found]) from None
+        written = [{**each, "loc": ("body", *_as_written(each["loc"], said))} for each in found]
+        raise RequestValidationError(written) from None
+
+
+def _as_written(loc: Sequence[int | str], said: Any) -> Sequence[int | str]:
+    """Return where it is in what the caller wrote, who may give a text where there is a list of them."""
+    for depth, step in enumerate(loc):
+        if isinstance(said, str):
+            return loc[:depth]
+        known = said if isinstance(said, dict) else dict(enumerate(said if isinstance(said, list) else ()))
+        said = known.get(step)
+    return loc
 
 
 def model_json(status: Status, name: str) -> dict[str, Any]:

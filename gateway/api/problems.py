@@ -204,17 +204,18 @@ async def _invalid(request: Request, error: Exception) -> Response:
     code, api = _code(complaints), api_of(get_route_path(request.scope))
     if blank := [each for each in complaints if each["type"] == "empty_prompt"]:
         words = _tgi_words(blank) if api == "tgi" else f"Prompt cannot be empty: {blank[0]['msg']}."
-        return render(EmptyPrompt(words), request.scope)
+        shape = shown(EmptyPrompt(words), api, param=str(blank[0]["loc"][1]))
+        return JSONResponse(shape.body, shape.status)
     if api == "documents":
         return JSONResponse({"detail": complaints, "error_code": code}, 422)
     words = _tgi_words(complaints) if api == "tgi" else _words(complaints)
-    param = next(filter(None, map(_field, complaints)), None)
+    param = next(filter(None, map(_openai_field, complaints)), None)
     shape = shown(InvalidRequest(words), api, code=code, param=param)
     return JSONResponse(shape.body, shape.status)
 
 
 def _words(complaints: Sequence[Mapping[str, Any]]) -> str:
-    return "; ".join(": ".join(filter(None, (_field(each), each["msg"]))) for each in complaints) + "."
+    return "; ".join(": ".join(filter(None, (_openai_field(each), each["msg"]))) for each in complaints) + "."
 
 
 def _tgi_words(complaints: Sequence[Mapping[str, Any]]) -> str:
@@ -223,21 +224,22 @@ def _tgi_words(complaints: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _tgi_rule(complaint: Mapping[str, Any]) -> str:
-    field, words = _field(complaint).removeprefix("parameters."), complaint["msg"]
+    field, words = ".".join(map(str, complaint["loc"][1:])).removeprefix("parameters."), complaint["msg"]
     if not field or complaint["type"] == "grammar":  # whose words name it
         return str(words)
     return f"`{field}` {words[:1].lower()}{words[1:]}"
 
 
-def _field(complaint: Mapping[str, Any]) -> str:
-    """Return where in the body it is, as OpenAI writes it: `messages.0.role`."""
-    return ".".join(str(part) for part in complaint["loc"][1:])
+def _openai_field(complaint: Mapping[str, Any]) -> str:
+    """Return where in the body it is, as OpenAI writes it: `messages[0].role`."""
+    steps = (f"[{step}]" if isinstance(step, int) else f".{step}" for step in complaint["loc"][1:])
+    return "".join(steps).removeprefix(".")
 
 
 def _complaint(error: Mapping[str, Any]) -> dict[str, Any]:
     """Return where, what and which rule; never the value, which may be a prompt."""
     message = error["msg"]
-    if error["type"] == "model_attributes_type" and error["loc"] == ("body",):
+    if error["type"] in ("model_attributes_type", "model_type") and error["loc"] == ("body",):
         message = "the body must be a JSON object, sent with Content-Type: application/json"
     if error["loc"] == ("body",) and error["type"] == "missing":
         message = 'the body is empty; send a JSON object such as {"prompt": "Once upon a time"}'

@@ -6,6 +6,7 @@ Pure: a body in, a `GenerationRequest` for each prompt out; results in, bytes ou
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from pydantic import BaseModel, Field
 
@@ -47,7 +48,10 @@ def to_requests(spec: ModelSpec, body: AutotrainBody) -> list[GenerationRequest]
     defaults = body.model_dump(include={"max_new_tokens", *SAMPLING})
     said = body.model_dump(include={"max_new_tokens", *SAMPLING} & body.model_fields_set)
     greedy = {} if body.do_sample else {"temperature": 0.0, "top_p": 1.0, "top_k": None}
-    return [request_of(spec, prompt, defaults=defaults, said={**said, **greedy}) for prompt in body.prompts]
+    # OpenAI's API has no top_k: without this, nobody could use the address there who leaves it to the document.
+    unasked = frozenset({"top_k"} - {*said, *greedy, *spec.parameters, *spec.overrides})
+    requests = [request_of(spec, prompt, defaults=defaults, said={**said, **greedy}) for prompt in body.prompts]
+    return [replace(request, defaults=unasked) for request in requests]
 
 
 def answer(body: AutotrainBody, results: Sequence[GenerationResult]) -> bytes:

@@ -3,7 +3,8 @@
 The source is OpenAI's reference of both. Its other fields (`user`, `metadata`, `store`, `service_tier`,
 `prompt_cache_key`, `safety_identifier` and whatever is not known here) are ignored: they do not change the answer.
 Those that do, and that no engine here can do, are refused as UNSUPPORTED, but for the value that changes nothing.
-`top_k` and `repetition_penalty` are not OpenAI's: clients of TGI, vLLM and llama.cpp send them.
+`top_k` and `repetition_penalty` are not OpenAI's: clients of TGI, vLLM and llama.cpp send them. So it is with what
+`ForeignBody` has, but no engine can do that.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Annotated, Any, Literal, Protocol
 from pydantic import AfterValidator, BaseModel, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
-from gateway.bodies import MOST_TOKENS, Body, StopTexts, as_json
+from gateway.bodies import MOST_TOKENS, Body, StopTexts, as_json, is_unicode
 from gateway.errors import GatewayError
 from gateway.generation import Finished, FinishReason, GenerationRequest, GenerationResult, TokenEvent
 from gateway.shapes import shown, tgi_stream_failure
@@ -41,6 +42,9 @@ def neutral(*values: object, words: str = "leave it out") -> AfterValidator:
     return AfterValidator(check)
 
 
+FORM = neutral("", [], {}, words="give `response_format` instead")
+
+
 def _no_bias(biases: dict[str, float]) -> dict[str, float]:
     if any(biases.values()):
         raise PydanticCustomError(
@@ -56,11 +60,32 @@ class StreamOptions(Body):
 class Addressed(Body):
     """What every request says, whoever reads the rest of it."""
 
-    model: str | None = Field(None, description="Model to use: an id, alias or hub name; default: the default model")
+    model: Annotated[str, AfterValidator(is_unicode)] | None = Field(
+        None, description="Model to use: an id, alias or hub name; default: the default model"
+    )
     stream: bool = Field(False, description="Answer piece by piece, as server-sent events that end with [DONE]")
 
 
-class SampledBody(Addressed):
+_NOT_SUPPORTED = "Not supported"
+
+
+class ForeignBody(Addressed):
+    """What other servers take beyond OpenAI's API and no engine here does, with the values that change nothing."""
+
+    min_p: Annotated[Any, neutral(0)] = Field(0, description=_NOT_SUPPORTED)
+    typical_p: Annotated[Any, neutral(1)] = Field(1, description=_NOT_SUPPORTED)
+    min_tokens: Annotated[Any, neutral(0)] = Field(0, description=_NOT_SUPPORTED)
+    ignore_eos: Annotated[Any, neutral(False)] = Field(False, description=_NOT_SUPPORTED)
+    guided_json: Annotated[Any, FORM] = Field(None, description=_NOT_SUPPORTED)
+    guided_regex: Annotated[Any, FORM] = Field(None, description=_NOT_SUPPORTED)
+    guided_choice: Annotated[Any, FORM] = Field(None, description=_NOT_SUPPORTED)
+    guided_grammar: Annotated[Any, FORM] = Field(None, description=_NOT_SUPPORTED)
+    structured_outputs: Annotated[Any, FORM] = Field(None, description=_NOT_SUPPORTED)
+    chat_template: Annotated[Any, neutral("")] = Field(None, description=_NOT_SUPPORTED)
+    chat_template_kwargs: Annotated[Any, neutral({})] = Field(None, description=_NOT_SUPPORTED)
+
+
+class SampledBody(ForeignBody):
     """The fields that chats and completions share."""
 
     max_tokens: int | None = Field(None, ge=1, le=MOST_TOKENS, description="Most tokens to generate")

@@ -70,12 +70,12 @@ class ChatCompletionBody(ChatBody, SampledBody):
     @field_validator("top_logprobs")
     @classmethod
     def _goes_with_logprobs(cls, said: int | None, info: ValidationInfo) -> int | None:
-        if said is not None and info.data.get("logprobs") is False:
+        if said and info.data.get("logprobs") is False:
             raise PydanticCustomError("top_logprobs", "goes with logprobs: true only")
         return said
 
 
-def to_requests(spec: ModelSpec, body: ChatCompletionBody) -> list[GenerationRequest]:
+def to_requests(spec: ModelSpec, body: ChatCompletionBody, *, keep_stop: bool = False) -> list[GenerationRequest]:
     """Return what is to be generated for each choice. Without a limit an answer ends where the context does."""
     request = replace(
         request_of(spec, "", defaults=DEFAULTS, said=said_of(body), top_tokens=body.top_logprobs or 0),
@@ -83,6 +83,7 @@ def to_requests(spec: ModelSpec, body: ChatCompletionBody) -> list[GenerationReq
         grammar=grammar_of(body.response_format),
         logprobs=body.logprobs,
         count_prompt=body.tells_usage,
+        keep_stop=keep_stop,
     )
     return choices_of(request, body.n)
 

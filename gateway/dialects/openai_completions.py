@@ -14,6 +14,7 @@ from pydantic_core import PydanticCustomError
 
 from gateway.bodies import Prompt, request_of
 from gateway.catalog import ModelSpec
+from gateway.conversation import ResponseFormat, grammar_of
 from gateway.dialects.openai import (
     DEFAULTS,
     FINISH_WORDS,
@@ -63,6 +64,9 @@ class CompletionBody(SampledBody):
     best_of: int | None = Field(None, ge=1, description="Not supported, but for n")
     echo: Annotated[bool, neutral(False)] = Field(False, description="Not supported")
     suffix: Annotated[str, neutral("")] = Field("", description="Not supported")
+    response_format: ResponseFormat | None = Field(
+        None, description="Not OpenAI's here: what form the whole answer must have"
+    )
 
     @field_validator("prompt")
     @classmethod
@@ -80,7 +84,11 @@ class CompletionBody(SampledBody):
 
 
 def to_requests(
-    spec: ModelSpec, body: CompletionBody, *, default_new_tokens: int | None = DEFAULT_NEW_TOKENS
+    spec: ModelSpec,
+    body: CompletionBody,
+    *,
+    default_new_tokens: int | None = DEFAULT_NEW_TOKENS,
+    keep_stop: bool = False,
 ) -> list[GenerationRequest]:
     """Return what is to be generated for each choice: those of the first prompt, those of the next one, and so on."""
     request = replace(
@@ -91,8 +99,10 @@ def to_requests(
             said=said_of(body),
             top_tokens=body.logprobs or 0,
         ),
+        grammar=grammar_of(body.response_format),
         logprobs=body.logprobs is not None,
         count_prompt=body.tells_usage,
+        keep_stop=keep_stop,
     )
     return [each for prompt in body.prompt for each in choices_of(replace(request, prompt=prompt), body.n)]
 

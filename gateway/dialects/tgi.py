@@ -148,12 +148,17 @@ Grammar = Annotated[JsonGrammar | RegexGrammar | JsonSchemaGrammar, Field(discri
 def _form(grammar: JsonGrammar | RegexGrammar | JsonSchemaGrammar | None) -> Form | None:
     match grammar:
         case JsonGrammar(value=dict() as schema):
-            return JsonSchema(schema)
+            return JsonSchema(_of_object(schema))
         case RegexGrammar(value=pattern):
             return Regex(pattern)
         case JsonSchemaGrammar(value=named):
-            return JsonSchema(named.json_schema, named.name)
+            return JsonSchema(_of_object(named.json_schema), named.name)
     return None
+
+
+def _of_object(schema: dict[str, Any]) -> dict[str, Any]:
+    """Return the schema of an object, as TGI takes it: without a `type`, `properties` alone would bind nothing."""
+    return {"type": "object", **schema}
 
 
 # ---- bodies ---------------------------------------------------------------------------------------------------------
@@ -250,7 +255,13 @@ def to_request(spec: ModelSpec, body: GenerateBody, *, stream: bool = False) -> 
         top_tokens=asked.top_n_tokens or 0,
     )
     told = asked.details and stream
-    return replace(request, grammar=_form(asked.grammar), logprobs=stream or asked.details, count_prompt=told)
+    return replace(
+        request,
+        grammar=_form(asked.grammar),
+        logprobs=stream or asked.details,
+        count_prompt=told,
+        keep_stop=True,
+    )
 
 
 def _said(asked: GenerateParameters) -> dict[str, Any]:
@@ -301,7 +312,10 @@ def as_openai(said: Any) -> Any:
 def _openai_form(form: dict[str, Any]) -> dict[str, Any]:
     match form:
         case {"type": "json" | "json_object", "value": value}:
-            return {"type": "json_schema", "json_schema": {"name": "answer", "schema": _schema_or_text(value)}}
+            schema = _of_object(_schema_or_text(value))
+            return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+        case {"type": "json_schema", "value": {"schema": {"properties": _} as schema, **named}}:
+            return {"type": "json_schema", "json_schema": {"name": "answer", **named, "schema": _of_object(schema)}}
         case {"type": "json_schema", "value": dict() as named}:
             return {"type": "json_schema", "json_schema": {"name": "answer", **named}}
     return form

@@ -27,7 +27,7 @@ from gateway.engines.base import Api, Call, Decoder, Diagnosis
 from gateway.engines.chat import ChatDecoder, messages_of, response_format_of, tools_of
 from gateway.engines.llamacpp_answers import CompletionDecoder, failure, prompt_tokens, refusal
 from gateway.engines.llamacpp_diagnoses import diagnose, progress
-from gateway.engines.text_calls import TextCallDecoder, call_schema
+from gateway.engines.text_calls import MOST_LEVELS, TextCallDecoder, call_schema, is_too_deep
 from gateway.errors import GatewayError, StartFailed, Unsupported
 from gateway.generation import Chat, GenerationRequest, Image, JsonSchema, PromptToken, Regex
 from gateway.runtimes.base import Exit, Launch, Progress, RequiredFile
@@ -93,7 +93,9 @@ class LlamaCpp:
 
     def call(self, spec: ModelSpec, request: GenerationRequest, secret: str) -> Call:
         path, asked = ("/completion", _completion(request)) if request.chat is None else (CHAT, _chat(request))
-        common = {"stream": True, "cache_prompt": True, **_sampling(request, _context_tokens(spec))}
+        # What the slot still holds was computed in other batches, whose rounding differs: it could turn a greedy text.
+        may_reuse = request.temperature > 0
+        common = {"stream": True, "cache_prompt": may_reuse, **_sampling(request, _context_tokens(spec))}
         return _json_call(path, {**common, **_reporting(request), **asked}, secret)
 
     def decoder(self, request: GenerationRequest) -> Decoder:
@@ -225,6 +227,11 @@ def _refuse_unsupported(request: GenerationRequest) -> None:
         raise Unsupported(
             "This model's engine can hold an answer to JSON, but not to a regular expression. Leave the regex out, or "
             "give a JSON schema."
+        )
+    if request.chat is not None and _must_call(request.chat) and is_too_deep(request.chat.tools):
+        raise Unsupported(
+            f"This model's engine can hold a call to parameters of at most {MOST_LEVELS} levels. Nest those of the "
+            "tools less deeply, or use tool_choice auto."
         )
     if request.chat is not None and _form(request) and _continues(request.chat):
         raise Unsupported(

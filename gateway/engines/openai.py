@@ -7,7 +7,8 @@ A prompt is asked for by `POST /v1/completions`, into which it goes as it is, as
 - It reports log-probabilities at temperature 1, whatever the request's, and OpenAI itself no more than five of them,
   or twenty in chats. A server that refuses to is not asked to, with `args: {logprobs: false}`.
 - A stop text is told to the server, as a provider bills whatever it makes after it, and looked for here as well: some
-  servers leave it in, and OpenAI takes no more than four.
+  servers leave it in, and OpenAI takes no more than four. Where it has to be told to the caller (`keep_stop`), it is
+  looked for here alone, as most servers remove it.
 - What a provider counts is what counts: the usage is always asked for.
 - Callers of OpenAI's API are put through to it as they are (`forward`).
 """
@@ -27,8 +28,6 @@ from gateway.errors import GatewayError, InvalidRequest, StartFailed, Unsupporte
 from gateway.generation import GenerationRequest, PromptToken, Regex
 from gateway.runtimes.base import Exit, Launch, Progress
 
-KNOWN_ARGS = ("model", "server", "logprobs")
-
 
 class OpenAi:
     name: ClassVar[str] = "openai"
@@ -37,13 +36,6 @@ class OpenAi:
     speaks: ClassVar[Api | None] = "openai"
 
     def launch(self, spec: ModelSpec, name: str, secret: str) -> Launch:  # noqa: ARG002 - its key is the catalog's
-        if spec.runtime != "external":
-            cause = f"engine openai reaches servers that already run, and the runtime of {spec.id} is {spec.runtime}"
-            raise _unusable(cause, "Write `runtime: external` and the server's `url`")
-        for flag in spec.args.keys() - set(KNOWN_ARGS):
-            cause = f"args of {spec.id} has {flag}, and nothing is started that could take it"
-            raise _unusable(cause, f"Remove it: engine openai takes {', '.join(KNOWN_ARGS)} in args")
-        _server(spec)
         return Launch(name=name, url=_base_url(spec.url or ""), model=spec.id)
 
     def download(self, spec: ModelSpec, name: str) -> Launch | None:  # noqa: ARG002 - it is where the server is
@@ -121,11 +113,7 @@ def _others() -> list[str]:
 
 
 def _server(spec: ModelSpec) -> Server:
-    name = str(spec.args.get("server", "openai"))
-    if name not in SERVERS:
-        cause = f"args of {spec.id} names the server {name}, which engine openai does not know"
-        raise _unusable(cause, f"Write one of {', '.join(SERVERS)} as `server` in args")
-    return SERVERS[name]
+    return SERVERS[str(spec.args.get("server", "openai"))]
 
 
 def model_name(spec: ModelSpec) -> str:
@@ -140,11 +128,6 @@ def _reports_logprobs(spec: ModelSpec) -> bool:
 def _base_url(url: str) -> str:
     """Return what stands before `/models` and `/completions`: an address without a path gets `/v1`."""
     return url if urlsplit(url).path.strip("/") else f"{url.rstrip('/')}/v1"
-
-
-def _unusable(cause: str, fix: str) -> StartFailed:
-    fix = f"{fix}, in models.yaml."
-    return StartFailed(f"{cause[0].upper()}{cause[1:]}. {fix}", cause=cause, fix=fix)
 
 
 def _never_ready(error: GatewayError) -> StartFailed:

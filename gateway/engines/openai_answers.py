@@ -41,7 +41,12 @@ _OVER: Mapping[str, FinishReason] = {
 
 def chat_decoder(request: GenerationRequest) -> ChatDecoder:
     """Return what reads the answer to a chat. One that was told of stop texts means one of them by `stop`."""
-    return ChatDecoder(request, failure, stop_means="stop" if any(request.stop) else "eos")
+    return ChatDecoder(request, failure, stop_means="stop" if _tells_stops(request) else "eos")
+
+
+def _tells_stops(request: GenerationRequest) -> bool:
+    """Say whether the server was told of stop texts (`openai_calls`)."""
+    return any(request.stop) and not request.keep_stop
 
 
 class CompletionDecoder:
@@ -111,7 +116,7 @@ class CompletionDecoder:
             if key in choice:
                 self._stopped_by = choice[key] if isinstance(choice[key], str) else ""
                 return "stop" if self._stopped_by else "eos"
-        return "stop" if any(self._request.stop) and said == "stop" else "eos"
+        return "stop" if _tells_stops(self._request) and said == "stop" else "eos"
 
     def _end(self) -> Iterator[Finished]:
         reason = "stop" if self._stop.found else self._reason
@@ -195,7 +200,7 @@ def _refusal(status: int, error: _Error) -> GatewayError:
     if status == 413:
         return BodyTooLarge("The request is longer than the model's server takes; shorten the prompt.")
     if status in (400, 422):
-        return InvalidRequest(f"The model's server refuses the request: {error.words}.")
+        return InvalidRequest(f"The model's server refuses the request: {error.words}.", **_param(error))
     if status == 402:
         return _no_quota()
     if status == 429:
@@ -237,6 +242,15 @@ def _too_long(error: _Error) -> PromptTooLong:
 def _number(pattern: re.Pattern[str], words: str) -> int | None:
     found = pattern.search(words)
     return next((int(group) for group in found.groups() if group), None) if found else None
+
+
+_FIELD = re.compile(r"[a-z_]{1,40}(?:\.[a-z_]{1,40}|\.\d{1,5}|\[\d{1,5}\]){0,9}")
+
+
+def _param(error: _Error) -> dict[str, str]:
+    """Return the field that the server finds wrong, if what it says is the name of one and nothing else."""
+    said = error.facts.get("param")
+    return {"param": said} if isinstance(said, str) and _FIELD.fullmatch(said) else {}
 
 
 def _nothing_there(error: _Error) -> UpstreamFailed:

@@ -176,7 +176,7 @@ def _sampling(server: Server, request: GenerationRequest) -> dict[str, Any]:
         return {}  # some servers take a top_p or a seed as a wish to sample
     wanted = {
         "top_p": request.top_p if request.top_p < 1 else None,
-        server.top_k or "": request.top_k,
+        **({server.top_k: request.top_k} if server.top_k else {}),
         "seed": request.seed,
     }
     return {name: value for name, value in wanted.items() if value is not None}
@@ -192,6 +192,8 @@ def _penalties(server: Server, request: GenerationRequest) -> dict[str, float]:
 
 
 def _stops(server: Server, request: GenerationRequest) -> dict[str, list[str]]:
+    if request.keep_stop:  # a server that is told of a stop text removes it, and few say which one it was
+        return {}
     told = [text for text in request.stop if text][: server.most_stops]
     return {"stop": told} if told else {}
 
@@ -214,7 +216,7 @@ def missing(server: Server, request: GenerationRequest) -> list[str]:
         "top_k": server.top_k is None and request.top_k is not None and request.temperature > 0,
         "repetition_penalty": server.repetition_penalty is None and request.repetition_penalty != 1,
     }
-    return [name for name, is_missing in without.items() if is_missing]
+    return [name for name, is_missing in without.items() if is_missing and name not in request.defaults]
 
 
 def can_bind(server: Server, request: GenerationRequest) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +13,28 @@ from gateway.engines.protocol import json_in
 from gateway.generation import Finished, TokenEvent, Tool, ToolCallPiece
 
 _HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*(?P<name>"(?:[^"\\]|\\.)*")\s*,\s*"arguments"\s*:\s*(?=\S)')
+
+MOST_LEVELS = 100
+"""How deeply parameters may be nested, so that a schema is surely written before Python's stack is full."""
+
+
+def is_too_deep(tools: Sequence[Tool]) -> bool:
+    """Say whether the parameters of a tool are nested too deeply for `call_schema`."""
+    return any(_levels(tool.parameters) > MOST_LEVELS for tool in tools)
+
+
+def _levels(schema: Any) -> int:
+    level, found = 0, [schema]
+    while found:
+        level += 1
+        found = [each for value in found for each in _within(value)]
+    return level
+
+
+def _within(value: Any) -> Iterable[Any]:
+    if isinstance(value, Mapping):
+        return value.values()
+    return value if isinstance(value, list | tuple) else ()
 
 
 def call_schema(tools: Sequence[Tool]) -> dict[str, Any]:

@@ -41,6 +41,23 @@ def test_a_field_reaches_the_requests(fields: dict[str, Any], attribute: str, va
 
 
 @pytest.mark.parametrize(
+    ("keys", "fields", "unasked"),
+    [
+        ({}, {}, {"top_k"}),
+        ({}, {"top_k": None}, {"top_k"}),
+        ({}, {"top_k": 50}, set()),
+        ({}, {"do_sample": False}, set()),
+        ({"parameters": {"top_k": 50}}, {}, set()),
+        ({"overrides": {"top_k": 50}}, {}, set()),
+    ],
+)
+def test_a_top_k_that_nobody_asked_for_is_known_as_such(
+    keys: dict[str, Any], fields: dict[str, Any], unasked: set[str]
+) -> None:
+    assert [request.defaults for request in to_requests(spec(**keys), body(**fields))] == [unasked, unasked]
+
+
+@pytest.mark.parametrize(
     ("fields", "loc"),
     [
         ({"prompts": []}, ("prompts",)),

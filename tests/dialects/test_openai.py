@@ -20,6 +20,7 @@ from gateway.generation import (
     GenerationRequest,
     GenerationResult,
     JsonSchema,
+    Regex,
     TokenChance,
     TokenEvent,
     ToolCallPiece,
@@ -185,17 +186,79 @@ def test_what_changes_nothing_is_fine_in_a_completion(fields: dict[str, Any]) ->
     assert wanted(text(**fields)) == wanted(text())
 
 
+NEUTRAL: dict[str, list[Any]] = {
+    "min_p": [None, 0, 0.0],
+    "typical_p": [None, 1, 1.0],
+    "min_tokens": [None, 0],
+    "ignore_eos": [None, False],
+    "guided_json": [None, {}, ""],
+    "guided_regex": [None, ""],
+    "guided_choice": [None, []],
+    "guided_grammar": [None, ""],
+    "structured_outputs": [None, {}],
+    "chat_template": [None, ""],
+    "chat_template_kwargs": [None, {}],
+}
+
+
+@pytest.mark.parametrize("make", [chat, text])
+@pytest.mark.parametrize(("name", "values"), NEUTRAL.items())
+def test_what_only_other_servers_have_is_fine_where_it_changes_nothing(
+    make: Any, name: str, values: list[object]
+) -> None:
+    assert [wanted(make(**{name: value})) for value in values] == [wanted(make())] * len(values)
+
+
+@pytest.mark.parametrize("make", [chat, text])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("min_p", 0.1),
+        ("typical_p", 0.9),
+        ("min_tokens", 3),
+        ("ignore_eos", True),
+        ("guided_json", {"type": "object"}),
+        ("guided_regex", "a+"),
+        ("guided_choice", ["a", "b"]),
+        ("guided_grammar", "root ::= x"),
+        ("structured_outputs", {"regex": "a+"}),
+        ("chat_template", "{{ messages }}"),
+        ("chat_template_kwargs", {"enable_thinking": False}),
+    ],
+)
+def test_what_only_other_servers_have_is_not_dropped_in_silence(make: Any, name: str, value: object) -> None:
+    with pytest.raises(ValidationError) as refused:
+        make(**{name: value})
+
+    assert [(error["loc"], error["type"]) for error in refused.value.errors()] == [((name,), "unsupported")]
+
+
+@pytest.mark.parametrize("make", [chat, text])
+def test_a_regular_expression_is_a_form_as_tgi_writes_it(make: Any) -> None:
+    [request] = wanted(make(response_format={"type": "regex", "value": "a+"}))
+
+    assert request.grammar == Regex("a+")
+    with pytest.raises(ValidationError) as refused:
+        make(response_format={"type": "regex"})
+    assert [error["loc"] for error in refused.value.errors()] == [("response_format", "value")]
+
+
+def test_no_logprobs_and_none_of_the_likeliest_are_neutral() -> None:
+    assert wanted(chat(logprobs=False, top_logprobs=0)) == wanted(chat())
+
+
 def test_tools_and_formats_reach_the_request() -> None:
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
     json_schema = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
 
     [calling] = wanted(chat(tools=[WEATHER], tool_choice="required"))
     [formed] = wanted(chat(response_format=json_schema))
+    [continued] = wanted(text(response_format=json_schema))
 
     assert calling.chat is not None
     assert calling.calls_tools
     assert (calling.chat.tool_choice, calling.chat.tools[0].name) == ("required", "weather")
-    assert formed.grammar == JsonSchema(schema, "answer")
+    assert formed.grammar == continued.grammar == JsonSchema(schema, "answer")
 
 
 def test_each_choice_has_a_seed_of_its_own_and_one_of_them_counts_the_prompt() -> None:
@@ -287,7 +350,7 @@ def test_a_field_out_of_its_range_is_refused_by_its_name(make: Any, field: str, 
         (text, {"max_tokens": 3, "max_completion_tokens": 4}, "max_completion_tokens"),
         (chat, {"stream": False, "stream_options": {}}, "stream_options"),
         (chat, {"top_logprobs": 2}, "top_logprobs"),
-        (chat, {"logprobs": False, "top_logprobs": 0}, "top_logprobs"),
+        (chat, {"logprobs": False, "top_logprobs": 1}, "top_logprobs"),
         (chat, {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         (chat, {"logprobs": 3}, "logprobs"),
         (chat, {"messages": []}, "messages"),

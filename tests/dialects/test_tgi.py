@@ -55,6 +55,26 @@ def asked(**parameters: Any) -> GenerationRequest:
     return to_request(spec(), body(**parameters))
 
 
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        {"type": "json", "value": {"properties": {"a": {"type": "string"}}}},
+        {"type": "json", "value": '{"properties": {"a": {"type": "string"}}}'},
+        {"type": "json_schema", "value": {"schema": {"properties": {"a": {"type": "string"}}}}},
+    ],
+)
+def test_a_schema_of_properties_alone_is_that_of_an_object(grammar: dict[str, Any]) -> None:
+    wanted = {"type": "object", "properties": {"a": {"type": "string"}}}
+
+    assert asked(grammar=grammar).grammar == JsonSchema(wanted)
+    form = as_openai({"response_format": grammar})["response_format"]
+    assert form == {"type": "json_schema", "json_schema": {"name": "answer", "schema": wanted}}
+
+
+def test_the_stop_text_that_ends_an_answer_must_be_told() -> None:
+    assert asked(stop=["x"]).keep_stop
+
+
 def reply(*, stream: bool = True, **parameters: Any) -> TgiReply:
     said = body(**parameters)
     return TgiReply(said, to_request(spec(), said, stream=stream), stream=stream)

@@ -60,7 +60,6 @@ def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
             "overrides": {"top_tokens": 2},
             "aliases": [EMBEDDED["weights"]],
         },
-        later={"engine": "openai", "runtime": "process"},
     ) as running:
         yield running
 
@@ -288,7 +287,6 @@ def test_a_body_of_3_mb_is_refused(gateway: Gateway, chunked: bool) -> None:
         ("garbage", "GGUF"),
         ("truncated", "truncated or damaged"),
         ("unpacked", "no_such_package"),
-        ("later", "runtime: external"),
     ],
 )
 def test_a_model_that_cannot_start_says_why(gateway: Gateway, model_id: str, words: str) -> None:

@@ -286,6 +286,14 @@ def test_a_call_is_a_stream_with_the_key_and_leaves_no_sampler_to_the_server() -
 
 
 @pytest.mark.parametrize(
+    "asked", [{}, {"prompt": "", "chat": Chat((Message("user", ("Hello",)),))}], ids=["prompt", "chat"]
+)
+def test_a_greedy_text_does_not_depend_on_what_a_slot_held_before(asked: dict[str, Any]) -> None:
+    assert body_of(ask(temperature=0.0, **asked))["cache_prompt"] is False
+    assert body_of(ask(temperature=0.7, **asked))["cache_prompt"] is True
+
+
+@pytest.mark.parametrize(
     ("asked", "sent"),
     [
         ({"temperature": 0.0}, {"temperature": 0.0}),
@@ -415,6 +423,28 @@ def test_a_form_is_told(grammar: JsonObject | JsonSchema, schema: dict[str, Any]
 def test_what_it_cannot_do_is_refused_before_a_model_is_started(asked: dict[str, Any], words: str) -> None:
     with pytest.raises(Unsupported, match=words):
         ENGINE.check(spec(), ask(**asked))
+
+
+def nested(levels: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "string"}
+    for _ in range(levels):
+        schema = {"type": "object", "properties": {"a": schema}, "allOf": [{}]}
+    return schema
+
+
+def test_parameters_that_are_nested_too_deeply_for_a_call_are_refused_before_a_model_is_started() -> None:
+    deep = Tool("deep", None, nested(250))
+
+    with pytest.raises(Unsupported, match=r"at most 100 levels.*tool_choice auto"):
+        ENGINE.check(spec(), ask(prompt="", chat=chat(tools=(CLOCK, deep), tool_choice="required")))
+    ENGINE.check(spec(), ask(prompt="", chat=chat(tools=(CLOCK, deep))))
+
+
+def test_parameters_that_are_not_nested_too_deeply_are_told() -> None:
+    asked = ask(prompt="", chat=chat(tools=(Tool("deep", None, nested(49)),), tool_choice="required"))
+
+    ENGINE.check(spec(), asked)
+    assert body_of(asked)["response_format"]
 
 
 @pytest.mark.parametrize(

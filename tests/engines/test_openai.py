@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.catalog import ModelSpec
+from gateway.catalog import OPENAI_SERVERS, ModelSpec
 from gateway.engines.base import Call
 from gateway.engines.openai import OpenAi, model_name
+from gateway.engines.openai_calls import SERVERS
 from gateway.errors import (
     BodyTooLarge,
     GatewayError,
@@ -81,20 +82,8 @@ def test_an_address_without_a_path_gets_v1_and_one_with_a_path_is_taken_as_it_is
     assert ENGINE.download(spec(), "tgi-m") is None
 
 
-@pytest.mark.parametrize(
-    ("keys", "words"),
-    [
-        ({"args": {"server": "ollama"}}, "names the server ollama.*openai, vllm, sglang, llama.cpp"),
-        ({"args": {"temperature": 1}}, "rgs of m has temperature.*takes model, server, logprobs in args"),
-        ({"runtime": "docker", "url": None}, "runtime of m is docker.*runtime: external"),
-    ],
-)
-def test_what_cannot_be_used_says_what_to_write(keys: dict[str, Any], words: str) -> None:
-    with pytest.raises(StartFailed, match=words) as caught:
-        ENGINE.launch(spec(**keys), "tgi-m", "")
-
-    assert caught.value.extra["cause"]
-    assert caught.value.extra["fix"]
+def test_every_kind_of_server_that_the_catalog_takes_is_known() -> None:
+    assert tuple(SERVERS) == OPENAI_SERVERS
 
 
 @pytest.mark.parametrize(
@@ -172,6 +161,45 @@ def test_what_is_sent_for_what_is_asked(server: str, asked: dict[str, Any], sent
     assert {name: value for name, value in body.items() if plain.get(name) != value} == (
         asked if sent is None else sent
     )
+
+
+@pytest.mark.parametrize(
+    ("said", "extra"),
+    [
+        ("temperature", {"param": "temperature"}),
+        ("messages[0].content.1.image_url", {"param": "messages[0].content.1.image_url"}),
+        (None, {}),
+        ("", {}),
+        (5, {}),
+        ({"a": 1}, {}),
+        ("you wrote: Hello", {}),
+        (KEY, {}),
+        ("a" * 41, {}),
+        ("a" + "[0]" * 10, {}),
+    ],
+)
+def test_the_field_that_a_provider_finds_wrong_is_kept_if_it_is_one(said: object, extra: dict[str, str]) -> None:
+    error = ENGINE.refusal(400, json.dumps({"error": {"message": "no", "param": said}}).encode())
+
+    assert isinstance(error, InvalidRequest)
+    assert error.extra == extra
+
+
+def test_a_parameter_that_nobody_asked_for_is_left_out_where_the_server_has_none_of_it() -> None:
+    unasked = {"top_k": 50, "defaults": frozenset({"top_k"})}
+
+    ENGINE.check(spec(), ask(**unasked))
+    assert body_of(**unasked) == body_of()
+    assert body_of(spec(args={"server": "vllm"}), **unasked)["top_k"] == 50
+
+
+def test_a_stop_text_that_must_be_told_is_looked_for_here_alone() -> None:
+    kept = {"stop": ("x",), "keep_stop": True}
+
+    assert "stop" not in body_of(**kept)
+    assert "stop" not in chat_body(**kept)
+    assert heard(chunk(" a x b"), **kept)[-1] == Finished("stop", 1, 0, stop="x")
+    assert heard(chunk(" a"), chunk("", "stop"), "[DONE]", **kept)[-1] == Finished("eos", 1, 0)
 
 
 @pytest.mark.parametrize(
