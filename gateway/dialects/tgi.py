@@ -312,13 +312,16 @@ def as_openai(said: Any) -> Any:
 def _openai_form(form: dict[str, Any]) -> dict[str, Any]:
     match form:
         case {"type": "json" | "json_object", "value": value}:
-            schema = _of_object(_schema_or_text(value))
-            return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
-        case {"type": "json_schema", "value": {"schema": {"properties": _} as schema, **named}}:
-            return {"type": "json_schema", "json_schema": {"name": "answer", **named, "schema": _of_object(schema)}}
+            return _named_schema({"schema": _of_object(_schema_or_text(value))})
+        case {"type": "json_schema", "value": {"schema": {"properties": _} as schema} as named}:
+            return _named_schema(named | {"schema": _of_object(schema)})
         case {"type": "json_schema", "value": dict() as named}:
-            return {"type": "json_schema", "json_schema": {"name": "answer", **named}}
+            return _named_schema(named)
     return form
+
+
+def _named_schema(named: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "answer", **named}}
 
 
 # ---- answers --------------------------------------------------------------------------------------------------------

@@ -247,7 +247,7 @@ def _number(pattern: re.Pattern[str], words: str) -> int | None:
 _FIELD = re.compile(r"[a-z_]{1,40}(?:\.[a-z_]{1,40}|\.\d{1,5}|\[\d{1,5}\]){0,9}")
 
 
-def _param(error: _Error) -> dict[str, str]:
+def _param(error: _Error) -> dict[str, Any]:
     """Return the field that the server finds wrong, if what it says is the name of one and nothing else."""
     said = error.facts.get("param")
     return {"param": said} if isinstance(said, str) and _FIELD.fullmatch(said) else {}

@@ -186,7 +186,7 @@ def test_the_field_that_a_provider_finds_wrong_is_kept_if_it_is_one(said: object
 
 
 def test_a_parameter_that_nobody_asked_for_is_left_out_where_the_server_has_none_of_it() -> None:
-    unasked = {"top_k": 50, "defaults": frozenset({"top_k"})}
+    unasked: dict[str, Any] = {"top_k": 50, "defaults": frozenset({"top_k"})}
 
     ENGINE.check(spec(), ask(**unasked))
     assert body_of(**unasked) == body_of()
@@ -194,7 +194,7 @@ def test_a_parameter_that_nobody_asked_for_is_left_out_where_the_server_has_none
 
 
 def test_a_stop_text_that_must_be_told_is_looked_for_here_alone() -> None:
-    kept = {"stop": ("x",), "keep_stop": True}
+    kept: dict[str, Any] = {"stop": ("x",), "keep_stop": True}
 
     assert "stop" not in body_of(**kept)
     assert "stop" not in chat_body(**kept)
