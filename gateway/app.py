@@ -43,6 +43,7 @@ from gateway.fleet.gpus import Gpus
 from gateway.fleet.health import HttpProbe
 from gateway.fleet.identity import server_name
 from gateway.fleet.journal import Journal
+from gateway.fleet.placement import Device
 from gateway.keys import load_keys
 from gateway.runtimes.base import Launch
 from gateway.runtimes.docker.runtime import DockerRuntime
@@ -123,7 +124,7 @@ def compose(settings: Settings, catalog: Catalog) -> FastAPI:
         runtimes={"docker": containers, "process": processes, "external": others},
         probe=probe,
         journal=Journal(time.time),
-        gpus=Gpus(settings.gpus or _gpus_of_this_machine()),
+        gpus=Gpus(_devices(settings)),
         keep_servers=settings.on_exit != "stop",
     )
 
@@ -141,7 +142,7 @@ def compose(settings: Settings, catalog: Catalog) -> FastAPI:
     app = FastAPI(title="TGI Gateway", version=VERSION, lifespan=lifespan, root_path=settings.root_path)
     app.router.redirect_slashes = False
     problems.install(app)
-    reports = Reports(fleet, VERSION, gpu_memory=settings.gpus or {}, device=settings.device)
+    reports = Reports(fleet, VERSION, device=settings.device)
     for router in (
         generate_router(fleet, client),
         inference_router(fleet, client),
@@ -167,6 +168,13 @@ def compose(settings: Settings, catalog: Catalog) -> FastAPI:
     app.add_middleware(Lingering)
     app.add_middleware(PlainRefusal)
     return app
+
+
+def _devices(settings: Settings) -> list[Device] | None:
+    if settings.gpus:
+        return [Device(gpu, memory_bytes) for gpu, memory_bytes in settings.gpus.items()]
+    found = _gpus_of_this_machine()
+    return [Device(gpu) for gpu in found] if found else None
 
 
 def _gpus_of_this_machine() -> list[str] | None:

@@ -285,8 +285,6 @@ def deferred(spec: ModelSpec) -> list[str]:
     if spec.replicas > 1:
         missing.append(f"replicas: {spec.replicas} comes with a later version: this one runs one server per model")
     missing += [f"{key.removesuffix('_bytes')} has no effect on a model that {where}" for key, where in _idle(spec)]
-    if spec.runtime == "docker" and spec.gpu_memory_bytes:
-        missing.append("gpu_memory comes with a later version: this one gives a model its GPUs whole")
     return missing
 
 

@@ -678,10 +678,7 @@ def test_catalogs_made_in_python() -> None:
     [
         ("engine: llamacpp, weights: m", []),
         ("hf_name: m", []),
-        (
-            "hf_name: m, gpu_memory: 3GiB",
-            ["gpu_memory comes with a later version: this one gives a model its GPUs whole"],
-        ),
+        ("hf_name: m, gpu_memory: 3GiB", []),
         ("engine: openai, url: 'http://h:1', args: {server: vllm}", []),
         ("hf_name: m, runtime: external, url: 'http://h:1'", []),
         (

@@ -44,7 +44,7 @@ class Progress(BaseModel):
 
 
 class Model(BaseModel):
-    """One model of the catalog, and what is known of it now."""
+    """One model of the catalog, and what is known of it now. `waits_for`: why it has no GPUs yet, while it waits."""
 
     id: str
     name: str
@@ -58,6 +58,8 @@ class Model(BaseModel):
     queued: int
     idle_seconds: float | None
     port: int | None
+    gpus: list[str]
+    waits_for: str | None
     last_error: LastError | None
 
 
@@ -181,6 +183,8 @@ def model_json(status: Status) -> dict[str, Any]:
         "queued": status.queued,
         "idle_seconds": None if status.idle_s is None else round(status.idle_s, 1),
         "port": status.handle.port if status.handle else None,
+        "gpus": list(status.gpus),
+        "waits_for": status.waits_for,
         "last_error": _last_error(status.failure, status.retry_after_s),
     }
 

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from gateway import machine
 from gateway.catalog import ModelSpec
 from gateway.facts import Facts, facts_of
 from gateway.fleet.fleet import Fleet
+from gateway.fleet.placement import Device, free_bytes
 from gateway.lifecycle import State
 
 MEGABYTE = 2**20
@@ -61,12 +61,14 @@ class ServiceStatus(BaseModel):
 
 
 class Gpu(BaseModel):
-    """One GPU, and the model that has it. `memory_mb` is as GATEWAY_GPUS says."""
+    """One GPU, and the models that have it, or a part of it. Memory is in MB; null where it is not known."""
 
     id: str
     name: str | None
     memory_mb: int | None
-    model: str | None
+    reserved_mb: int | None
+    model: str | None = Field(description="The first of `models`")
+    models: list[str]
 
 
 class GatewayStatus(ServiceStatus):
@@ -97,12 +99,11 @@ class GatewayInfo(ModelInfo):
 
 
 class Reports:
-    """Makes them. `gpu_memory` is the memory of GPUs by id, `device` where llama.cpp computes: auto, cpu or cuda."""
+    """Makes them. `device` is where llama.cpp computes: auto, cpu or cuda."""
 
-    def __init__(self, fleet: Fleet, version: str, *, gpu_memory: Mapping[str, int], device: str) -> None:
+    def __init__(self, fleet: Fleet, version: str, *, device: str) -> None:
         self.version = version
         self._fleet = fleet
-        self._gpu_memory = gpu_memory
         self._device = device
         self._began_at = time.monotonic()
         self._gpu_names = machine.gpu_names()
@@ -144,7 +145,7 @@ class Reports:
         if gpus := self._fleet.gpus.of(spec.id):
             return ",".join(f"cuda:{gpu}" for gpu in gpus)
         if spec.engine == "llamacpp":
-            alone = "cpu" if self._fleet.gpus.inventory is None else None
+            alone = "cpu" if self._fleet.gpus.devices is None else None
             return alone if self._device == "auto" else self._device
         return "cpu" if spec.runtime == "docker" and spec.gpus == 0 else None
 
@@ -171,7 +172,7 @@ class Reports:
     def _system(self, spec: ModelSpec | None) -> System:
         gpus = self._fleet.gpus
         own = gpus.of(spec.id) if spec else ()
-        first = next(iter(own or gpus.inventory or ()), None)
+        first = next(iter(own or [device.id for device in gpus.devices or ()]), None)
         return System(
             gpu_available=first is not None,
             gpu_name=self._gpu_names.get(first) if first else None,
@@ -182,14 +183,24 @@ class Reports:
         )
 
     def _gpus(self) -> list[Gpu] | None:
-        gpus = self._fleet.gpus
-        if gpus.inventory is None:
-            return None
-        holders = gpus.holders()
-        return [
-            Gpu(id=gpu, name=self._gpu_names.get(gpu), memory_mb=self._gpu_mb(gpu), model=holders.get(gpu))
-            for gpu in gpus.inventory
-        ]
+        devices = self._fleet.gpus.devices
+        return None if devices is None else [self._gpu(device) for device in devices]
+
+    def _gpu(self, device: Device) -> Gpu:
+        holders = self._fleet.gpus.holders(device.id)
+        free = free_bytes(device, holders.values())
+        return Gpu(
+            id=device.id,
+            name=self._gpu_names.get(device.id),
+            memory_mb=_megabytes(device.memory_bytes),
+            reserved_mb=_megabytes(device.memory_bytes and device.memory_bytes - (free or 0)),
+            model=next(iter(holders), None),
+            models=list(holders),
+        )
 
     def _gpu_mb(self, gpu: str) -> int | None:
-        return self._gpu_memory[gpu] // MEGABYTE if gpu in self._gpu_memory else None
+        return next((_megabytes(each.memory_bytes) for each in self._fleet.gpus.devices or () if each.id == gpu), None)
+
+
+def _megabytes(amount: int | None) -> int | None:
+    return None if amount is None else amount // MEGABYTE

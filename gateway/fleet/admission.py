@@ -37,17 +37,19 @@ def queue_room(state: State, max_queue: int, slots: int) -> int:
     return max_queue if state in SERVING else max_queue + slots
 
 
-def wait_ends_at(state: State, bounds: Bounds, *, asked_at: float, now: float, max_wait_s: float | None) -> float:
+def wait_ends_at(
+    state: State, bounds: Bounds, *, asked_at: float, now: float, max_wait_s: float | None, for_gpus: bool = False
+) -> float:
     """Return when a caller who waits for a lease is to be refused.
 
     A model that runs bounds the wait by its queue's time-out, counted from the caller's arrival or from
-    the moment it became ready. One that does not run yet is bounded by its start (which has deadlines of
-    its own), or by what the caller is willing to wait.
+    the moment it became ready; one that waits `for_gpus` likewise. One whose start is under way is bounded by that
+    (it has deadlines of its own). What the caller is willing to wait bounds all but the wait for one that runs.
     """
     latest = asked_at + bounds.longest_wait_s
-    if state in SERVING:
-        return min(now + bounds.queue_timeout_s, latest)
-    return latest if max_wait_s is None else min(asked_at + max_wait_s, latest)
+    if state in SERVING or for_gpus:
+        latest = min(now + bounds.queue_timeout_s, latest)
+    return latest if max_wait_s is None or state in SERVING else min(asked_at + max_wait_s, latest)
 
 
 def pause_after_failure_s(failures: int, *, served: bool) -> float:

@@ -19,6 +19,7 @@ from gateway.fleet.health import Health, Probe, Rest, rest
 from gateway.fleet.identity import fingerprint, server_name
 from gateway.fleet.instance import Instance
 from gateway.fleet.journal import Journal
+from gateway.fleet.placement import Place
 from gateway.fleet.status import Failure, Status
 from gateway.lifecycle import State
 from gateway.runtimes.base import Found, Runtime
@@ -174,6 +175,7 @@ class Fleet:
             self.closing.set_result(None)
         for instance in self._instances.values():
             instance.close(force=force)
+        self.gpus.close()
         self.journal.close()
 
     async def aclose(self) -> None:
@@ -223,9 +225,9 @@ class Fleet:
         """Adopt a server that was found, if it is still what the catalog asks for; or else return its removal."""
         spec = self._named(found.name)
         if spec is None or spec.runtime != runtime:
-            self.gpus.claim(found.name, found.gpus)
+            self.gpus.hold(found.name, Place(found.gpus))
             return self._errand(self._remove(runtime, found.name), f"remove {found.name}")
-        if found.runs and self._fits(spec, found):
+        if found.runs and self._fits(spec, found) and self.gpus.has_room(Place(found.gpus, spec.gpu_memory_bytes)):
             self._instance_of(spec).adopt(found)
             return None
         return self._instance_of(spec).discard(found)

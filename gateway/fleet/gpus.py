@@ -1,88 +1,251 @@
-"""Which model has which GPU: one model per GPU."""
+"""The GPUs' one ledger: who holds what, who waits for room, and who is asked to make it.
+
+It decides nothing itself: whenever something changed it draws a snapshot, asks `scheduling.decide`, and does what that
+says, all between two awaits.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from itertools import count, islice
+import asyncio
+import logging
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 from gateway.catalog import ModelSpec
 from gateway.errors import NoCapacity, StartFailed
+from gateway.fleet.placement import NOWHERE, Demand, Device, Place, described, misfit, place, unlimited
+from gateway.fleet.refusals import BUSY_GPUS_RETRY_S
+from gateway.fleet.scheduling import Claim, Decision, Phase, Resident, Snapshot, decide
 
-BUSY_RETRY_S = 30.0
+log = logging.getLogger(__name__)
+
+PATIENCE_S = 120.0
+"""How long a model waits for GPUs, at most, before others are held back for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Occupancy:
+    """How a model uses what it holds, or wants what it waits for. Times are readings of the loop's clock."""
+
+    phase: Phase
+    in_flight: int
+    queued: int
+    since: float
+    """When it took its place; once it is UP, when it became ready."""
+    last_use_at: float
+    asked_at: float
+    """When the first of those who wait for it came."""
+    cost_s: float
+
+
+class Tenant(Protocol):
+    """A model, as the GPUs see it. Nothing in here waits."""
+
+    spec: ModelSpec
+
+    def occupancy(self) -> Occupancy: ...
+
+    def waits(self) -> None:
+        """Hear that there is no room yet."""
+
+    def make_room(self, claimant: str) -> None:
+        """Go now: nothing is in flight."""
+
+    def hold(self, claimant: str | None) -> None:
+        """Take no new requests until this one has gone, for `claimant`; or (None) take them again."""
+
+
+@dataclass(eq=False, slots=True)
+class _Waiting:
+    tenant: Tenant
+    placed: asyncio.Future[Place]
+    why: str = ""
+
+
+def demand_of(spec: ModelSpec) -> Demand:
+    """Return what a model asks for; a server that others run asks for nothing."""
+    return Demand(0 if spec.runtime == "external" else spec.gpus, spec.gpu_memory_bytes)
 
 
 class Gpus:
-    """The one owner of the GPUs' reservations. Nothing here waits.
+    """The one owner of the GPUs' reservations and of the claims to them. Lives on one event loop.
 
-    `inventory` is the ids of the GPUs there are. Without one the ids are counted up from 0, and the runtime says
-    which of them do not exist.
+    `devices` are the GPUs there are. Without them ids are counted up from 0, and the runtime says which of them do
+    not exist.
     """
 
-    def __init__(self, inventory: Collection[str] | None) -> None:
-        self.inventory = None if inventory is None else tuple(inventory)
-        self._taken: dict[str, tuple[str, ...]] = {}
+    def __init__(self, devices: Collection[Device] | None) -> None:
+        self.devices = None if devices is None else tuple(devices)
+        self._held: dict[str, Place] = {}
+        self._tenants: dict[str, Tenant] = {}
+        self._waiting: dict[str, _Waiting] = {}
+        self._holds: dict[str, str] = {}
+        self._look: asyncio.Handle | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._closed = False
 
-    def take(self, spec: ModelSpec) -> tuple[str, ...]:
-        """Reserve what `spec` asks for and return the ids; what it has already stays its own.
+    # What models ask for
+
+    async def take(self, tenant: Tenant) -> Place:
+        """Return the GPUs of a model once it has them; what it has already stays its own. Its caller bounds the wait.
 
         Raises:
-            NoCapacity: other models have too many of them; says which, and what to do.
-            StartFailed: it names a GPU that there is not.
+            StartFailed: there are no such GPUs, were all of them free; says which there are.
+            NoCapacity: those who hold them never let go of them.
         """
-        if spec.runtime == "external":
-            return ()
-        if spec.id not in self._taken:
-            self._taken[spec.id] = self._named(spec) if isinstance(spec.gpus, tuple) else self._counted(spec)
-        return self._taken[spec.id]
+        model, demand = tenant.spec.id, demand_of(tenant.spec)
+        self._tenants[model] = tenant
+        if model in self._held:
+            return self._held[model]
+        if not demand.count:
+            return NOWHERE
+        self._refuse_misfit(tenant.spec, demand)
+        waiting = self._waiting[model] = _Waiting(tenant, asyncio.get_running_loop().create_future())
+        self.changed()
+        try:
+            return await waiting.placed
+        finally:
+            if self._waiting.get(model) is waiting:  # it leaves without them
+                del self._waiting[model]
+                self.changed()
 
-    def claim(self, model: str, gpus: tuple[str, ...]) -> None:
-        """Note the GPUs of a server that was found running, whatever else is known of them."""
-        self._taken[model] = gpus
+    def hold(self, name: str, found: Place, tenant: Tenant | None = None) -> None:
+        """Note the GPUs of a server that was found running; whose it is, if it is a model's."""
+        if found.gpus:
+            self._held[name] = found
+        if tenant:
+            self._tenants[name] = tenant
+
+    def has_room(self, found: Place) -> bool:
+        """Say whether a server that was found may keep its GPUs beside those who hold some already."""
+        if self.devices is None or not found.gpus:
+            return True
+        return place(Demand(found.gpus, found.memory_bytes), self.devices, self._held.values()) is not None
 
     def give_back(self, model: str) -> None:
-        self._taken.pop(model, None)
+        self._holds.pop(model, None)
+        if self._held.pop(model, None):
+            self.changed()
+
+    def changed(self) -> None:
+        """Look again in the loop's next turn: something is other than it was."""
+        if self._look is None and not self._closed and (self._waiting or self._holds):
+            self._look = asyncio.get_running_loop().call_soon(self._decide)
+
+    def close(self) -> None:
+        """Give nobody any more GPUs, and ask nobody to make room."""
+        self._closed = True
+        for due in (self._look, self._timer):
+            if due:
+                due.cancel()
+
+    # What is told of them
 
     def of(self, model: str) -> tuple[str, ...]:
         """Return the GPUs that a model has now."""
-        return self._taken.get(model, ())
+        return self._held.get(model, NOWHERE).gpus
 
-    def holders(self) -> dict[str, str]:
-        """Return who has each GPU that is taken."""
-        return {gpu: model for model, gpus in self._taken.items() for gpu in gpus}
+    def place_of(self, model: str) -> Place:
+        return self._held.get(model, NOWHERE)
 
-    def _named(self, spec: ModelSpec) -> tuple[str, ...]:
-        assert isinstance(spec.gpus, tuple)
-        self._must_be_there(spec, [gpu for gpu in spec.gpus if gpu.isdigit()])
-        if any(gpu in self.holders() for gpu in spec.gpus):
-            raise self._in_use(spec, f"GPU {', '.join(spec.gpus)}")
-        return spec.gpus
+    def why(self, model: str) -> str:
+        """Return in words why a model has no GPUs yet; empty if it waits for none."""
+        return self._waiting[model].why if model in self._waiting else ""
 
-    def _must_be_there(self, spec: ModelSpec, numbers: Collection[str]) -> None:
-        """Only numbers can be judged: an inventory by number does not tell the names (`GPU-...`) of the same GPUs."""
-        known = self.inventory
-        if missing := [gpu for gpu in numbers if known is not None and gpu not in known]:
-            cause = (
-                f"{spec.id} is to have GPU {', '.join(missing)}, which is not there: there are {', '.join(known or ())}"
-            )
-            fix = "Correct `gpus` of this model in models.yaml, or GATEWAY_GPUS."
+    def holders(self, gpu: str) -> dict[str, Place]:
+        """Return who holds a GPU or some of it, and what."""
+        return {model: held for model, held in self._held.items() if gpu in held.gpus}
+
+    def known(self) -> Sequence[Device]:
+        """Return the GPUs that may be given: those there are, or as many as could be asked for."""
+        if self.devices is not None:
+            return self.devices
+        return unlimited(self._held.values(), sum(demand_of(each.tenant.spec).count for each in self._waiting.values()))
+
+    # Deciding, and doing what was decided
+
+    def _refuse_misfit(self, spec: ModelSpec, demand: Demand) -> None:
+        if self.devices is not None and (why := misfit(demand, self.devices)):
+            cause = f"{spec.id} can never run on the GPUs that are known: {why}"
+            fix = "Correct `gpus` or `gpu_memory` of this model in models.yaml, or GATEWAY_GPUS."
             raise StartFailed(f"{cause}. {fix}", cause=cause, fix=fix)
 
-    def _counted(self, spec: ModelSpec) -> tuple[str, ...]:
-        assert isinstance(spec.gpus, int)
-        free = tuple(islice(self._free(), spec.gpus))
-        if len(free) < spec.gpus:
-            raise self._in_use(spec, f"{spec.gpus} of the {len(self.inventory or ())} GPUs that are known")
-        return free
+    def _decide(self) -> None:
+        self._look = None
+        if self._timer:
+            self._timer.cancel()
+            self._timer = None
+        loop = asyncio.get_running_loop()
+        decision = decide(self._snapshot(loop.time()))
+        self._place(decision)
+        self._make_room(decision)
+        self._explain(decision)
+        for model, why in decision.hopeless.items():
+            self._give_up(model, why)
+        if decision.look_again_at is not None:
+            self._timer = loop.call_at(decision.look_again_at, self.changed)
 
-    def _free(self) -> Iterator[str]:
-        known = map(str, count()) if self.inventory is None else iter(self.inventory)
-        taken = self.holders()
-        return (gpu for gpu in known if gpu not in taken)
-
-    def _in_use(self, spec: ModelSpec, wanted: str) -> NoCapacity:
-        holders = "; ".join(f"GPU {gpu} is used by {model}" for gpu, model in sorted(self.holders().items()))
-        return NoCapacity(
-            f"{spec.id} needs {wanted} for itself, and they are not free ({holders or 'none is in use'}). Stop a model "
-            "(POST /models/ID/stop), or tell of more GPUs with GATEWAY_GPUS.",
-            retry_after_s=BUSY_RETRY_S,
+    def _snapshot(self, now: float) -> Snapshot:
+        return Snapshot(
+            now=now,
+            devices=self.known(),
+            residents=[self._resident(model, held) for model, held in self._held.items()],
+            claims=[self._claim(each.tenant) for each in self._waiting.values() if not each.placed.done()],
         )
+
+    def _resident(self, model: str, held: Place) -> Resident:
+        tenant = self._tenants.get(model)
+        if tenant is None:  # a stranger, who is being removed
+            return Resident(model, held, Phase.LEAVING, 0, 0, pinned=False, since=0.0, last_use_at=0.0, cost_s=0.0)
+        now = tenant.occupancy()
+        return Resident(
+            model,
+            held,
+            now.phase,
+            now.in_flight,
+            now.queued,
+            pinned=tenant.spec.pinned,
+            since=now.since,
+            last_use_at=now.last_use_at,
+            cost_s=now.cost_s,
+        )
+
+    def _claim(self, tenant: Tenant) -> Claim:
+        now, spec = tenant.occupancy(), tenant.spec
+        patience_s = min(PATIENCE_S, spec.queue_timeout_s / 2)
+        return Claim(spec.id, demand_of(spec), now.asked_at, now.queued, now.cost_s, patience_s)
+
+    def _explain(self, decision: Decision) -> None:
+        for model, why in decision.waits.items():
+            waiting = self._waiting[model]
+            if not waiting.why:
+                log.info("tgi-%s: %s", model, why)
+                waiting.tenant.waits()
+            waiting.why = why
+
+    def _place(self, decision: Decision) -> None:
+        for model, found in decision.placed.items():
+            waiting = self._waiting.pop(model)
+            self._held[model] = found
+            waiting.placed.set_result(found)
+            log.info("tgi-%s: gets GPU %s of %s", model, ", ".join(found.gpus), described(self.known()))
+
+    def _make_room(self, decision: Decision) -> None:
+        for model in self._holds.keys() - decision.held.keys() - decision.evicted.keys():
+            del self._holds[model]
+            self._tenants[model].hold(None)
+        for model, claimant in decision.held.items():
+            if self._holds.get(model) != claimant:
+                log.info("tgi-%s: takes no new requests: %s has waited long enough", model, claimant)
+            self._holds[model] = claimant
+            self._tenants[model].hold(claimant)
+        for model, claimant in decision.evicted.items():
+            self._tenants[model].make_room(claimant)
+
+    def _give_up(self, model: str, why: str) -> None:
+        waiting = self._waiting.pop(model)
+        if not waiting.placed.done():
+            next_step = "Stop a model (POST /models/ID/stop), or tell of more GPUs with GATEWAY_GPUS"
+            words = f"{model} needs GPUs, and {why}. {next_step}."
+            waiting.placed.set_exception(NoCapacity(words, retry_after_s=BUSY_GPUS_RETRY_S))

@@ -37,5 +37,5 @@ def fingerprint(engine: Engine, spec: ModelSpec) -> str:
     said = asdict(engine.launch(spec, server_name(spec), secret=""))
     if container := said["container"]:
         del container["secrets"], container["pull_policy"]
-    text = json.dumps([said, spec.gpus], sort_keys=True, default=str)
+    text = json.dumps([said, spec.gpus, spec.gpu_memory_bytes], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

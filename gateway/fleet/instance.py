@@ -16,7 +16,7 @@ from dataclasses import replace
 
 from gateway.catalog import ModelSpec
 from gateway.engines.base import Engine
-from gateway.errors import GatewayError, ModelNotRunning, RuntimeUnavailable, StopFailed
+from gateway.errors import GatewayError, ModelNotRunning, NoCapacity, RuntimeUnavailable, StopFailed
 from gateway.fleet import refusals
 from gateway.fleet.admission import (
     STOP_MARGIN_S,
@@ -26,12 +26,14 @@ from gateway.fleet.admission import (
     queue_room,
     wait_ends_at,
 )
-from gateway.fleet.gpus import Gpus
+from gateway.fleet.gpus import Gpus, Occupancy, demand_of
 from gateway.fleet.health import Health
 from gateway.fleet.identity import launch_of, server_name
 from gateway.fleet.journal import Journal
 from gateway.fleet.life import Lease, Life, Paused
+from gateway.fleet.placement import Place
 from gateway.fleet.queue import Grant, Queue, Ticket
+from gateway.fleet.scheduling import Phase
 from gateway.fleet.status import Failure, Status, describe
 from gateway.lifecycle import DOWN, MADE, SERVING, STARTING_UP, Event, State, after
 from gateway.runtimes.base import Found, Handle, Progress, Runtime
@@ -44,8 +46,11 @@ CLEAR_AGAIN_S = 15.0
 """When a server that is perhaps left of a failed life is looked for again."""
 CLOCK_S = 0.001
 """A timer may fire this much before its time."""
+COST_S = 30.0
+"""What a start is taken to cost while nothing better is known."""
 SERVED_LONG_S = 60.0
 """A server that was ready for this long forgives the failures before it."""
+_PHASES = dict.fromkeys(STARTING_UP, Phase.STARTING) | dict.fromkeys(SERVING, Phase.UP)
 
 
 class Instance:
@@ -91,6 +96,7 @@ class Instance:
         self._ailment = ""  # why it is UNHEALTHY, when it is
         self._stops = 0  # how many stops were ordered so far
         self._closing = False
+        self._held_for: str | None = None  # the model that waits for this one's GPUs, and has waited long enough
         self._promised_until = 0.0
         self._last_use = self._loop.time()
         self._timer: asyncio.TimerHandle | None = None
@@ -120,6 +126,8 @@ class Instance:
             progress_s=now - report.since if report else None,
             failure=self._failure,
             retry_after_s=self._cooling_s() or None,
+            gpus=self._gpus.of(self.spec.id),
+            waits_for=self._gpus.why(self.spec.id) or None,
         )
 
     @asynccontextmanager
@@ -205,7 +213,7 @@ class Instance:
         What it has left of `start_timeout` it has for that, but no less than a server that fell silent would have.
         Only for a model that was never started.
         """
-        self._gpus.claim(self.spec.id, found.gpus)
+        self._gpus.hold(self.spec.id, self._place_of(found), self)
         life = self._begin(adopted=True)
         self._move(Event.ADOPT, "found running")
         self._run(life, found)
@@ -215,12 +223,43 @@ class Instance:
 
         The task that is returned ends when that is over, however it ended; it is not to be cancelled.
         """
-        self._gpus.claim(self.spec.id, found.gpus)
+        self._gpus.hold(self.spec.id, self._place_of(found), self)
         life = self._begin(adopted=True)
         self._move(Event.ADOPT, "found")
         self._run(life, found)
         self._end(life, "the catalog asks for another server" if found.runs else "it had ended")
         return life.task
+
+    # What the GPUs ask for
+
+    def occupancy(self) -> Occupancy:
+        """Return how it uses its GPUs, or wants them."""
+        oldest = next(iter(self._queue), None)
+        return Occupancy(
+            phase=_PHASES.get(self._state, Phase.LEAVING),
+            in_flight=self._in_flight,
+            queued=self._queue.requests,
+            since=self._life.ready_at if self._life and self._life.ready_at is not None else self._since,
+            last_use_at=self._last_use,
+            asked_at=min(oldest.asked_at, self._since) if oldest else self._since,
+            cost_s=COST_S,
+        )
+
+    def waits(self) -> None:
+        """Tell those who watch the start that it waits for GPUs."""
+        if self._life:
+            self._life.progress(Progress("waiting for GPUs"))
+
+    def make_room(self, claimant: str) -> None:
+        """Go at once, for another model that waits for its GPUs: nothing is in flight. Who queues is served later."""
+        assert not self._in_flight  # whoever decided so looked a moment ago, and nothing was awaited since
+        if self._life and self._state in SERVING:
+            self._end(self._life, f"makes room for {claimant}")
+
+    def hold(self, claimant: str | None) -> None:
+        """Grant no more leases, so that `claimant` gets the GPUs when those that are out have ended; None: do again."""
+        self._held_for = claimant
+        self._grant()
 
     def close(self, *, force: bool = False) -> None:
         """Refuse all further requests and those that queue, and drain or (`force`) cut; `aclose` waits for the end.
@@ -247,7 +286,7 @@ class Instance:
         return len(self._life.leases) if self._life else 0
 
     def _grant_at_once(self) -> Lease | None:
-        if self._queue or self._state is not State.READY or self._in_flight >= self.spec.max_concurrency:
+        if self._queue or not self._has_slot():
             return None
         return self._new_lease()
 
@@ -274,9 +313,26 @@ class Instance:
         self._grant()
         self._rearm()
 
+    def _bound_all(self) -> None:
+        for ticket in self._queue:
+            self._bound(ticket)
+
     def _bound(self, ticket: Ticket) -> None:
-        now, asked_at, max_wait_s = self._loop.time(), ticket.asked_at, ticket.max_wait_s
-        ticket.wait_until(wait_ends_at(self._state, self._bounds, asked_at=asked_at, now=now, max_wait_s=max_wait_s))
+        when = wait_ends_at(
+            self._state,
+            self._bounds,
+            asked_at=ticket.asked_at,
+            now=self._loop.time(),
+            max_wait_s=ticket.max_wait_s,
+            for_gpus=self._waits_for_gpus,
+        )
+        ticket.wait_until(when)
+
+    @property
+    def _waits_for_gpus(self) -> bool:
+        """Whether a start is under way that has no GPUs yet, and needs some."""
+        has_place = self._life is None or self._life.placed or not demand_of(self.spec).count
+        return self._state is State.STARTING and not has_place
 
     def _grant(self) -> None:
         """Give whoever waits what there is, in the order of arrival."""
@@ -285,8 +341,12 @@ class Instance:
         for ticket in self._queue:
             if not ticket.wants_lease:
                 self._queue.grant(ticket, self._life.handle)
-            elif self._in_flight < self.spec.max_concurrency:
+            elif self._has_slot():
                 self._hand_over(ticket, self._new_lease())
+
+    def _has_slot(self) -> bool:
+        free = self._in_flight < self.spec.max_concurrency
+        return free and self._state is State.READY and self._held_for is None
 
     def _hand_over(self, ticket: Ticket, lease: Lease) -> None:
         if not self._queue.grant(ticket, lease):
@@ -307,6 +367,7 @@ class Instance:
         if isinstance(grant, Lease):
             self._give_back(grant)
         self._last_use = self._loop.time()
+        self._gpus.changed()
         self._rearm()
 
     def _give_back(self, lease: Lease) -> None:
@@ -319,6 +380,8 @@ class Instance:
         if self._state is State.DRAINING and not lease.life.leases:
             self._end(lease.life, "drained")
         self._grant()
+        if not self._in_flight:
+            self._gpus.changed()
         self._rearm()
 
     def _refuse_queue(self, error: Callable[[], GatewayError]) -> None:
@@ -356,6 +419,8 @@ class Instance:
 
     def _waited_too_long(self, ticket: Ticket) -> GatewayError:
         waited_s = self._loop.time() - ticket.asked_at
+        if self._waits_for_gpus and (ticket.max_wait_s is None or waited_s < ticket.max_wait_s - CLOCK_S):
+            return self._promised(refusals.no_room(self.spec, self._gpus.why(self.spec.id), waited_s))
         if self._state in SERVING and waited_s >= self.spec.queue_timeout_s - CLOCK_S:
             return self._promised(refusals.no_slot(self.spec, waited_s))
         if ticket.max_wait_s is None:
@@ -387,7 +452,7 @@ class Instance:
             pause_timeout_s=self.spec.unhealthy_timeout_s,
             adopted=adopted,
         )
-        self._left = None
+        self._left = self._held_for = None
         return self._life
 
     def _run(self, life: Life, found: Found | None) -> None:
@@ -410,9 +475,24 @@ class Instance:
             raise group_error.exceptions[0] from None
 
     async def _make(self, life: Life) -> Handle:
+        launch = launch_of(self.engine, self.spec, life.secret)
+        place = await self._place(life)
         async with life.start_bounds():
-            launch = launch_of(self.engine, self.spec, life.secret)
-            return await self._runtime.start(replace(launch, gpus=self._gpus.take(self.spec)), life)
+            return await self._runtime.start(replace(launch, gpus=place.gpus), life)
+
+    async def _place(self, life: Life) -> Place:
+        """Wait for GPUs. The bounds of the start begin when it has them; who waits for it is bounded until then."""
+        try:
+            async with asyncio.timeout(self.spec.start_timeout_s):
+                place = await self._gpus.take(self)
+        except TimeoutError:
+            raise refusals.no_room(self.spec, self._gpus.why(self.spec.id), self.spec.start_timeout_s) from None
+        life.has_place()
+        self._bound_all()
+        return place
+
+    def _place_of(self, found: Found) -> Place:
+        return Place(found.gpus, self.spec.gpu_memory_bytes)
 
     async def _adopt(self, life: Life, found: Found) -> Handle:
         """Take over what was found. Its bounds begin when its runtime says where it is: not knowing is not dead."""
@@ -495,9 +575,11 @@ class Instance:
         life.failed = True
         # to try again costs nothing where nothing is started, and a provider's long outage is not to be outlasted
         forgiven = self._served_long(life) or self.spec.runtime == "external"
+        self._failure = Failure(error, self._journal.now())
+        if isinstance(error, NoCapacity):  # which says nothing of this model
+            return
         self._failures = 1 if forgiven else self._failures + 1
         self._cool_until = self._loop.time() + pause_after_failure_s(self._failures, served=life.served)
-        self._failure = Failure(error, self._journal.now())
 
     def _served_long(self, life: Life) -> bool:
         return life.ready_at is not None and self._loop.time() - life.ready_at >= SERVED_LONG_S
@@ -593,10 +675,10 @@ class Instance:
             at=self._journal.now(),
             reason=reason,
         )
-        if (before in SERVING) is not (self._state in SERVING):
-            for ticket in self._queue:
-                self._bound(ticket)
+        if (before in SERVING) is not (self._state in SERVING) or event is Event.START:
+            self._bound_all()
         self._grant()
+        self._gpus.changed()
         self._rearm()
 
     def _progressed(self, progress: Progress) -> None:

@@ -63,6 +63,8 @@ class Life(Startup):
             pause_timeout_s=pause_timeout_s,
         )
         self.secret = secrets.token_urlsafe(32)
+        self.placed = adopted
+        """Whether it has the GPUs that it needs."""
         self.handle: Handle | None = None
         self.leases: dict[Lease, None] = {}  # in the order in which they were granted
         self.kept = kept
@@ -83,6 +85,11 @@ class Life(Startup):
     @property
     def served(self) -> bool:
         return self.ready_at is not None or self.adopted
+
+    def has_place(self) -> None:
+        """Begin to count the time of the start: it has its GPUs."""
+        self.placed = True
+        self.begin_again()
 
     def progress(self, progress: Progress) -> None:
         if self.ready_at is None:  # what a server says while it serves is no progress of its start

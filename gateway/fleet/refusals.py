@@ -25,6 +25,8 @@ from gateway.runtimes.base import Exit, Progress
 
 BUSY_RETRY_S = 5.0
 """What a caller is told to wait when nothing better is known."""
+BUSY_GPUS_RETRY_S = 30.0
+"""The same, where GPUs are in use by others."""
 
 
 def shutting_down() -> ShuttingDown:
@@ -76,6 +78,11 @@ def again(error: GatewayError, retry_after_s: float) -> GatewayError:
 def no_slot(spec: ModelSpec, waited_s: float) -> NoCapacity:
     words = f"All {spec.max_concurrency} slots of {spec.id} were busy for {waited_s:.0f} s (queue_timeout)"
     return NoCapacity(f"{words}; send the request again later.", retry_after_s=BUSY_RETRY_S)
+
+
+def no_room(spec: ModelSpec, why: str, waited_s: float) -> NoCapacity:
+    words = f"{spec.id} got no GPUs for {waited_s:.0f} s" + (f": {why}" if why else "")
+    return NoCapacity(f"{words}. Send the request again later, or stop a model.", retry_after_s=BUSY_GPUS_RETRY_S)
 
 
 def not_loaded(spec: ModelSpec, state: State, progress: Progress | None, max_wait_s: float) -> ModelNotLoaded:

@@ -71,6 +71,8 @@ class Decision:
     """Residents that take no new requests until they have gone, and for which claim. All others take them."""
     waits: Mapping[str, str] = field(default_factory=dict)
     """Why each claim that is not placed waits, in words."""
+    hopeless: Mapping[str, str] = field(default_factory=dict)
+    """Claims that are to be refused, because those who hold what they need never go; and why."""
     look_again_at: float | None = None
     """When this may change though nothing happens."""
 

@@ -52,6 +52,10 @@ class Startup:
         """Bound what is to come by `left_s` from now on, for a server that was begun before."""
         self._hard_stop_at = self._loop.time() + left_s
 
+    def begin_again(self) -> None:
+        """Count the hard cap from now on."""
+        self.has_left(self._start_timeout_s)
+
     def line(self, text: str) -> None:
         """Hear a line of the server's output: a sign of life, and perhaps of progress."""
         self._not_stalled()

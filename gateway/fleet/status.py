@@ -35,6 +35,10 @@ class Status:
     failure: Failure | None
     retry_after_s: float | None
     """While the model cools down after a failure: for how much longer."""
+    gpus: tuple[str, ...] = ()
+    """Those that it has."""
+    waits_for: str | None = None
+    """While it waits for GPUs: who has them and what must happen, in words."""
 
 
 def describe(progress: Progress | None) -> dict[str, object] | None:
