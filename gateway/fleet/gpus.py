@@ -179,8 +179,8 @@ class Gpus:
         loop = asyncio.get_running_loop()
         decision = decide(self._snapshot(loop.time()))
         self._place(decision)
-        self._make_room(decision)
         self._explain(decision)
+        self._make_room(decision)
         for model, why in decision.hopeless.items():
             self._give_up(model, why)
         if decision.look_again_at is not None:

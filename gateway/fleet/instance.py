@@ -128,6 +128,7 @@ class Instance:
             retry_after_s=self._cooling_s() or None,
             gpus=self._gpus.of(self.spec.id),
             waits_for=self._gpus.why(self.spec.id) or None,
+            held_for=self._held_for,
         )
 
     @asynccontextmanager
@@ -481,15 +482,24 @@ class Instance:
             return await self._runtime.start(replace(launch, gpus=place.gpus), life)
 
     async def _place(self, life: Life) -> Place:
-        """Wait for GPUs. The bounds of the start begin when it has them; who waits for it is bounded until then."""
+        """Wait for GPUs; the bounds of the start begin when it has them.
+
+        Whoever waits for it is bounded until then, and an operator's wish counts for as long as a start may take.
+        """
         try:
             async with asyncio.timeout(self.spec.start_timeout_s):
                 place = await self._gpus.take(self)
         except TimeoutError:
-            raise refusals.no_room(self.spec, self._gpus.why(self.spec.id), self.spec.start_timeout_s) from None
+            self._kept_long_enough(life)
+            place = await self._gpus.take(self)
         life.has_place()
         self._bound_all()
         return place
+
+    def _kept_long_enough(self, life: Life) -> None:
+        life.kept = self._wanted = False
+        self._last_use = self._loop.time()
+        self._rearm()
 
     def _place_of(self, found: Found) -> Place:
         return Place(found.gpus, self.spec.gpu_memory_bytes)

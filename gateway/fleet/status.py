@@ -37,6 +37,8 @@ class Status:
     """While the model cools down after a failure: for how much longer."""
     gpus: tuple[str, ...] = ()
     """Those that it has."""
+    held_for: str | None = None
+    """The model for which it takes no new requests, and goes when it has finished those that it has."""
     waits_for: str | None = None
     """While it waits for GPUs: who has them and what must happen, in words."""
 

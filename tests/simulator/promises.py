@@ -11,6 +11,7 @@ from random import Random
 
 from gateway.catalog import ModelSpec
 from gateway.fleet.instance import Instance
+from gateway.fleet.placement import GIB, Device
 from tests.simulator.loop import SimulatedLoop
 from tests.simulator.servers import BadMannersRuntime, Broke
 from tests.simulator.world import World
@@ -55,8 +56,11 @@ def simulate(
 async def _day(
     seed: int, random: Random, story: list[World], instance: type[Instance], runtime: type[BadMannersRuntime]
 ) -> None:
-    specs = [_spec(random, number) for number in range(random.randint(2, 4))]
-    world = World(specs, seed, runtime(random), instance)
+    devices = _devices(random) if random.random() < 0.5 else None
+    specs = [
+        _spec(random, number, devices) for number in range(random.randint(5, 40) if devices else random.randint(2, 4))
+    ]
+    world = World(specs, seed, runtime(random), instance, devices=devices)
     story.append(world)
     bursts = _bursts(random)
     async with asyncio.TaskGroup() as group:
@@ -83,7 +87,21 @@ def _moment(random: Random, bursts: list[tuple[float, int]]) -> float:
     return busy if random.random() < 0.7 else random.uniform(0, DAY_S)
 
 
-def _spec(random: Random, number: int) -> ModelSpec:
+def _devices(random: Random) -> list[Device]:
+    """Return the GPUs of a machine, which are of one size as often as not."""
+    sizes = random.choice([[24], [80], [24, 40, 80]])
+    return [Device(str(number), random.choice(sizes) * GIB) for number in range(random.randint(2, 8))]
+
+
+def _on_gpus(random: Random, devices: list[Device]) -> dict[str, object]:
+    """Return what a model asks for: GPUs whole or in part, some by name; a few can never fit."""
+    count = min(random.choice([1, 1, 1, 1, 2, 4]), len(devices))
+    named = [device.id for device in random.sample(devices, count)]
+    memory = random.choice([None, "4GiB", "10GiB", "14GiB", "22GiB", "36GiB"])
+    return {"gpus": named if random.random() < 0.15 else count, "gpu_memory": memory}
+
+
+def _spec(random: Random, number: int, devices: list[Device] | None) -> ModelSpec:
     """Return a model with bounds of its own, some of them tight."""
     return ModelSpec.model_validate(
         {
@@ -102,8 +120,9 @@ def _spec(random: Random, number: int) -> ModelSpec:
             "unhealthy_timeout": random.choice([10.0, 60.0]),
             "max_concurrency": random.choice([1, 4, 16]),
             "max_queue": random.choice([0, 8, 256]),
-            "preload": random.random() < 0.1,
-            "pinned": random.random() < 0.1,
+            "preload": random.random() < (0.05 if devices else 0.1),
+            "pinned": random.random() < (0.03 if devices else 0.1),
+            **(_on_gpus(random, devices) if devices else {}),
         }
     )
 

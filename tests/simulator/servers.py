@@ -69,10 +69,13 @@ def draw_manners(random: Random) -> Manners:
 class Server:
     """One simulated server process."""
 
-    def __init__(self, name: str, manners: Manners, listener: Listener, fingerprint: str = "") -> None:
+    def __init__(
+        self, name: str, manners: Manners, listener: Listener, fingerprint: str = "", gpus: tuple[str, ...] = ()
+    ) -> None:
         self.loop = asyncio.get_running_loop()
         self.name = name
         self.fingerprint = fingerprint
+        self.gpus = gpus
         self.manners = manners
         self.listener = listener
         self.made_at = self.loop.time()
@@ -161,7 +164,7 @@ class BadMannersRuntime:
         if self.silent_after_find_s:
             self.fall_silent(self.silent_after_find_s)
         left = [servers[-1] for servers in self.servers.values() if not servers[-1].removed]
-        return [Found(each.name, each.fingerprint, each.made_at, (), each.alive) for each in left]
+        return [Found(each.name, each.fingerprint, each.made_at, each.gpus, each.alive) for each in left]
 
     async def adopt(self, found: Found, listener: Listener) -> Handle:
         await self._answer()
@@ -196,7 +199,7 @@ class BadMannersRuntime:
             raise StartFailed("no such image")
         if self.alive(name):
             raise Broke(f"P2: a second server of {name}")
-        server = Server(name, manners, _Noting(self, name, listener), launch.fingerprint)
+        server = Server(name, manners, _Noting(self, name, listener), launch.fingerprint, launch.gpus)
         self.servers.setdefault(name, []).append(server)
         del self.servers[name][:-3]
         await self._answer()  # it exists, but the daemon has not said so yet

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,14 +14,17 @@ from gateway.catalog import Catalog, ModelSpec
 from gateway.errors import GatewayError, ModelNotRunning
 from gateway.fleet.admission import STOP_MARGIN_S
 from gateway.fleet.fleet import Fleet
+from gateway.fleet.gpus import Gpus
 from gateway.fleet.health import CHECK_TIMEOUT_S, RECOVERY_REST_S
 from gateway.fleet.identity import fingerprint, server_name
 from gateway.fleet.instance import CLEAR_AGAIN_S, Instance
 from gateway.fleet.journal import Journal
 from gateway.fleet.life import Lease
+from gateway.fleet.placement import Device
 from gateway.lifecycle import DOWN, SERVING, STARTING_UP, State
 from gateway.relay import SECOND_ATTEMPT_S
 from gateway.runtimes.base import Handle
+from tests.simulator import rooms
 from tests.simulator.loop import SimulatedLoop
 from tests.simulator.servers import BadMannersRuntime, Broke, Deaf, Manners, Server, SimulatedEngine, SimulatedProbe
 
@@ -66,6 +69,8 @@ class Watched:
     last_waiter_left: float = 0.0
     promised_until: float = 0.0
     kept: bool = False
+    placed: bool = True
+    placed_at: float = 0.0
     forced: bool = False
     stop_asked: bool = False
 
@@ -81,8 +86,10 @@ class World:
         instance: type[Instance] = Instance,
         *,
         keep: bool = False,
+        devices: Sequence[Device] | None = None,
     ) -> None:
         self.random = Random(seed)
+        self.devices = devices
         self.loop = asyncio.get_running_loop()
         assert isinstance(self.loop, SimulatedLoop)
         self.runtime = runtime or BadMannersRuntime(self.random)
@@ -109,6 +116,7 @@ class World:
             {"process": self.runtime},
             probe,
             self.journal,
+            gpus=Gpus(self.devices),
             keep_servers=keep,
             rest=probe.rest,
             instance=self._instance,
@@ -134,6 +142,7 @@ class World:
         self.tell("the gateway is killed")
         own = [task for task in asyncio.all_tasks() if task.get_name().startswith(OF_THE_GATEWAY)]
         dying = own + list(self._callers)
+        self.fleet.gpus.close()
         for task in dying:
             task.cancel()
         if dying:
@@ -181,6 +190,12 @@ class World:
             server, spec, now = self.runtime.newest(server_name(watched.spec)), watched.spec, self.loop.time()
             watched.adopting, watched.since = False, now
             watched.hard_stop_at = max(server.made_at + spec.start_timeout_s, now + spec.unhealthy_timeout_s)
+
+    def _see_placed(self, watched: Watched) -> None:
+        """The bounds of a start begin when it has its GPUs; who waits for it is bounded otherwise until then."""
+        if watched.state is State.STARTING and not watched.placed and self.fleet.gpus.of(watched.spec.id):
+            watched.placed, watched.placed_at = True, self.loop.time()
+            watched.hard_stop_at = watched.placed_at + watched.spec.start_timeout_s
 
     def _fits(self, spec: ModelSpec, server: Server) -> bool:
         return server.fingerprint == fingerprint(SimulatedEngine(), spec)
@@ -398,6 +413,7 @@ class World:
             if not (watched.asked_for or watched.spec.preload):
                 self.breaks(f"{watched.spec.id} was stopped, and is started though nobody asked for it")
             watched.hard_stop_at = now + watched.spec.start_timeout_s
+            watched.placed = not watched.spec.gpus
             watched.forced = watched.stop_asked = False
         if watched.state is State.READY:
             watched.kept = False
@@ -417,8 +433,11 @@ class World:
         if self.down or now == self._checked_at:
             return
         self._checked_at = now
+        if self.devices is not None:
+            rooms.check(self.devices, self.fleet.catalog.models, self.runtime, self.fleet, self.breaks)
         for watched in self.watched.values():
             self._see_adopted(watched)
+            self._see_placed(watched)
             if (deadline := self._deadline(watched)) is not None and now > deadline + ROUNDING_S:
                 self.breaks(f"P5: {watched.spec.id} is {watched.state} beyond its deadline ({deadline:.3f})")
             if (held := self.fleet.status(watched.spec).in_flight) > len(watched.holding):
@@ -431,7 +450,8 @@ class World:
     def _check_waiting(self, watched: Watched, now: float) -> None:
         """Nobody waits beside a free slot (P4) or beyond a bound (P7), and nothing idles beyond its time-out."""
         spec, status = watched.spec, self.fleet.status(watched.spec)
-        if watched.state is State.READY and status.queued and status.in_flight < spec.max_concurrency:
+        held = status.held_for is not None and self._waits_for_gpus(status.held_for)
+        if watched.state is State.READY and status.queued and status.in_flight < spec.max_concurrency and not held:
             self.breaks(f"P4: {status.queued} requests for {spec.id} wait beside a free slot")
         for waiter in watched.waiting:
             if waiter.wants_lease and now > self._waits_until(watched, waiter) + ROUNDING_S:
@@ -440,13 +460,18 @@ class World:
         if idle and spec.idle_timeout_s is not None and now > watched.last_use + spec.idle_timeout_s + ROUNDING_S:
             self.breaks(f"{spec.id} is idle since {watched.last_use:.3f}, and still runs")
 
+    def _waits_for_gpus(self, model: str) -> bool:
+        return bool(self.fleet.status(self.fleet.catalog.models[model]).waits_for)
+
     def _waits_until(self, watched: Watched, waiter: Waiter) -> float:
         spec = watched.spec
         leaving_s = spec.drain_timeout_s + spec.stop_grace_s + STOP_MARGIN_S
         latest = waiter.asked_at + leaving_s + spec.start_timeout_s + spec.queue_timeout_s
         if watched.state in SERVING:
             return min(latest, max(waiter.asked_at, watched.serving_since) + spec.queue_timeout_s)
-        return latest if waiter.max_wait_s is None else waiter.asked_at + waiter.max_wait_s
+        if watched.state is State.STARTING and not watched.placed:
+            latest = min(latest, max(waiter.asked_at, watched.since) + spec.queue_timeout_s)
+        return latest if waiter.max_wait_s is None else min(latest, waiter.asked_at + waiter.max_wait_s)
 
     def _witness_removal(self, watched: Watched) -> None:
         name = f"tgi-{watched.spec.id}"
@@ -461,8 +486,10 @@ class World:
         match watched.state:
             case State.LOADING if watched.adopting:
                 return None
+            case State.STARTING if not watched.placed:
+                return None
             case State.STARTING | State.LOADING:
-                last_sign = max(watched.since, self.runtime.last_sign.get(f"tgi-{spec.id}", 0.0))
+                last_sign = max(watched.since, watched.placed_at, self.runtime.last_sign.get(f"tgi-{spec.id}", 0.0))
                 return min(watched.hard_stop_at, last_sign + spec.stall_timeout_s)
             case State.UNHEALTHY:
                 return watched.since + spec.unhealthy_timeout_s
@@ -474,9 +501,14 @@ class World:
                 return None
 
     def _unwanted_from(self, watched: Watched) -> float:
-        if watched.waiting or watched.kept or watched.spec.preload or watched.spec.pinned:
+        kept = watched.kept or watched.spec.preload or watched.spec.pinned
+        kept_until = 0.0
+        if kept and not watched.placed:  # a wish counts for as long as a start may take
+            began = watched.since if watched.state is State.STARTING else watched.before_since
+            kept, kept_until = False, began + watched.spec.start_timeout_s
+        if watched.waiting or kept:
             return float("inf")
-        return max(watched.last_waiter_left, watched.promised_until) + watched.spec.abandon_after_s
+        return max(watched.last_waiter_left, watched.promised_until, kept_until) + watched.spec.abandon_after_s
 
     def _witness_calling_off(self, watched: Watched, reason: str) -> None:
         failed = reason.partition(":")[0].isupper()  # an error's code
@@ -494,6 +526,10 @@ class World:
         """A ready server goes for a cause: somebody's order, idleness, its own end, or lasting silence (P11)."""
         server = self.runtime.newest(f"tgi-{watched.spec.id}")
         idle = reason == "idle" and not server.requests
+        if reason.startswith(rooms.MAKES_ROOM):
+            if wrong := rooms.cause_of_room(reason, {"model": watched.spec.id}, self.fleet):
+                self.breaks(f"P3: {wrong}")
+            return
         silent = watched.before is State.UNHEALTHY and self._was_silent(server)
         if not (watched.stop_asked or idle or not server.alive or silent):
             self.breaks(f"P11: {watched.spec.id} is stopped ({reason}), and its server is well")
@@ -521,7 +557,8 @@ class World:
         self._promised(watched, error)
         if error.code in COME_BACK and not error.retry_after_s:
             self.breaks(f"P7: {error.code} without Retry-After")
-        if error.code == "NO_CAPACITY" and now - began < spec.queue_timeout_s - ROUNDING_S:
+        hopeless = "pinned" in error.detail
+        if error.code == "NO_CAPACITY" and not hopeless and now - began < spec.queue_timeout_s - ROUNDING_S:
             self.breaks(f"P7: a request for {spec.id} is refused before its time")
 
     def _promised(self, watched: Watched, error: GatewayError) -> None:
