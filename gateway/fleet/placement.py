@@ -73,7 +73,7 @@ def misfit(demand: Demand, devices: Sequence[Device]) -> str | None:
     if place(demand, devices, ()) is not None:
         return None
     of_memory = f" with {gibibytes(demand.memory_bytes)} each" if demand.memory_bytes else ""
-    which = f"GPU {', '.join(demand.gpus)}" if isinstance(demand.gpus, tuple) else f"{demand.count} GPUs"
+    which = f"GPU {', '.join(demand.gpus)}" if isinstance(demand.gpus, tuple) else _counted(demand.count)
     return f"it needs {which}{of_memory}, and there are {described(devices)}"
 
 
@@ -103,6 +103,10 @@ def described(devices: Sequence[Device]) -> str:
 
 def gibibytes(amount: int | None) -> str:
     return f"{(amount or 0) / GIB:.3g} GiB"
+
+
+def _counted(number: int) -> str:
+    return "1 GPU" if number == 1 else f"{number} GPUs"
 
 
 def _named(names: tuple[str, ...], devices: Sequence[Device]) -> list[Device]:

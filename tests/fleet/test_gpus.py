@@ -1,67 +1,233 @@
-"""Which model gets which GPU: tables."""
+"""Which model gets which GPU, who waits and who makes room: the ledger with tenants that do what they are told."""
 
 from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
 
 import pytest
 
 from gateway.catalog import ModelSpec
 from gateway.errors import NoCapacity, StartFailed
-from gateway.fleet.gpus import Gpus
+from gateway.fleet.gpus import Gpus, Occupancy
+from gateway.fleet.placement import GIB, Device, Place
+from gateway.fleet.scheduling import Phase
+from tests.simulator.loop import SimulatedLoop
+
+TWO = [Device("0", 24 * GIB), Device("1", 24 * GIB)]
 
 
-def model(name: str, gpus: int | list[str]) -> ModelSpec:
-    return ModelSpec.model_validate({"id": name, "hf_name": name, "gpus": gpus})
+class Obedient:
+    """A model that takes what it gets, and goes when it is told to, after `leaves_s`."""
+
+    def __init__(
+        self, ledger: Gpus, name: str, gpus: int | list[str] = 1, *, leaves_s: float = 1.0, **keys: Any
+    ) -> None:
+        self.spec = ModelSpec.model_validate({"id": name, "hf_name": name, "gpus": gpus, **keys})
+        self.ledger = ledger
+        self.leaves_s = leaves_s
+        self.loop = asyncio.get_running_loop()
+        self.asked_at = self.since = self.last_use_at = self.loop.time()
+        self.phase = Phase.STARTING
+        self.in_flight = 0
+        self.held_for: str | None = None
+        self.told: list[str] = []
+
+    async def up(self) -> Place:
+        self.asked_at = self.loop.time()
+        place = await self.ledger.take(self)
+        self.phase, self.since, self.last_use_at = Phase.UP, self.loop.time(), self.loop.time()
+        self.ledger.changed()
+        return place
+
+    def occupancy(self) -> Occupancy:
+        return Occupancy(self.phase, self.in_flight, 0, self.since, self.last_use_at, self.asked_at, cost_s=1.0)
+
+    def waits(self) -> None:
+        self.told.append("waits")
+
+    def make_room(self, claimant: str) -> None:
+        assert not self.in_flight
+        self.told.append(f"makes room for {claimant}")
+        self.phase = Phase.LEAVING
+        self.loop.call_later(self.leaves_s, self.ledger.give_back, self.spec.id)
+
+    def hold(self, claimant: str | None) -> None:
+        self.held_for = claimant
+
+    def end_request(self) -> None:
+        self.in_flight = 0
+        self.last_use_at = self.loop.time()
+        self.ledger.changed()
 
 
-def test_a_count_gets_the_first_free_ones_and_names_get_what_they_name() -> None:
-    gpus = Gpus(["0", "1", "2", "3"])
+def run(scene: Callable[[], Awaitable[None]]) -> None:
+    with asyncio.Runner(loop_factory=lambda: SimulatedLoop(0)) as runner:
+        runner.run(scene())  # type: ignore[arg-type]
 
-    assert gpus.take(model("b", ["1"])) == ("1",)
-    assert gpus.take(model("a", 2)) == ("0", "2")
-    assert gpus.take(model("none", 0)) == ()
+
+def test_a_count_gets_free_ones_and_names_get_what_they_name() -> None:
+    async def scene() -> None:
+        gpus = Gpus([Device(str(number)) for number in range(4)])
+
+        assert (await Obedient(gpus, "b", ["1"]).up()).gpus == ("1",)
+        assert (await Obedient(gpus, "a", 2).up()).gpus == ("0", "2")
+        assert (await Obedient(gpus, "none", 0).up()).gpus == ()
+        assert gpus.of("a") == ("0", "2")
+        assert list(gpus.holders("1")) == ["b"]
+
+    run(scene)
+
+
+def test_a_part_of_a_gpu_is_shared_up_to_what_it_has() -> None:
+    async def scene() -> None:
+        gpus = Gpus(TWO)
+        small = [await Obedient(gpus, name, gpu_memory="12GiB").up() for name in ("a", "b")]
+
+        assert [each.gpus for each in small] == [("0",), ("0",)], "best fit leaves the other one whole"
+        assert (await Obedient(gpus, "large").up()).gpus == ("1",)
+
+    run(scene)
 
 
 def test_what_a_model_has_it_keeps_until_it_is_given_back() -> None:
-    gpus = Gpus(["0", "1"])
+    async def scene() -> None:
+        gpus = Gpus([Device("0")])
+        a = Obedient(gpus, "a")
 
-    assert gpus.take(model("a", 1)) == gpus.take(model("a", 1)) == ("0",)
-    gpus.give_back("a")
-    assert gpus.take(model("b", 1)) == ("0",)
+        assert await a.up() == await a.up() == Place(("0",))
+        gpus.give_back("a")
+        assert (await Obedient(gpus, "b").up()).gpus == ("0",)
+
+    run(scene)
 
 
-@pytest.mark.parametrize("wanted", [2, ["0"], ["1", "0"]])
-def test_no_gpu_is_given_twice_and_the_refusal_names_the_holder(wanted: int | list[str]) -> None:
-    gpus = Gpus(["0", "1"])
-    gpus.take(model("a", ["0"]))
+def test_an_idle_model_makes_room_and_the_claim_gets_it_when_it_is_gone() -> None:
+    async def scene() -> None:
+        gpus = Gpus([Device("0", 24 * GIB)])
+        a, b = Obedient(gpus, "a", leaves_s=7.0), Obedient(gpus, "b")
+        await a.up()
 
-    with pytest.raises(NoCapacity, match="GPU 0 is used by a") as refusal:
-        gpus.take(model("b", wanted))
+        assert (await b.up()).gpus == ("0",)
 
-    assert refusal.value.retry_after_s
-    assert gpus.take(model("c", 1)) == ("1",), "a refused model holds nothing"
+        assert a.told == ["makes room for b"]
+        assert b.told == ["waits"]
+        assert not gpus.why("b")
+
+    run(scene)
+
+
+def test_a_busy_model_is_held_back_once_the_claim_has_waited_long_enough_and_goes_when_it_is_done() -> None:
+    async def scene() -> None:
+        loop = asyncio.get_running_loop()
+        gpus = Gpus([Device("0", 24 * GIB)])
+        a, b = Obedient(gpus, "a"), Obedient(gpus, "b")
+        await a.up()
+        a.in_flight = 1
+        claim = loop.create_task(b.up())
+        await asyncio.sleep(500)
+
+        assert (a.held_for, a.told) == ("b", [])
+        assert "a" in gpus.why("b")
+        a.end_request()
+        assert (await claim).gpus == ("0",)
+
+    run(scene)
+
+
+def test_a_hold_ends_with_the_claim_that_it_is_for() -> None:
+    async def scene() -> None:
+        gpus = Gpus([Device("0", 24 * GIB)])
+        a, b = Obedient(gpus, "a"), Obedient(gpus, "b")
+        await a.up()
+        a.in_flight = 1
+        claim = asyncio.create_task(b.up())
+        await asyncio.sleep(500)
+        claim.cancel()
+        await asyncio.sleep(1)
+
+        assert a.held_for is None
+        assert not gpus.why("b")
+
+    run(scene)
+
+
+def test_a_claim_that_leaves_in_the_tick_in_which_it_is_met_gives_the_gpus_back() -> None:
+    async def scene() -> None:
+        gpus = Gpus([Device("0")])
+        await Obedient(gpus, "a").up()
+        claim = asyncio.create_task(Obedient(gpus, "b").up())
+        await asyncio.sleep(0)
+        gpus.give_back("a")
+        await asyncio.sleep(0)
+        claim.cancel()
+        await asyncio.wait([claim])
+        gpus.give_back("b")  # as the end of every life does
+
+        assert (await Obedient(gpus, "c").up()).gpus == ("0",)
+
+    run(scene)
+
+
+def test_what_is_pinned_is_not_waited_for() -> None:
+    async def scene() -> None:
+        gpus = Gpus([Device("0", 24 * GIB)])
+        await Obedient(gpus, "a", pinned=True).up()
+
+        with pytest.raises(NoCapacity, match=r"(?s)a .*pinned|pinned.*a") as refusal:
+            await Obedient(gpus, "b").up()
+
+        assert refusal.value.retry_after_s
+
+    run(scene)
 
 
 def test_without_an_inventory_ids_are_counted_up() -> None:
-    gpus = Gpus(None)
+    async def scene() -> None:
+        gpus = Gpus(None)
 
-    assert gpus.take(model("a", 2)) == ("0", "1")
-    assert gpus.take(model("b", 1)) == ("2",)
+        assert (await Obedient(gpus, "a", 2).up()).gpus == ("0", "1")
+        assert (await Obedient(gpus, "b").up()).gpus == ("2",)
+        assert (await Obedient(gpus, "c", ["7"]).up()).gpus == ("7",)
+
+    run(scene)
 
 
-def test_the_gpus_of_a_server_that_was_found_are_its_own() -> None:
-    gpus = Gpus(["0", "1"])
-    gpus.claim("a", ("0",))
+def test_the_gpus_of_a_server_that_was_found_are_its_own_until_they_are_given_back() -> None:
+    async def scene() -> None:
+        gpus = Gpus([Device("0"), Device("1")])
+        gpus.hold("stranger", Place(("0",)))
 
-    assert gpus.take(model("a", 1)) == ("0",)
-    assert gpus.take(model("b", 1)) == ("1",)
+        assert not gpus.has_room(Place(("0",)))
+        assert gpus.has_room(Place(("1",)))
+        assert (await Obedient(gpus, "b").up()).gpus == ("1",)
+        claim = asyncio.create_task(Obedient(gpus, "c", ["0"]).up())
+        await asyncio.sleep(1)
+        gpus.give_back("stranger")
+        assert (await claim).gpus == ("0",)
+
+    run(scene)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "keys", "words"),
+    [
+        (["0", "7"], {}, "GPU 7 is not there: there are 0, 1"),
+        (3, {}, "it needs 3 GPUs, and there are 0=24 GiB, 1=24 GiB"),
+        (1, {"gpu_memory": "40GiB"}, "it needs 1 GPU with 40 GiB each, and there are 0=24 GiB, 1=24 GiB"),
+    ],
+)
+def test_what_can_never_fit_is_told_at_once_with_the_numbers(gpus: Any, keys: dict[str, Any], words: str) -> None:
+    async def scene() -> None:
+        with pytest.raises(StartFailed, match=words):
+            await Obedient(Gpus(TWO), "a", gpus, **keys).up()
+
+    run(scene)
 
 
 def test_a_model_may_name_a_gpu_that_the_inventory_lacks() -> None:
-    assert Gpus(["0"]).take(model("a", ["GPU-3f2a"])) == ("GPU-3f2a",)
+    async def scene() -> None:
+        assert (await Obedient(Gpus([Device("0")]), "a", ["GPU-3f2a"]).up()).gpus == ("GPU-3f2a",)
 
-
-def test_a_gpu_that_is_not_there_is_told_at_once() -> None:
-    with pytest.raises(StartFailed, match="GPU 7, which is not there: there are 0, 1"):
-        Gpus(["0", "1"]).take(model("a", ["0", "7"]))
-
-    assert Gpus(None).take(model("a", ["7"])) == ("7",)
+    run(scene)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from gateway.errors import GatewayError
 from gateway.fleet.instance import Instance
 from gateway.fleet.life import Lease, Life
+from gateway.fleet.placement import Place
 from gateway.fleet.queue import Ticket
 from gateway.lifecycle import Event, State
 from gateway.runtimes.base import Found, Handle
@@ -183,10 +184,28 @@ class StartsTheClockAgain(Instance):
         super().adopt(replace(found, made_at=self._journal.now()))
 
 
+class PromisesTooEarly(Instance):
+    """Breaks P3: gives its GPUs back before its server is gone."""
+
+    def _end(self, life: Life, reason: str) -> None:
+        super()._end(life, reason)
+        self._gpus.give_back(self.spec.id)
+
+
+class IgnoresItsPlace(Instance):
+    """Breaks P3: starts on the first GPU whatever it was given."""
+
+    async def _place(self, life: Life) -> Place:
+        place = await super()._place(life)
+        return replace(place, gpus=("0",)) if place.gpus else place
+
+
 INSTANCES: dict[str, type[Instance]] = {
     "P1": StopsBusyServers,
     "P2": StartsTwice,
     "P2-left": LeavesServers,
+    "P3": PromisesTooEarly,
+    "P3-place": IgnoresItsPlace,
     "P4": LosesLeases,
     "P4-recovery": SleepsOn,
     "P4-wake": NeverWakes,

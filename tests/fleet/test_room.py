@@ -1,0 +1,158 @@
+"""Models that share GPUs: who waits, who makes room, and what their callers see of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from typing import Any
+
+from gateway.fleet.placement import GIB, Device
+from gateway.fleet.status import Status
+from gateway.lifecycle import State
+from tests.fleet.scenes import Scene, play, spec
+from tests.simulator.servers import Manners
+from tests.simulator.world import World
+
+ONE_GPU = [Device("0", 24 * GIB)]
+WELL = Manners(make_s=1.0, load_s=5.0)
+
+
+class Shared:
+    """Several models on few GPUs, in virtual time."""
+
+    def __init__(self, *names: str, devices: list[Device] = ONE_GPU, **keys: Any) -> None:
+        self.specs = {name: spec(id=name, weights=f"{name}.gguf", gpus=1, **keys.get(name, {})) for name in names}
+        self.world = World(list(self.specs.values()), seed=0, devices=devices)
+        self.world.runtime.next_manners = [WELL] * 50
+        Scene.on_stage.append(self)  # type: ignore[arg-type]
+
+    def ask(self, name: str, work_s: float = 1.0, **bounds: float) -> asyncio.Task[str]:
+        return asyncio.create_task(self.world.request(self.specs[name], work_s, **bounds))
+
+    def status(self, name: str) -> Status:
+        return self.world.fleet.status(self.specs[name])
+
+    def moves(self, name: str) -> Iterable[str]:
+        return [line.partition(f"{name}: ")[2] for line in self.world.trace if f"  {name}: " in line]
+
+
+def test_an_idle_model_makes_room_for_one_that_is_asked_for() -> None:
+    async def scene() -> None:
+        on = Shared("a", "b")
+        assert await on.ask("a") == "answered"
+
+        assert await on.ask("b") == "answered"
+
+        assert "ready -> stopping (makes room for b)" in on.moves("a")
+        assert on.status("b").gpus == ("0",)
+        assert on.status("a").gpus == ()
+
+    play(scene)
+
+
+def test_a_busy_model_finishes_what_it_has_and_those_who_queue_for_it_are_served_later() -> None:
+    async def scene() -> None:
+        on = Shared("a", "b", a={"generation_timeout": 1000.0})
+        assert await on.ask("a") == "answered"
+        long = on.ask("a", work_s=500.0)
+        await asyncio.sleep(1)
+        other = on.ask("b")
+        await asyncio.sleep(200)
+        late = on.ask("a")
+        await asyncio.sleep(1)
+
+        assert on.status("a").held_for == "b"
+        assert on.status("a").queued == 1
+        assert (on.status("b").state, on.status("b").waits_for is not None) == (State.STARTING, True)
+        assert await other == "NO_CAPACITY"  # after its 300 s, and not before
+        again = on.ask("b")
+        assert await long == "answered", "nothing that runs is cut"
+        assert await again == "answered"
+        assert await late == "answered"
+
+    play(scene)
+
+
+def test_who_waits_for_gpus_is_told_so_and_refused_in_bound() -> None:
+    async def scene() -> None:
+        on = Shared("a", "b", a={"generation_timeout": 1000.0})
+        assert await on.ask("a") == "answered"
+        on.ask("a", work_s=900.0)
+        await asyncio.sleep(1)
+        began = asyncio.get_running_loop().time()
+
+        assert await on.ask("b", max_wait_s=7.0) == "MODEL_NOT_LOADED"
+        assert asyncio.get_running_loop().time() - began == 7.0
+        progress = on.status("b").progress
+        assert progress is not None
+        assert progress.phase == "waiting for GPUs"
+        assert "a" in (on.status("b").waits_for or "")
+
+        assert await on.ask("b") == "NO_CAPACITY"
+        assert asyncio.get_running_loop().time() - began == 307.0
+
+    play(scene)
+
+
+def test_the_wait_for_gpus_takes_nothing_from_the_time_of_the_start() -> None:
+    async def scene() -> None:
+        on = Shared("a", "b", a={"generation_timeout": 1000.0}, b={"start_timeout": 60.0})
+        assert await on.ask("a") == "answered"
+        on.ask("a", work_s=250.0)
+        await asyncio.sleep(1)
+
+        assert await on.ask("b") == "answered"
+
+    play(scene)
+
+
+def test_a_start_that_nobody_wants_any_more_gives_up_its_claim() -> None:
+    async def scene() -> None:
+        on = Shared("a", "b", a={"generation_timeout": 1000.0})
+        assert await on.ask("a") == "answered"
+        busy = on.ask("a", work_s=800.0)
+        await asyncio.sleep(1)
+        waiting = on.ask("b")
+        await asyncio.sleep(150)
+        assert on.status("a").held_for == "b"
+        await on.world.leave(waiting)
+        await asyncio.sleep(100)
+
+        assert on.status("b").state is State.STOPPED
+        assert on.status("a").held_for is None
+        assert await on.ask("a") == "answered"
+        assert await busy == "answered"
+
+    play(scene)
+
+
+def test_an_operators_start_that_gets_no_gpus_is_given_up_after_its_time() -> None:
+    async def scene() -> None:
+        on = Shared("a", "b", a={"pinned": True}, b={"start_timeout": 60.0})
+        assert await on.ask("a") == "answered"
+
+        await on.world.operate(on.specs["b"], "start")
+
+        assert on.status("b").state is State.FAILED
+        failure = on.status("b").failure
+        assert failure is not None
+        assert failure.error.code == "NO_CAPACITY"
+        assert "pinned" in failure.error.detail
+        assert not on.status("b").retry_after_s, "it is no fault of the model's: it does not cool down"
+
+    play(scene)
+
+
+def test_a_server_whose_end_is_not_known_keeps_its_gpus() -> None:
+    async def scene() -> None:
+        on = Shared("a", "b")
+        assert await on.ask("a") == "answered"
+        on.world.runtime.fall_silent(100.0)
+        waiting = on.ask("b")
+        await asyncio.sleep(50)
+
+        assert on.status("a").gpus == ("0",)
+        assert on.status("b").gpus == ()
+        assert await waiting == "answered"
+
+    play(scene)
