@@ -67,10 +67,10 @@ def _outcome(answer: httpx.Response) -> str:
     return str(answer.json()["error_code"])
 
 
-def residents(place: Site, since: float) -> tuple[int, Counter[str]]:
+def residents(place: Site, since: int) -> tuple[int, Counter[str]]:
     """Return how many servers ran at once, at most, and how often each was started, as the engine itself tells."""
     told = place.client.events(
-        since=since, until=time.time(), decode=True, filters={"type": "container", "event": ["start", "die"]}
+        since=since, until=int(time.time()) + 1, decode=True, filters={"type": "container", "event": ["start", "die"]}
     )
     alive, most, starts = set[str](), 0, Counter[str]()
     for event in told:
@@ -99,7 +99,7 @@ def test_every_request_ends_in_bound_and_never_are_two_models_resident(
             )
             for name in MODELS
         }
-        began = time.time()
+        began = int(time.time())
         with serving(place, {"GATEWAY_GPUS": "0=24GiB"}, all_of=models) as gateway:
             traffic = Traffic(place, gateway)
             left = [model for model in gateway.get("/models").json()["models"] if model["in_flight"] or model["queued"]]
