@@ -16,7 +16,7 @@ from functools import partial
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
-import pynvml
+import pynvml  # type: ignore[import-untyped]
 
 from gateway.devices import Device, Memory
 
@@ -36,12 +36,12 @@ _WORDS = {
     pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH: "the NVIDIA driver was updated under way: restart the machine",
     pynvml.NVML_ERROR_NO_PERMISSION: "this user may not ask the NVIDIA driver",
 }
-_FAILURES = (pynvml.NVMLError, pynvml.NVMLLibraryMismatchError, UnicodeDecodeError)
-"""Whatever the binding raises."""
+_FAILURES = (pynvml.NVMLError, pynvml.NVMLLibraryMismatchError, OSError, AttributeError, ValueError)
+"""Whatever the binding raises, also of a library that is not what it should be."""
 
 
 class Nvml:
-    """An inventory (`gateway.runtimes.inventory`). The ids are NVML's own numbers, which the Docker Engine takes too."""
+    """An inventory (`gateway.runtimes.inventory`). The ids are NVML's numbers, which the Docker Engine means too."""
 
     source = "NVML"
 
@@ -71,7 +71,8 @@ class Nvml:
             async with asyncio.timeout(self._answer_s):
                 found, failures = await asyncio.wrap_future(answer)
         except TimeoutError:
-            self._late = answer
+            if not answer.done():  # one that had not begun is called off
+                self._late = answer
             self._tell(NO_ANSWER)
             return {}
         for failure in failures:
@@ -100,6 +101,8 @@ class Nvml:
             self._stays_silent(_words(error))
         else:
             self._opened = True
+            if not self._devices:
+                self.silence = NO_GPUS
             for failure in failures:
                 self._tell(failure)
 
