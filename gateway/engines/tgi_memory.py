@@ -25,8 +25,8 @@ from gateway.errors import NoCapacity
 
 WIGGLE = 0.9
 """TGI_WIGGLE_ROOM, if nobody says otherwise."""
-DIGITS = 4
-"""Of a fraction: a step is 8 MiB of 80 GiB."""
+STEPS = 10_000
+"""A fraction has four digits: a step is 8 MiB of 80 GiB."""
 RETRY_S = 30.0
 
 
@@ -42,7 +42,7 @@ def memory_fraction(model: str, shares: Sequence[Share], wiggle: float = WIGGLE)
             raise _uneven(model, shares, wiggle)
     if limit <= wiggle:
         return _rounded_down(limit / wiggle), wiggle
-    return 1.0, min(_rounded_down(limit), 1 - 10**-DIGITS)  # it must be less than 1, TGI says
+    return 1.0, min(_rounded_down(limit), 1 - 1 / STEPS)  # it must be less than 1, TGI says
 
 
 def _limit(model: str, share: Share, wiggle: float) -> float:
@@ -54,21 +54,21 @@ def _limit(model: str, share: Share, wiggle: float) -> float:
 
 
 def _free(share: Share, wiggle: float) -> float:
-    """Return what is free before the start. Unmeasured, others have what they plan with: to guess more would be ours."""
+    """Return what is free before the start. Unmeasured, others fill what they plan to: no more is sure to be."""
     if share.free_bytes is not None:
         return min(share.free_bytes, share.total_bytes)
     return max(share.total_bytes - wiggle * share.others_bytes, 0.0)
 
 
 def _rounded_down(part: float) -> float:
-    return max(math.floor(part * 10**DIGITS), 1) / 10**DIGITS
+    return max(math.floor(part * STEPS), 1) / STEPS
 
 
 def _missing(model: str, share: Share, free: float) -> NoCapacity:
     return NoCapacity(
         f"{model} has {_gib(share.reserved_bytes)} reserved of GPU {share.gpu}, and only {_gib(free)} of its "
-        f"{_gib(share.total_bytes)} are free: {_gib(share.others_bytes)} are reserved for other models, and the rest is "
-        "used by other programs. `nvidia-smi` shows them: end them, or give the model less (`gpu_memory`).",
+        f"{_gib(share.total_bytes)} are free: {_gib(share.others_bytes)} are reserved for other models, and the rest "
+        "is used by other programs. `nvidia-smi` shows them: end them, or give the model less (`gpu_memory`).",
         retry_after_s=RETRY_S,
     )
 

@@ -50,11 +50,13 @@ class Returning:
         missing: str | None = None
         try:
             async with asyncio.timeout(self._bound_s):
-                while missing := await self._missing(place, others):
+                while True:
+                    missing = await self._missing(place, others)
+                    if missing is None:
+                        return None
                     await asyncio.sleep(self._poll_s)
         except TimeoutError:
             return missing
-        return None
 
     async def _missing(self, place: Place, others: Callable[[], Collection[Place]]) -> str | None:
         memory = await self._inventory.memory(place.gpus)

@@ -27,9 +27,8 @@ T = TypeVar("T")
 FIRST_ANSWER_S = 10.0
 """A driver that nobody used so far has to wake every GPU first."""
 ANSWER_S = 2.0
-NO_ANSWER = (
-    "the NVIDIA driver does not answer (NVML): look at `nvidia-smi` and `dmesg`; perhaps the machine must restart"
-)
+NO_ANSWER = "the NVIDIA driver does not answer (NVML): `nvidia-smi` and `dmesg` may tell why; a restart may be needed"
+NO_GPUS = "the NVIDIA driver is here and knows of no GPU"
 _WORDS = {
     pynvml.NVML_ERROR_LIBRARY_NOT_FOUND: "no library of the NVIDIA driver is here (libnvidia-ml.so.1)",
     pynvml.NVML_ERROR_DRIVER_NOT_LOADED: "the NVIDIA driver is installed and not loaded: `nvidia-smi` says more",
