@@ -21,6 +21,10 @@ class Inventory(Protocol):
     def source(self) -> str:
         """Where its knowledge comes from, in a word or two."""
 
+    @property
+    def silence(self) -> str | None:
+        """Why nothing can be measured, in words; None if something can, or if nobody tried yet."""
+
     def devices(self) -> Sequence[Device] | None:
         """Return the GPUs that may be given to models; None if nothing is known of any.
 
@@ -41,10 +45,13 @@ class DeviceFiles:
     """The GPUs that have a device file here, by number. A gateway in a container sees none of them."""
 
     source = "device files"
+    silence = "a device file does not tell how much memory a GPU has"
 
-    def __init__(self, folder: Path = Path("/dev")) -> None:
-        numbers = sorted(int(path.name.removeprefix("nvidia")) for path in folder.glob("nvidia[0-9]*"))
-        self._devices = [Device(str(number)) for number in numbers] or None
+    def __init__(self, folder: Path = Path("/dev"), names: Mapping[str, str] | None = None) -> None:
+        """`names` says what kind a GPU is, by number, where that is known."""
+        endings = (path.name.removeprefix("nvidia") for path in folder.glob("nvidia[0-9]*"))
+        numbers = sorted(int(ending) for ending in endings if ending.isdecimal())
+        self._devices = [Device(str(number), name=(names or {}).get(str(number), "")) for number in numbers] or None
 
     def devices(self) -> Sequence[Device] | None:
         return self._devices
@@ -75,6 +82,10 @@ class JoinedInventory:
         if self._measured.devices() is not None:
             return self._measured.source
         return self._files.source if self._files.devices() is not None else "nothing"
+
+    @property
+    def silence(self) -> str | None:
+        return self._measured.silence
 
     def devices(self) -> Sequence[Device] | None:
         measured = self._measured.devices()

@@ -28,9 +28,10 @@ FIRST_ANSWER_S = 10.0
 """A driver that nobody used so far has to wake every GPU first."""
 ANSWER_S = 2.0
 NO_ANSWER = "the NVIDIA driver does not answer (NVML): `nvidia-smi` and `dmesg` may tell why; a restart may be needed"
+NO_LIBRARY = "no library of the NVIDIA driver is here (libnvidia-ml.so.1)"
 NO_GPUS = "the NVIDIA driver is here and knows of no GPU"
 _WORDS = {
-    pynvml.NVML_ERROR_LIBRARY_NOT_FOUND: "no library of the NVIDIA driver is here (libnvidia-ml.so.1)",
+    pynvml.NVML_ERROR_LIBRARY_NOT_FOUND: NO_LIBRARY,
     pynvml.NVML_ERROR_DRIVER_NOT_LOADED: "the NVIDIA driver is installed and not loaded: `nvidia-smi` says more",
     pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH: "the NVIDIA driver was updated under way: restart the machine",
     pynvml.NVML_ERROR_NO_PERMISSION: "this user may not ask the NVIDIA driver",
@@ -84,6 +85,8 @@ class Nvml:
         self._opened = False
         last = self._ask(_shut)
         self._calls.put(None)
+        if self._late and not self._late.done():  # it is left behind with its thread
+            return
         with suppress(TimeoutError):
             async with asyncio.timeout(self._answer_s):
                 await asyncio.wrap_future(last)
@@ -119,7 +122,7 @@ class Nvml:
         """Log something once, however often it is found again."""
         if words not in self._told:
             self._told.add(words)
-            log.warning("GPUs: %s", words)
+            log.log(logging.INFO if words == NO_LIBRARY else logging.WARNING, "GPUs: %s", words)
 
 
 _Call = tuple[Future[Any], Callable[[], Any]]
