@@ -113,7 +113,7 @@ def test_of_several_gpus_the_one_that_allows_least_counts() -> None:
     [
         (
             [share(10, 8.5, others=5)],
-            "m has 10 GiB reserved of GPU 0, and only 8.5 GiB of its 24 GiB are free: 5 GiB are reserved for other models",
+            "m has 10 GiB reserved of GPU 0, and only 8.5 GiB of its 24 GiB are free: 5 GiB are reserved for other",
         ),
         ([share(10, 24), share(10, 0, gpu="GPU-a")], "m has 10 GiB reserved of GPU GPU-a, and only 0 GiB of its 24"),
         (
