@@ -113,7 +113,7 @@ async def stage(script: Script, *other_ports: int, **keys: Any) -> AsyncIterator
         fleet = Fleet(catalog, engines, runtimes, probe, Journal(lambda: 0.0))
         app = FastAPI()
         problems.install(app)
-        reports = Reports(fleet, "1", gpu_memory={}, device="auto")
+        reports = Reports(fleet, "1", devices=[], device="auto")
         for router in (
             generate_router(fleet, client),
             inference_router(fleet, client),

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import BaseModel
 
 from gateway import machine
 from gateway.catalog import ModelSpec
+from gateway.devices import Device
 from gateway.facts import Facts, facts_of
 from gateway.fleet.fleet import Fleet
 from gateway.lifecycle import State
@@ -97,15 +98,15 @@ class GatewayInfo(ModelInfo):
 
 
 class Reports:
-    """Makes them. `gpu_memory` is the memory of GPUs by id, `device` where llama.cpp computes: auto, cpu or cuda."""
+    """Makes them. `devices` are the GPUs there are, `device` is where llama.cpp computes: auto, cpu or cuda."""
 
-    def __init__(self, fleet: Fleet, version: str, *, gpu_memory: Mapping[str, int], device: str) -> None:
+    def __init__(self, fleet: Fleet, version: str, *, devices: Sequence[Device], device: str) -> None:
         self.version = version
         self._fleet = fleet
-        self._gpu_memory = gpu_memory
+        self._gpu_memory = {each.id: each.memory_bytes for each in devices if each.memory_bytes}
         self._device = device
         self._began_at = time.monotonic()
-        self._gpu_names = machine.gpu_names()
+        self._gpu_names = machine.gpu_names() | {each.id: each.name for each in devices if each.name}
 
     async def facts(self, spec: ModelSpec) -> Facts:
         return await asyncio.to_thread(facts_of, spec)

@@ -12,14 +12,12 @@ from typing import Any
 
 import pytest
 
-from tests.nvml_double import COMPILER, NvmlDouble, gpu, make
+from tests.nvml_double import NvmlDouble, gpu, make, needs_compiler
 from tests.runtimes.processes import PROGRAMS
 
 MIB = 2**20
 WITHOUT_HASTE, HASTY = "20", "0.3"
 ENDS_WITHIN_S = 30  # a call of the double that hangs takes longer
-
-needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C compiler here: the double of NVML cannot be made")
 
 
 @pytest.fixture(scope="module")
