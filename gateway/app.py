@@ -11,13 +11,13 @@ import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from importlib.metadata import version
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
+from gateway import machine
 from gateway.api import problems
 from gateway.api.api_server import api_server_router
 from gateway.api.authorization import Authorization
@@ -43,11 +43,13 @@ from gateway.fleet.gpus import Gpus
 from gateway.fleet.health import HttpProbe
 from gateway.fleet.identity import server_name
 from gateway.fleet.journal import Journal
-from gateway.fleet.placement import Device
+from gateway.fleet.placement import described
 from gateway.keys import load_keys
 from gateway.runtimes.base import Launch
 from gateway.runtimes.docker.runtime import DockerRuntime
 from gateway.runtimes.external import ExternalRuntime
+from gateway.runtimes.inventory import DeviceFiles, JoinedInventory
+from gateway.runtimes.nvml import Nvml
 from gateway.runtimes.process import ProcessRuntime
 from gateway.settings import Settings, check_exposure, load_settings, unknown_variables
 from gateway.upstream import AiohttpClient
@@ -105,6 +107,11 @@ def planned(spec: ModelSpec, settings: Settings | None = None) -> Launch | None:
     return engine.launch(spec, server_name(spec), secret="") if engine else None
 
 
+def inventory_of(settings: Settings) -> JoinedInventory:
+    """Return what tells of the GPUs: GATEWAY_GPUS, else NVIDIA's driver, else the device files of this machine."""
+    return JoinedInventory(settings.gpus, Nvml(), DeviceFiles(names=machine.gpu_names()))
+
+
 def _engines(settings: Settings) -> dict[str, Engine]:
     return {"tgi": Tgi(settings.hf_token), "llamacpp": LlamaCpp(settings.device), "openai": OpenAi()}
 
@@ -118,13 +125,16 @@ def compose(settings: Settings, catalog: Catalog) -> FastAPI:
     keys = load_keys(settings.api_keys_file) if settings.api_keys_file else None
     processes, containers, probe, client = ProcessRuntime(), DockerRuntime(settings.name), HttpProbe(), AiohttpClient()
     others = ExternalRuntime()
+    inventory = inventory_of(settings)
+    devices = inventory.devices()
+    log.info("GPUs: %s (%s)", described(devices or ()), inventory.source)
     fleet = Fleet(
         catalog,
         engines=_engines(settings),
         runtimes={"docker": containers, "process": processes, "external": others},
         probe=probe,
         journal=Journal(time.time),
-        gpus=Gpus(_devices(settings)),
+        gpus=Gpus(devices, inventory),
         keep_servers=settings.on_exit != "stop",
     )
 
@@ -136,7 +146,7 @@ def compose(settings: Settings, catalog: Catalog) -> FastAPI:
                 yield
         finally:
             await fleet.aclose()
-            for part in (client, probe, processes, containers, others):
+            for part in (client, probe, processes, containers, others, inventory):
                 await part.aclose()
 
     app = FastAPI(title="TGI Gateway", version=VERSION, lifespan=lifespan, root_path=settings.root_path)
@@ -168,19 +178,6 @@ def compose(settings: Settings, catalog: Catalog) -> FastAPI:
     app.add_middleware(Lingering)
     app.add_middleware(PlainRefusal)
     return app
-
-
-def _devices(settings: Settings) -> list[Device] | None:
-    if settings.gpus:
-        return [Device(gpu, memory_bytes) for gpu, memory_bytes in settings.gpus.items()]
-    found = _gpus_of_this_machine()
-    return [Device(gpu) for gpu in found] if found else None
-
-
-def _gpus_of_this_machine() -> list[str] | None:
-    """Return the GPUs that have a device file here, or None: a gateway in a container sees none of them."""
-    numbers = sorted(int(path.name.removeprefix("nvidia")) for path in Path("/dev").glob("nvidia[0-9]*"))
-    return [str(number) for number in numbers] or None
 
 
 def _not_for_you() -> Forbidden:

@@ -10,7 +10,6 @@ import asyncio
 import os
 import shutil
 import socket
-import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -21,11 +20,13 @@ from typing import Any, Literal
 from docker import APIClient
 from docker.errors import ImageNotFound
 
-from gateway.app import planned
+from gateway.app import inventory_of, planned
 from gateway.catalog import Catalog, ModelSpec, deferred
 from gateway.catalog_file import load_catalog
 from gateway.client import ClientError, InferenceClient
+from gateway.devices import Device
 from gateway.errors import CatalogError, RuntimeUnavailable, StartFailed
+from gateway.fleet.placement import gibibytes
 from gateway.keys import load_keys
 from gateway.runtimes.docker.engine import Engine, why_not_supported
 from gateway.settings import Settings, check_exposure, load_settings, unknown_variables
@@ -40,6 +41,12 @@ OLDEST_API = (1, 40)
 FIRST_PORT = 8080
 TOOLKIT = ("nvidia-container-runtime-hook", "nvidia-container-runtime", "nvidia-ctk")
 ANSWER_S = 10.0
+OVERSTATED = 1.05
+"""A GPU sold as 24 GiB has a little less for programs; that is no mistake."""
+VIEW_FIX = (
+    "give the gateway a view of them: docker compose up --detach --wait gateway-gpu, in place of gateway (its profile "
+    "`gpu` has NVIDIA's capability `utility`)."
+)
 GROUP_FIX = (
     "Tell Compose the socket's group: echo DOCKER_GID=$(stat -c %g /var/run/docker.sock) >>.env; docker compose up -d"
 )
@@ -72,8 +79,14 @@ class Machine:
     """What was seen of the machine, from where the gateway runs."""
 
     in_container: bool = False
-    gpus: Mapping[str, str] = field(default_factory=dict)
-    """The GPUs in sight by their id, with what is known of them."""
+    devices: Sequence[Device] = ()
+    """The GPUs in sight, whatever GATEWAY_GPUS says."""
+    gpu_source: str = "NVML"
+    """What told of them."""
+    gpu_free_bytes: Mapping[str, int] = field(default_factory=dict)
+    """What is free of them, by id, where it can be measured."""
+    gpu_silence: str | None = None
+    """Why it cannot be measured, if so."""
     programs: frozenset[str] = frozenset()
     """Those of the NVIDIA toolkit's programs that are on the PATH."""
     engine_free_bytes: int | None = None
@@ -231,19 +244,61 @@ def about_toolkit(engine: EngineSeen, machine: Machine) -> Iterator[Finding]:
 
 
 def about_gpus(specs: Sequence[ModelSpec], settings: Settings, machine: Machine) -> Iterator[Finding]:
-    known = dict(machine.gpus) or dict.fromkeys(settings.gpus or {}, "named by GATEWAY_GPUS")
+    """Yield which GPUs are known, from where, and what is wrong with what is said of them elsewhere."""
+    known = machine.devices or [Device(gpu, memory) for gpu, memory in (settings.gpus or {}).items()]
     if not known:
+        why = f" ({machine.gpu_silence})" if machine.gpu_silence else ""
         fix = "If there are some, name them: GATEWAY_GPUS=0=24GiB,1=24GiB. `nvidia-smi -L` lists them."
-        yield Finding("gpus", "warning", f"no GPU is in sight, and {len(specs)} models of the catalog want one", fix)
+        fix += f" Or {VIEW_FIX}" if machine.in_container else ""
+        yield Finding(
+            "gpus", "warning", f"no GPU is in sight{why}, and {len(specs)} models of the catalog want one", fix
+        )
         return
-    yield Finding("gpus", "ok", "; ".join(f"{gpu}: {what}" for gpu, what in known.items()))
+    source = machine.gpu_source if machine.devices else "named by GATEWAY_GPUS"
+    seen = "; ".join(_described(device, machine.gpu_free_bytes.get(device.id)) for device in known)
+    yield Finding("gpus", "ok", f"{seen} ({source})")
+    if machine.gpu_silence:
+        yield _unmeasured(specs, machine)
+    yield from _declared(settings, machine)
+    yield from _misnamed(specs, settings, known)
+
+
+def _described(device: Device, free_bytes: int | None) -> str:
+    size = gibibytes(device.memory_bytes) if device.memory_bytes else "memory unknown"
+    free = "" if free_bytes is None else f"{gibibytes(free_bytes)} free"
+    return f"{device.id}: " + ", ".join(part for part in (device.name, size, free, device.uuid) if part)
+
+
+def _unmeasured(specs: Sequence[ModelSpec], machine: Machine) -> Finding:
+    """Return what it means that nothing can be measured: much for models that share GPUs, little for others."""
+    sharing = [spec.id for spec in specs if spec.gpu_memory_bytes]
+    words = f"what is free of the GPUs cannot be measured: {machine.gpu_silence}"
+    words += f"; for {', '.join(sharing)} it is worked out of what other models have reserved" if sharing else ""
+    fix = (
+        VIEW_FIX[0].upper() + VIEW_FIX[1:] if machine.in_container else "`nvidia-smi` asks the same library: mend that."
+    )
+    return Finding("gpus", "warning" if sharing else "ok", words, fix)
+
+
+def _declared(settings: Settings, machine: Machine) -> Iterator[Finding]:
+    """Yield GPUs of which GATEWAY_GPUS promises clearly more than they have."""
+    there = {name: device for device in machine.devices for name in (device.id, device.uuid)}
+    for gpu, said in (settings.gpus or {}).items():
+        has = there[gpu].memory_bytes if gpu in there else None
+        if has and said > has * OVERSTATED:
+            words = f"GATEWAY_GPUS gives GPU {gpu} {gibibytes(said)}, and it has {gibibytes(has)}"
+            yield Finding("gpus", "warning", words, f"Correct it: {gpu}={has // 2**20}MiB.")
+
+
+def _misnamed(specs: Sequence[ModelSpec], settings: Settings, known: Sequence[Device]) -> Iterator[Finding]:
     wanted = {"GATEWAY_GPUS": tuple(settings.gpus or ())}
     wanted |= {spec.id: spec.gpus for spec in specs if isinstance(spec.gpus, tuple)}
-    numbers = [gpu for gpu in known if gpu.isdecimal()]  # an id in letters may be one that only the engine can judge
+    there = [device.id for device in known]
+    numbers = [gpu for gpu in there if gpu.isdecimal()]  # an id in letters may be one that only the engine can judge
     for who, ids in wanted.items():
         if absent := [gpu for gpu in ids if gpu.isdecimal() and gpu not in numbers and numbers]:
             words = f"{who} names GPUs that are not there: {', '.join(absent)}"
-            yield Finding("gpus", "problem", words, f"Correct it; there are {', '.join(known)}.")
+            yield Finding("gpus", "problem", words, f"Correct it; there are {', '.join(there)}.")
     for spec in specs:
         if isinstance(spec.gpus, int) and spec.gpus > len(known):
             words = f"{spec.id} wants {spec.gpus} GPUs, and there are {len(known)}"
@@ -357,7 +412,7 @@ def _look_at_machine(settings: Settings, engine: EngineSeen) -> Machine:
     ports = (settings.port, FIRST_PORT)
     return Machine(
         in_container=inside,
-        gpus=_gpus(),
+        **_look_at_gpus(),
         programs=frozenset(program for program in TOOLKIT if shutil.which(program)),
         engine_free_bytes=None if inside else _free_bytes(engine.info.get("DockerRootDir", "")),
         holders={port: holder for port in ports if port and (holder := _holder(port))},
@@ -365,15 +420,22 @@ def _look_at_machine(settings: Settings, engine: EngineSeen) -> Machine:
     )
 
 
-def _gpus() -> dict[str, str]:
-    """Return the GPUs by id: as `nvidia-smi -L` lists them, or else those that have a device file."""
-    with suppress(OSError, subprocess.SubprocessError):
-        command = ["nvidia-smi", "--query-gpu=index,uuid,name,memory.total", "--format=csv,noheader"]
-        said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=ANSWER_S)  # noqa: S603
-        rows = (row.partition(", ") for row in said.stdout.splitlines())
-        return {index: about for index, _, about in rows if about}
-    files = sorted(Path("/dev").glob("nvidia[0-9]*"))
-    return {path.name.removeprefix("nvidia"): f"{path}; its driver says no more" for path in files}
+def _look_at_gpus() -> dict[str, Any]:
+    """Return what is in sight of the GPUs, by the attributes of `Machine`; what is declared is left aside."""
+
+    async def looked() -> dict[str, Any]:
+        inventory = inventory_of(Settings())
+        devices = inventory.devices() or ()
+        memory = await inventory.memory([device.id for device in devices])
+        await inventory.aclose()
+        return {
+            "devices": devices,
+            "gpu_source": inventory.source,
+            "gpu_free_bytes": {gpu: each.free_bytes for gpu, each in memory.items()},
+            "gpu_silence": inventory.silence,
+        }
+
+    return asyncio.run(looked())
 
 
 def _free_bytes(folder: str) -> int | None:

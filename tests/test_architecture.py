@@ -16,6 +16,7 @@ FLOORS = [
         "gateway.engines.embedded_server",
         "gateway.gguf",
         "gateway.machine",
+        "gateway.devices",
     ],
     ["gateway.catalog", "gateway.generation", "gateway.departure"],
     [
@@ -49,6 +50,7 @@ ALONE = {
     "gateway.errors",
     "gateway.gguf",
     "gateway.machine",
+    "gateway.devices",
 }
 """These import nothing of the package: programs and values that stand by themselves."""
 SIDE_BY_SIDE = {"gateway.fleet", "gateway.api", "gateway.engines", "gateway.runtimes"}
@@ -119,6 +121,7 @@ def test_only_the_composition_root_names_concrete_engines_and_runtimes() -> None
         "gateway.engines.openai",
         "gateway.engines.tgi",
         "gateway.runtimes.docker.runtime",
+        "gateway.runtimes.nvml",
         "gateway.runtimes.external",
         "gateway.runtimes.process",
         "gateway.upstream",

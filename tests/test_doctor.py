@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,10 +18,12 @@ from pydantic import SecretStr
 
 from gateway import doctor
 from gateway.catalog import Catalog, ModelSpec
+from gateway.devices import Device
 from gateway.doctor import EngineSeen, Finding, Machine, diagnose
 from gateway.keys import add_key
 from gateway.settings import Settings
 from tests.docker_engine import ENGINE_URL
+from tests.nvml_double import gpu, make, needs_compiler
 
 pytestmark = pytest.mark.filterwarnings(  # the SDK leaves a socket open when no engine answers
     "ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning"
@@ -33,7 +37,9 @@ ENGINE = EngineSeen(
     info={"Runtimes": {"runc": {}, "nvidia": {}}, "DockerRootDir": "/var/lib/docker"},
     images=frozenset({IMAGE}),
 )
-MACHINE = Machine(gpus={"0": "A10, 24564 MiB", "1": "A10, 24564 MiB"}, engine_free_bytes=500 * doctor.GB)
+GPUS = (Device("0", 22 * 2**30, "GPU-4a", "NVIDIA A10"), Device("1", 22 * 2**30, "GPU-5b", "NVIDIA A10"))
+MACHINE = Machine(devices=GPUS, gpu_free_bytes={"0": 2**30}, engine_free_bytes=500 * doctor.GB)
+ABSENT = "no library of the NVIDIA driver is here"
 SECRET = "hf_this_is_secret"
 
 
@@ -135,25 +141,72 @@ def test_a_model_without_gpus_needs_no_toolkit() -> None:
 
 
 @pytest.mark.parametrize(
-    ("gpus", "known", "seen", "words"),
+    ("gpus", "declared", "seen", "words"),
     [
-        (1, None, {}, "warning: no GPU is in sight, and 1 models"),
-        (3, None, MACHINE.gpus, "problem: gpt-2 wants 3 GPUs, and there are 2"),
-        (["1", "7"], None, MACHINE.gpus, "problem: gpt-2 names GPUs that are not there: 7"),
-        (1, {"0": 1, "9": 1}, MACHINE.gpus, "problem: GATEWAY_GPUS names GPUs that are not there: 9"),
-        (["5"], {"0": 1}, {}, "problem: gpt-2 names GPUs that are not there: 5"),
-        (2, {"0": 1, "1": 1}, {}, None),
-        (["0"], None, MACHINE.gpus, None),
-        (["GPU-4a", "MIG-5b", "0:1"], None, MACHINE.gpus, None),
-        (1, {"GPU-4a": 1}, MACHINE.gpus, None),
-        (["0"], {"GPU-4a": 1}, {}, None),
+        (1, None, (), "warning: no GPU is in sight, and 1 models"),
+        (3, None, GPUS, "problem: gpt-2 wants 3 GPUs, and there are 2"),
+        (["1", "7"], None, GPUS, "problem: gpt-2 names GPUs that are not there: 7"),
+        (1, {"0": 1, "9": 1}, GPUS, "problem: GATEWAY_GPUS names GPUs that are not there: 9"),
+        (["5"], {"0": 1}, (), "problem: gpt-2 names GPUs that are not there: 5"),
+        (2, {"0": 1, "1": 1}, (), None),
+        (["0"], None, GPUS, None),
+        (["GPU-4a", "MIG-5b", "0:1"], None, GPUS, None),
+        (1, {"GPU-4a": 1}, GPUS, None),
+        (["0"], {"GPU-4a": 1}, (), None),
+        (1, {"0": 23 * 2**30}, GPUS, None),  # as it is sold
+        (1, {"0": 24 * 2**30}, GPUS, "warning: GATEWAY_GPUS gives GPU 0 24 GiB, and it has 22 GiB -> Correct it: 0="),
+        (1, {"GPU-5b": 2**40}, GPUS, "warning: GATEWAY_GPUS gives GPU GPU-5b 1.02e+03 GiB, and it has 22 GiB"),
     ],
 )
-def test_gpus(gpus: Any, known: dict[str, int] | None, seen: dict[str, str], words: str | None) -> None:
-    found = findings(tgi(gpus=gpus), settings=Settings(gpus=known), machine=Machine(gpus=seen))
+def test_gpus(gpus: Any, declared: dict[str, int] | None, seen: tuple[Device, ...], words: str | None) -> None:
+    found = findings(tgi(gpus=gpus), settings=Settings(gpus=declared), machine=Machine(devices=seen))
 
     said = bad(found).get("gpus")
     assert said is None if words is None else said and said.startswith(words)
+
+
+def about_gpus(found: list[Finding]) -> list[tuple[str, str]]:
+    return [(each.level, each.words) for each in found if each.about == "gpus"]
+
+
+def test_gpus_are_listed_with_what_is_known_of_them_and_from_where() -> None:
+    words = "0: NVIDIA A10, 22 GiB, 1 GiB free, GPU-4a; 1: NVIDIA A10, 22 GiB, GPU-5b (NVML)"
+    assert about_gpus(findings(tgi())) == [("ok", words)]
+
+    files = Machine(devices=[Device("0")], gpu_source="device files")
+    assert about_gpus(findings(tgi(), machine=files)) == [("ok", "0: memory unknown (device files)")]
+
+    named = findings(tgi(), settings=Settings(gpus={"0": 2**30}), machine=Machine())
+    assert about_gpus(named) == [("ok", "0: 1 GiB (named by GATEWAY_GPUS)")]
+
+
+@pytest.mark.parametrize(
+    ("inside", "shared", "level", "fix"),
+    [
+        (False, False, "ok", "`nvidia-smi` asks the same library"),
+        (False, True, "warning", "`nvidia-smi` asks the same library"),
+        (True, True, "warning", "Give the gateway a view of them: docker compose up --detach --wait gateway-gpu"),
+    ],
+)
+def test_where_nothing_can_be_measured_those_who_share_gpus_are_told(
+    inside: bool, shared: bool, level: str, fix: str
+) -> None:
+    machine = Machine(devices=GPUS, gpu_silence=ABSENT, in_container=inside)
+
+    found = findings(tgi(gpu_memory="3GiB" if shared else None), machine=machine)
+
+    told = [each for each in found if each.about == "gpus"][1]
+    assert (told.level, told.fix.startswith(fix)) == (level, True)
+    assert told.words.startswith(f"what is free of the GPUs cannot be measured: {ABSENT}")
+    assert ("for gpt-2 it is worked out" in told.words) == shared
+
+
+def test_a_container_without_a_view_of_gpus_is_told_both_ways_to_have_some() -> None:
+    said = bad(findings(tgi(), machine=Machine(gpu_silence=ABSENT, in_container=True)))["gpus"]
+
+    assert said.startswith(f"warning: no GPU is in sight ({ABSENT}), and 1 models")
+    assert "GATEWAY_GPUS=0=24GiB" in said
+    assert "capability `utility`" in said
 
 
 def test_a_full_disk_is_told_and_one_out_of_sight_too() -> None:
@@ -311,16 +364,17 @@ def test_a_real_engine_is_well(models: Path) -> None:
     assert "problem" not in {each.level for each in found}
 
 
-def test_gpus_are_listed_with_the_ids_that_a_catalog_may_name(
-    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    program = tmp_path / "nvidia-smi"
-    program.write_text(
-        "#!/bin/sh\n"
-        '[ "$1" = --query-gpu=index,uuid,name,memory.total ] && echo "0, GPU-8e0d3a4b, NVIDIA A10, 23028 MiB"\n'
-    )
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    _, machine = doctor.look(Settings(catalog=models), catalog(), {})
+@needs_compiler
+def test_the_gpus_of_the_driver_are_listed(models: Path, tmp_path: Path) -> None:
+    nvml = make(tmp_path)
+    nvml.tell(gpu("GPU-8e0d", 22 * 1024, used_mib=2048))
+    program = "import sys; from gateway.doctor import look; from gateway.catalog_file import load_catalog\n"
+    program += "from gateway.settings import Settings; from pathlib import Path; path = Path(sys.argv[1])\n"
+    program += "_, machine = look(Settings(catalog=path), load_catalog(path, {}), {'DOCKER_HOST': 'unix:///none'})\n"
+    program += "print(machine.devices, dict(machine.gpu_free_bytes), machine.gpu_source, machine.gpu_silence)"
 
-    assert machine.gpus == {"0": "GPU-8e0d3a4b, NVIDIA A10, 23028 MiB"}
+    command = [sys.executable, "-c", program, str(models)]
+    said = subprocess.run(command, env=nvml.environment, capture_output=True, text=True, check=True).stdout
+
+    device = Device("0", 22 * 2**30, "GPU-8e0d", "NVIDIA A10")
+    assert said == f"{[device]} {{'0': {20 * 2**30}}} NVML None\n"

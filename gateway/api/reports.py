@@ -13,9 +13,10 @@ from pydantic import BaseModel, Field
 
 from gateway import machine
 from gateway.catalog import ModelSpec
+from gateway.devices import Device
 from gateway.facts import Facts, facts_of
 from gateway.fleet.fleet import Fleet
-from gateway.fleet.placement import Device, free_bytes
+from gateway.fleet.placement import free_bytes
 from gateway.lifecycle import State
 
 MEGABYTE = 2**20
@@ -106,7 +107,7 @@ class Reports:
         self._fleet = fleet
         self._device = device
         self._began_at = time.monotonic()
-        self._gpu_names = machine.gpu_names()
+        self._gpu_names = machine.gpu_names() | {each.id: each.name for each in fleet.gpus.devices or () if each.name}
 
     async def facts(self, spec: ModelSpec) -> Facts:
         return await asyncio.to_thread(facts_of, spec)

@@ -6,11 +6,12 @@ An engine and a runtime meet in one value, `Launch`; an engine and a dialect mee
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Protocol
 
 from gateway.catalog import ModelSpec
+from gateway.devices import Share
 from gateway.errors import GatewayError
 from gateway.generation import Finished, GenerationRequest, PromptToken, TokenEvent
 from gateway.runtimes.base import Exit, Launch, Progress
@@ -63,6 +64,15 @@ class Engine(Protocol):
 
         Raises:
             StartFailed: something that the catalog names (a weights file, say) cannot be used.
+        """
+
+    def placed(self, launch: Launch, shares: Sequence[Share]) -> Launch:
+        """Return `launch` for a server that shares GPUs: told to take no more than these, one for each of its GPUs.
+
+        What changes with every start is said here and not in `launch`: it makes no other server of it.
+
+        Raises:
+            NoCapacity: a share is not there, whatever was reserved; says what is.
         """
 
     def download(self, spec: ModelSpec, name: str) -> Launch | None:

@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from gateway.catalog import ModelSpec
+from gateway.devices import Share
 from gateway.engines.base import Api, Call, Decoder, Diagnosis
 from gateway.engines.chat import ChatDecoder, messages_of, response_format_of, tools_of
 from gateway.engines.llamacpp_answers import CompletionDecoder, failure, prompt_tokens, refusal
@@ -71,6 +72,9 @@ class LlamaCpp:
             env={**spec.env, KEY_VARIABLE: secret},
             files=(RequiredFile(spec.weights, spec.weights_sha256),),
         )
+
+    def placed(self, launch: Launch, shares: Sequence[Share]) -> Launch:  # noqa: ARG002 - it is not told how much it may take
+        return launch
 
     def download(self, spec: ModelSpec, name: str) -> Launch | None:  # noqa: ARG002 - the weights are a file already
         return None

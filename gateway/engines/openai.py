@@ -16,10 +16,12 @@ A prompt is asked for by `POST /v1/completions`, into which it goes as it is, as
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
 from gateway.catalog import ModelSpec
+from gateway.devices import Share
 from gateway.engines import openai_answers, openai_calls
 from gateway.engines.base import Api, Call, Decoder, Diagnosis
 from gateway.engines.keys import authorization, key_refused
@@ -37,6 +39,9 @@ class OpenAi:
 
     def launch(self, spec: ModelSpec, name: str, secret: str) -> Launch:  # noqa: ARG002 - its key is the catalog's
         return Launch(name=name, url=_base_url(spec.url or ""), model=spec.id)
+
+    def placed(self, launch: Launch, shares: Sequence[Share]) -> Launch:  # noqa: ARG002 - it runs nothing
+        return launch
 
     def download(self, spec: ModelSpec, name: str) -> Launch | None:  # noqa: ARG002 - it is where the server is
         return None

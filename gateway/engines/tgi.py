@@ -15,15 +15,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from pydantic import SecretStr
 
 from gateway.catalog import ModelSpec
+from gateway.devices import Share
 from gateway.engines import tgi_answers, tgi_diagnoses, tgi_requests
 from gateway.engines.base import Api, Call, Decoder, Diagnosis
 from gateway.engines.keys import authorization
+from gateway.engines.tgi_memory import WIGGLE, memory_fraction
 from gateway.errors import GatewayError, StartFailed, Unsupported
 from gateway.generation import GenerationRequest, PromptToken
 from gateway.runtimes.base import Container, Exit, Launch, Mount, Progress
@@ -36,6 +39,8 @@ CACHE_TARGET = "/data"
 """Where TGI's images keep what they download (HF_HOME)."""
 SHM_BYTES = 2**30
 NO_GRAMMARS = "disable-grammar-support"
+FRACTION = "cuda-memory-fraction"
+WIGGLE_VARIABLE = "TGI_WIGGLE_ROOM"
 
 TOKEN_VARIABLES = ("HF_API_TOKEN", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 """Where TGI looks for a token; the first that is set counts."""
@@ -65,6 +70,14 @@ class Tgi:
             container=self._container(spec, port=CONTAINER_PORT),
             model=spec.id,
         )
+
+    def placed(self, launch: Launch, shares: Sequence[Share]) -> Launch:
+        if not shares:
+            return launch
+        usual = _wiggle(launch.env)
+        fraction, wiggle = memory_fraction(launch.model, shares, usual)
+        env = launch.env if wiggle == usual else {**launch.env, WIGGLE_VARIABLE: str(wiggle)}
+        return replace(launch, command=(*launch.command, f"--{FRACTION}", str(fraction)), env=env)
 
     def download(self, spec: ModelSpec, name: str) -> Launch | None:
         """Return what fetches the model, without its LoRA adapters: those come with the first start."""
@@ -185,6 +198,7 @@ def _flags(spec: ModelSpec) -> Flags:
     """Return every flag by its name: ours, and in their place those of the catalog's `args`."""
     theirs = {name.replace("_", "-"): value for name, value in sorted(spec.args.items())}
     _refuse_reserved(spec, "args", theirs)
+    _refuse_own_fraction(spec, theirs)
     return {
         "model-id": spec.hf_name,
         "revision": spec.revision,
@@ -245,6 +259,23 @@ def _refuse_reserved(spec: ModelSpec, key: str, names: Mapping[str, Any]) -> Non
         name = flag if key == "args" else _variable(flag)
         if name in names:
             raise _unusable(f"{key} of {spec.id} sets {name}, but {reason}", f"Remove {name} from `{key}`")
+
+
+def _refuse_own_fraction(spec: ModelSpec, flags: Mapping[str, Any]) -> None:
+    """A fraction that is right for one start is wrong for the next, and would void what others have reserved."""
+    for key, name, names in (("args", FRACTION, flags), ("env", _variable(FRACTION), spec.env)):
+        if spec.gpu_memory_bytes and name in names:
+            cause = f"{key} of {spec.id} sets {name}, but `gpu_memory` does this, anew for every start"
+            raise _unusable(cause, f"Remove {name} from `{key}`, or (for whole GPUs) `gpu_memory`")
+
+
+def _wiggle(env: Mapping[str, str]) -> float:
+    """Return the wiggle room that the model's `env` asks for; TGI's own where it would not take that."""
+    try:
+        said = float(env.get(WIGGLE_VARIABLE, WIGGLE))
+    except ValueError:
+        return WIGGLE
+    return said if 0 < said < 1 else WIGGLE
 
 
 def _unusable(cause: str, fix: str) -> StartFailed:

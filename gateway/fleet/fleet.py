@@ -185,6 +185,7 @@ class Fleet:
             errand.cancel()
         await asyncio.gather(*self._errands, return_exceptions=True)
         await asyncio.gather(*(instance.aclose() for instance in self._instances.values()))
+        await self.gpus.aclose()
 
     # What an earlier life has left
 

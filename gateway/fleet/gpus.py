@@ -13,10 +13,16 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from gateway.catalog import ModelSpec
+from gateway.devices import Device
+from gateway.engines.base import Engine
 from gateway.errors import NoCapacity, StartFailed
-from gateway.fleet.placement import NOWHERE, Demand, Device, Place, described, misfit, place, unlimited
+from gateway.fleet.placement import NOWHERE, Demand, Place, described, misfit, place, unlimited
 from gateway.fleet.refusals import BUSY_GPUS_RETRY_S
+from gateway.fleet.returning import Returning
 from gateway.fleet.scheduling import Claim, Decision, Phase, Resident, Snapshot, decide
+from gateway.fleet.sharing import launch_at
+from gateway.runtimes.base import Launch
+from gateway.runtimes.inventory import Inventory
 
 log = logging.getLogger(__name__)
 
@@ -75,8 +81,11 @@ class Gpus:
     not exist.
     """
 
-    def __init__(self, devices: Collection[Device] | None) -> None:
+    def __init__(self, devices: Collection[Device] | None, inventory: Inventory | None = None) -> None:
+        """Take what there is. Without an `inventory` memory counts as returned as soon as its server is gone."""
         self.devices = None if devices is None else tuple(devices)
+        self._memory = Returning(inventory) if inventory else None
+        self._returning: dict[asyncio.Task[None], tuple[str, Place]] = {}
         self._held: dict[str, Place] = {}
         self._tenants: dict[str, Tenant] = {}
         self._waiting: dict[str, _Waiting] = {}
@@ -121,12 +130,45 @@ class Gpus:
         """Say whether a server that was found may keep its GPUs beside those who hold some already."""
         if self.devices is None or not found.gpus:
             return True
-        return place(Demand(found.gpus, found.memory_bytes), self.devices, self._held.values()) is not None
+        return place(Demand(found.gpus, found.memory_bytes), self.devices, self._places()) is not None
+
+    async def fitted(self, launch: Launch, engine: Engine, model: str, found: Place) -> Launch:
+        """Return `launch` on its GPUs, with what it is to be told of them. Asks what is really free: seconds at most.
+
+        Raises:
+            NoCapacity: other programs use what this model has reserved.
+        """
+        others = self._others(model)
+        memory = await self._memory.before_start(found, others) if self._memory and found.gpus else {}
+        return launch_at(found, launch, engine, devices=self.devices or (), others=others, memory=memory)
 
     def give_back(self, model: str) -> None:
+        """Take back what a model held, whose server is gone: it is given to others once it is seen to be free."""
         self._holds.pop(model, None)
-        if self._held.pop(model, None):
+        if found := self._held.pop(model, None):
+            if self._memory and not self._closed:
+                comes_back = asyncio.create_task(self._until_returned(model, found), name=f"memory of {model}")
+                self._returning[comes_back] = (model, found)
+                comes_back.add_done_callback(self._returned)
             self.changed()
+
+    async def _until_returned(self, model: str, found: Place) -> None:
+        assert self._memory is not None
+        if missing := await self._memory.returned(found, lambda: self._others(model)):
+            log.warning("tgi-%s: its server is gone, and its memory is not seen to be free: %s", model, missing)
+
+    def _returned(self, task: asyncio.Task[None]) -> None:
+        del self._returning[task]
+        if not task.cancelled() and (error := task.exception()):
+            log.error("the memory of GPUs could not be watched", exc_info=error)
+        self.changed()
+
+    def _places(self) -> list[Place]:
+        return [*self._held.values(), *(held for _, held in self._returning.values())]
+
+    def _others(self, model: str) -> list[Place]:
+        """Return what all other models hold."""
+        return [held for name, held in self._held.items() if name != model]
 
     def changed(self) -> None:
         """Look again in the loop's next turn: something is other than it was."""
@@ -136,9 +178,14 @@ class Gpus:
     def close(self) -> None:
         """Give nobody any more GPUs, and ask nobody to make room."""
         self._closed = True
-        for due in (self._look, self._timer):
+        for due in (self._look, self._timer, *self._returning):
             if due:
                 due.cancel()
+
+    async def aclose(self) -> None:
+        """Return when nothing is watched any more."""
+        self.close()
+        await asyncio.gather(*self._returning, return_exceptions=True)
 
     # What is told of them
 
@@ -155,13 +202,14 @@ class Gpus:
 
     def holders(self, gpu: str) -> dict[str, Place]:
         """Return who holds a GPU or some of it, and what."""
-        return {model: held for model, held in self._held.items() if gpu in held.gpus}
+        everyone = [*self._held.items(), *self._returning.values()]
+        return {model: held for model, held in everyone if gpu in held.gpus}
 
     def known(self) -> Sequence[Device]:
         """Return the GPUs that may be given: those there are, or as many as could be asked for."""
         if self.devices is not None:
             return self.devices
-        return unlimited(self._held.values(), sum(demand_of(each.tenant.spec).count for each in self._waiting.values()))
+        return unlimited(self._places(), sum(demand_of(each.tenant.spec).count for each in self._waiting.values()))
 
     # Deciding, and doing what was decided
 
@@ -190,14 +238,17 @@ class Gpus:
         return Snapshot(
             now=now,
             devices=self.known(),
-            residents=[self._resident(model, held) for model, held in self._held.items()],
+            residents=[
+                *(self._resident(model, held) for model, held in self._held.items()),
+                *(_leaving(model, held) for model, held in self._returning.values()),
+            ],
             claims=[self._claim(each.tenant) for each in self._waiting.values() if not each.placed.done()],
         )
 
     def _resident(self, model: str, held: Place) -> Resident:
         tenant = self._tenants.get(model)
         if tenant is None:  # a stranger, who is being removed
-            return Resident(model, held, Phase.LEAVING, 0, 0, pinned=False, since=0.0, last_use_at=0.0, cost_s=0.0)
+            return _leaving(model, held)
         now = tenant.occupancy()
         return Resident(
             model,
@@ -249,3 +300,7 @@ class Gpus:
             next_step = "Stop a model (POST /models/ID/stop), or tell of more GPUs with GATEWAY_GPUS"
             words = f"{model} needs GPUs, and {why}. {next_step}."
             waiting.placed.set_exception(NoCapacity(words, retry_after_s=BUSY_GPUS_RETRY_S))
+
+
+def _leaving(model: str, held: Place) -> Resident:
+    return Resident(model, held, Phase.LEAVING, 0, 0, pinned=False, since=0.0, last_use_at=0.0, cost_s=0.0)

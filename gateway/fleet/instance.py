@@ -12,7 +12,6 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import replace
 
 from gateway.catalog import ModelSpec
 from gateway.engines.base import Engine
@@ -479,7 +478,8 @@ class Instance:
         launch = launch_of(self.engine, self.spec, life.secret)
         place = await self._place(life)
         async with life.start_bounds():
-            return await self._runtime.start(replace(launch, gpus=place.gpus), life)
+            fitted = await self._gpus.fitted(launch, self.engine, self.spec.id, place)
+            return await self._runtime.start(fitted, life)
 
     async def _place(self, life: Life) -> Place:
         """Wait for GPUs; the bounds of the start begin when it has them.

@@ -10,16 +10,9 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
 
+from gateway.devices import Device as Device  # it is a word of placement too
+
 GIB = 2**30
-
-
-@dataclass(frozen=True, slots=True)
-class Device:
-    """A GPU. `memory_bytes` is all that it has, None where that is not known; `uuid` is its other name, if known."""
-
-    id: str
-    memory_bytes: int | None = None
-    uuid: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import ClassVar
 
 from gateway.catalog import ModelSpec
+from gateway.devices import Share
 from gateway.engines.base import Api, Call, Decoder, Diagnosis
 from gateway.errors import GatewayError, RuntimeUnavailable, StartFailed, Unsupported
 from gateway.fleet.health import Answer
@@ -322,6 +323,9 @@ class SimulatedEngine:
 
     def launch(self, spec: ModelSpec, name: str, secret: str) -> Launch:
         return Launch(name, command=tuple(map(str, spec.args.items())))
+
+    def placed(self, launch: Launch, shares: Sequence[Share]) -> Launch:
+        return launch
 
     def download(self, spec: ModelSpec, name: str) -> Launch | None:
         return None
