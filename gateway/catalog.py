@@ -304,11 +304,15 @@ _NOT_FOR_PROCESSES: Mapping[str, object] = {
     "pull_policy": "missing",
     "volumes": (),
     "shm_size_bytes": None,
-    "gpus": 0,
-    "gpu_memory_bytes": None,
     "memory_bytes": None,
 }
-_NOT_FOR_OTHERS: Mapping[str, object] = {**_NOT_FOR_PROCESSES, "env": {}, "weights_source": None}
+_NOT_FOR_OTHERS: Mapping[str, object] = {
+    **_NOT_FOR_PROCESSES,
+    "gpus": 0,
+    "gpu_memory_bytes": None,
+    "env": {},
+    "weights_source": None,
+}
 
 
 # ---- all models -----------------------------------------------------------------------------------------------------

@@ -810,7 +810,6 @@ def check(folders: pytest.TempPathFactory, content: bytes) -> None:
     [
         ("memory: 1GiB", "memory has no effect on a model that runs as a process"),
         ("image: x", "image has no effect on a model that runs as a process"),
-        ("gpus: 2", "gpus has no effect on a model that runs as a process"),
         ("replicas: 2", "replicas: 2 comes with a later version: this one runs one server per model"),
     ],
 )

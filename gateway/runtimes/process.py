@@ -247,7 +247,8 @@ def _hold_port() -> socket.socket:
 
 def _spawn(launch: Launch, port: int) -> subprocess.Popen[bytes]:
     command = [item.replace("{port}", str(port)) for item in launch.command]
-    env = _environment(launch.env)
+    visible = {"CUDA_VISIBLE_DEVICES": ",".join(launch.gpus)} if launch.gpus else {}
+    env = _environment({**visible, **launch.env})
     _check_program(command, env)
     leash = [sys.executable, "-I", "-S", str(LEASH), str(os.getpid()), "--"]
     try:

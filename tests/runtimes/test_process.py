@@ -118,6 +118,18 @@ def test_an_exit_says_how_and_leaves_its_last_words(loop: str, text: str, code: 
     play(scenario(), loop)
 
 
+@pytest.mark.parametrize(("gpus", "seen"), [((), "None"), (("1",), "1"), (("0", "GPU-3f"), "0,GPU-3f")])
+def test_a_server_sees_the_gpus_that_it_was_given(gpus: tuple[str, ...], seen: str) -> None:
+    async def scene() -> None:
+        async with opened() as runtime:
+            say = "import os; print('sees', os.environ.get('CUDA_VISIBLE_DEVICES'))"
+            handle = await runtime.start(Launch("model", script(say), gpus=gpus), Ear())
+            end = await runtime.ended(handle)
+            assert f"sees {seen}" in end.last_lines
+
+    asyncio.run(scene())
+
+
 def test_a_polite_server_has_its_grace() -> None:
     async def scenario() -> None:
         async with opened() as runtime:
