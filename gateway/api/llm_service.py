@@ -99,7 +99,7 @@ def _answer(status: Status, body: dict[str, Any], *, unless_failed: bool = False
     if status.state in _FAILED:
         return JSONResponse({**body, **_failure(status)}, 503)
     words = "Model is not loaded. Please wait for model loading to complete."
-    reason = {"detail": words, "error_code": "MODEL_NOT_LOADED", "progress": describe(status.progress)}
+    reason = {"detail": words, "error_code": "MODEL_NOT_LOADED", "progress": describe(status.progress, status.eta_s)}
     return JSONResponse({**body, **reason}, 503, {"retry-after": str(LOADING_RETRY_S)})
 
 

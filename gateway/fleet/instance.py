@@ -22,10 +22,13 @@ from gateway.fleet.admission import (
     STOP_MARGIN_S,
     Bounds,
     call_off_at,
+    is_hopeless,
     pause_after_failure_s,
     queue_room,
     wait_ends_at,
 )
+from gateway.fleet.estimates import Estimate, in_turn
+from gateway.fleet.experience import Experience, Past
 from gateway.fleet.gpus import Gpus
 from gateway.fleet.health import Health
 from gateway.fleet.identity import launch_of, server_name
@@ -61,6 +64,7 @@ class Instance:
         gpus: Gpus,
         *,
         outlives: bool = False,
+        past: Past | None = None,
     ) -> None:
         """Take what it needs. With `outlives` its server goes on when the gateway ends."""
         self.spec = spec
@@ -71,6 +75,7 @@ class Instance:
         self._journal = journal
         self._gpus = gpus
         self._outlives = outlives
+        self._past = past or Experience().of(spec, engine)
         self._bounds = Bounds(
             queue_timeout_s=spec.queue_timeout_s,
             start_timeout_s=spec.start_timeout_s,
@@ -116,10 +121,11 @@ class Instance:
             queued=self._queue.requests,
             idle_s=now - self._last_use if idle else None,
             handle=life.handle if life else None,
-            progress=report.progress if report else None,
+            progress=report.progress if report else self._past.first_progress(self._state, life, now),
             progress_s=now - report.since if report else None,
             failure=self._failure,
             retry_after_s=self._cooling_s() or None,
+            eta_s=self._past.eta_s(self._state, life, now),
         )
 
     @asynccontextmanager
@@ -273,6 +279,7 @@ class Instance:
             self._start("request")
         self._grant()
         self._rearm()
+        self._refuse_hopeless(ticket)
 
     def _bound(self, ticket: Ticket) -> None:
         now, asked_at, max_wait_s = self._loop.time(), ticket.asked_at, ticket.max_wait_s
@@ -296,7 +303,7 @@ class Instance:
         life = self._life
         assert life is not None  # a READY model has a life with a handle
         assert life.handle is not None
-        lease = Lease(life.handle, life.secret, life)
+        lease = Lease(life.handle, life.secret, life, granted_at=self._loop.time())
         life.leases[lease] = None
         self._rearm()
         return lease
@@ -314,6 +321,7 @@ class Instance:
         lease.on_cut = None
         lease.life.leases.pop(lease, None)
         self._last_use = self._loop.time()
+        self._past.answered(self._last_use - lease.granted_at)
         if lease.life is not self._life:
             return
         if self._state is State.DRAINING and not lease.life.leases:
@@ -334,7 +342,22 @@ class Instance:
         if not admitted and self._queue.requests >= queue_room(
             self._state, self.spec.max_queue, self.spec.max_concurrency
         ):
-            raise self._promised(refusals.queue_full(self.spec))
+            raise self._promised(refusals.queue_full(self.spec, self._served_in()))
+
+    def _refuse_hopeless(self, ticket: Ticket) -> None:
+        """Refuse who would wait in vain for the start that is under way, and now goes on without him."""
+        ready = self._past.ready_in(self._state, self._life, self._loop.time())
+        if ready and ticket.max_wait_s is not None and is_hopeless(ready, ticket.max_wait_s):
+            raise self._promised(refusals.not_loaded_in_time(self.status, ticket.max_wait_s, ready))
+
+    def _served_in(self) -> Estimate | None:
+        """Return in how long those who wait for a slot have been answered, once there are slots."""
+        served = self._past.served_in(self._queue.requests)
+        return served if self._state in SERVING else in_turn(self._come_back_in(), served)
+
+    def _come_back_in(self) -> Estimate | None:
+        now = self._loop.time()
+        return self._past.come_back_in(self._state, now - self._since, self._life, now)
 
     def _refuse_when_closing(self) -> None:
         if self._closing:
@@ -357,11 +380,10 @@ class Instance:
     def _waited_too_long(self, ticket: Ticket) -> GatewayError:
         waited_s = self._loop.time() - ticket.asked_at
         if self._state in SERVING and waited_s >= self.spec.queue_timeout_s - CLOCK_S:
-            return self._promised(refusals.no_slot(self.spec, waited_s))
+            return self._promised(refusals.no_slot(self.spec, waited_s, self._served_in()))
         if ticket.max_wait_s is None:
             return refusals.never_ready(self.spec, self._state, waited_s)
-        progress = self.status.progress
-        return self._promised(refusals.not_loaded(self.spec, self._state, progress, ticket.max_wait_s))
+        return self._promised(refusals.not_loaded(self.status, ticket.max_wait_s, self._come_back_in()))
 
     def _promised(self, error: GatewayError) -> GatewayError:
         """Keep a start for those who are told to come back: for twice the time they are told (P8)."""
@@ -584,7 +606,9 @@ class Instance:
         before, self._state = self._state, after(self._state, event)
         if before is self._state:
             return
-        self._since = self._loop.time()
+        now = self._loop.time()
+        self._past.moved(before, self._state, now - self._since, self._life, now)
+        self._since = now
         log.info("%s: %s -> %s (%s)", self.name, before, self._state, reason)
         self._journal.write(
             "state",
@@ -600,7 +624,8 @@ class Instance:
         self._rearm()
 
     def _progressed(self, progress: Progress) -> None:
-        self._journal.write("progress", model=self.spec.id, **(describe(progress) or {}), eta_s=None)
+        eta_s = self._past.eta_s(self._state, self._life, self._loop.time())
+        self._journal.write("progress", model=self.spec.id, **(describe(progress, eta_s) or {}))
 
     def _rearm(self) -> None:
         """Set the one timer that this state has: a start to call off, an idle server to stop, a drain to end."""

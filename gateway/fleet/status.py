@@ -35,14 +35,16 @@ class Status:
     failure: Failure | None
     retry_after_s: float | None
     """While the model cools down after a failure: for how much longer."""
+    eta_s: float | None = None
+    """While it starts: in how long it is ready, as its starts go."""
 
 
-def describe(progress: Progress | None) -> dict[str, object] | None:
-    """Return progress as the API shows it."""
+def describe(progress: Progress | None, eta_s: float | None) -> dict[str, object] | None:
+    """Return progress as the API shows it, with the estimate of how long it goes on."""
     if progress is None:
         return None
     done, total = _plain(progress.done), _plain(progress.total)
-    return {"phase": progress.phase, "done": done, "total": total, "unit": progress.unit}
+    return {"phase": progress.phase, "done": done, "total": total, "unit": progress.unit, "eta_s": eta_s}
 
 
 def told(progress: Progress) -> str:
