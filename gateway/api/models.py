@@ -37,8 +37,8 @@ class LastError(BaseModel):
 class Progress(BaseModel):
     """How far a start has come. `done` and `total` count in `unit`.
 
-    `eta_s` is in how many seconds the model is ready, as its last starts on this machine went. Where none was seen, it is
-    how long this phase goes on, if that can be told from its pace; else null.
+    `eta_s` is in how many seconds the model is ready, as its last starts on this machine went. Where none was seen, it
+    is how long this phase goes on, if that can be told from its pace; else null.
     """
 
     phase: str

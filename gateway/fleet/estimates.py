@@ -96,7 +96,8 @@ class Pace:
         """How long the rest takes at this pace, if that can be told yet."""
         if not (self.gained > 0 and self.over_s > 0):
             return None
-        return max((self.total - self.done) / self.gained * self.over_s, OVERRUN * self.quiet_s)
+        left_s = max((self.total - self.done) / self.gained * self.over_s, OVERRUN * self.quiet_s)
+        return left_s if math.isfinite(left_s) else None
 
 
 def phase_left(spent_s: float, durations: Durations, pace: Pace | None) -> Estimate | None:

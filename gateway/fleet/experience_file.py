@@ -119,7 +119,7 @@ class ExperienceFile:
 
     @asynccontextmanager
     async def keeping(self, experience: Experience) -> AsyncIterator[None]:
-        """Recall what an earlier life of the gateway has learned; keep what is learned inside, meanwhile and at last."""
+        """Recall what an earlier life of the gateway has learned, and keep what is learned inside."""
         found = await self._attempt(self.load, "What was learned about models is not known")
         experience.recall(found or {})
         self._saved = experience.version
@@ -132,10 +132,12 @@ class ExperienceFile:
             await saving
 
     async def _save_until(self, ending: asyncio.Event, experience: Experience) -> None:
-        while not ending.is_set():
+        ends = False
+        while not ends:
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._save_every_s):
                     await ending.wait()
+            ends = ending.is_set()
             if experience.version != self._saved:
                 await self._save(experience)
 
@@ -204,7 +206,7 @@ class ExperienceFile:
     def _replace(self, content: bytes) -> None:
         new = self.path.with_suffix(".new")
         descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        with open(descriptor, "wb") as file:
+        with os.fdopen(descriptor, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(descriptor)
@@ -235,7 +237,12 @@ async def _in_a_thread(work: Callable[[], T]) -> T:
         except Exception as error:  # whoever waits for the answer gets it
             tell = partial(answer.set_exception, error)
         with suppress(RuntimeError):  # the loop has ended, and nobody waits
-            answer.get_loop().call_soon_threadsafe(lambda: answer.done() or tell())
+            answer.get_loop().call_soon_threadsafe(_tell, answer, tell)
 
     threading.Thread(target=run, name="experience", daemon=True).start()
     return await answer
+
+
+def _tell(answer: asyncio.Future[T], tell: Callable[[], None]) -> None:
+    if not answer.done():
+        tell()
