@@ -203,14 +203,14 @@ def test_before_it_begins_a_start_takes_as_long_as_all_of_it_and_the_wait_is_not
     start = Course()
     start.hear(Progress("waiting for GPUs"), 5)
 
-    assert start.waits
+    waited = start.waits
     assert start.left(USUAL, 900) == whole(USUAL) == Estimate(41, 1)
 
     start.begin(1000)
     start.begin(2000)
     start.hear(LOADING, 1002)
 
-    assert not start.waits
+    assert (waited, start.waits) == (True, False)
     assert learned({}, start, 1010) == {BEGINNING: (2.0,), "loading": (8.0,)}
 
 
@@ -273,7 +273,9 @@ HEARD = st.lists(
 )
 
 
-@given(HEARD, st.dictionaries(st.sampled_from([BEGINNING, "loading", "pulling", "ready"]), DURATIONS), st.floats(0, 1e5))
+@given(
+    HEARD, st.dictionaries(st.sampled_from([BEGINNING, "loading", "pulling", "ready"]), DURATIONS), st.floats(0, 1e5)
+)
 def test_whatever_a_start_tells_its_estimate_can_be_told_and_its_lesson_kept(
     heard: list[tuple[float, Progress]], phases: dict[str, Durations], after_s: float
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -49,8 +50,8 @@ class Taught(Scene):
         return [entry for entry in self.world.journal._entries if entry.kind == "progress"]
 
 
-def steady(*further: Manners, **keys: object) -> Taught:
-    return Taught(*[STEADY] * 9, *further, **keys)
+def steady(**keys: Any) -> Taught:
+    return Taught(*[STEADY] * 9, **keys)
 
 
 # ---- what is learned ------------------------------------------------------------------------------------------------
@@ -266,10 +267,10 @@ def test_who_waits_for_less_than_a_start_takes_is_told_at_once_when_to_come_back
         assert error.retry_after_s == pytest.approx(100, abs=3)
         assert "takes about" in error.detail
         assert error.extra["progress"] is None  # it has only just been asked for
-        assert scene.instance.status.state is State.STARTING
+        assert scene.is_in(State.STARTING)
         await scene.after(error.retry_after_s or 0)
         await scene.after(3)
-        assert scene.instance.status.state is State.READY  # the start went on (P8)
+        assert scene.is_in(State.READY)  # the start went on (P8)
         assert scene.starts == 2
 
     play(scenario, seed)
