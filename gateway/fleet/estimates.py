@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 from statistics import median
 
@@ -51,9 +52,10 @@ def lengthened(durations: Durations, seconds: float) -> Durations:
     return (*durations, round(min(seconds, LONGEST_S), 3))[-KEPT:]
 
 
+@lru_cache
 def usual(durations: Durations) -> Estimate | None:
     """Return how long something takes that took so long before."""
-    return Estimate(_sane(median(durations)), len(durations)) if durations else None
+    return Estimate(_sane(_middle(durations)), len(durations)) if durations else None
 
 
 def in_turn(*estimates: Estimate | None) -> Estimate | None:
@@ -69,7 +71,12 @@ def left_of(durations: Durations, spent_s: float) -> Estimate | None:
     """Return how long something goes on that has lasted for `spent_s`."""
     if not durations:
         return None
-    return Estimate(_sane(max(median(durations) - spent_s, OVERRUN * spent_s)), len(durations))
+    return Estimate(_sane(max(_middle(durations) - spent_s, OVERRUN * spent_s)), len(durations))
+
+
+@lru_cache
+def _middle(durations: Durations) -> float:
+    return median(durations)
 
 
 def _sane(seconds: float) -> float:

@@ -29,7 +29,6 @@ from gateway.fleet.estimates import (
 from gateway.fleet.identity import fingerprint
 from gateway.fleet.life import Life
 from gateway.lifecycle import DOWN, STARTING_UP, State
-from gateway.runtimes.base import Progress
 
 KEPT_MODELS = 256
 KEPT_ANSWERS = 31
@@ -137,10 +136,6 @@ class Past:
         if not life or state not in STARTING_UP or life.course.waits:
             return None
         return told_s(self.ready_in(state, life, now))
-
-    def first_progress(self, state: State, life: Life | None, now: float) -> Progress | None:
-        """Return what is told of a start that has not told anything itself, if it can be estimated."""
-        return None if self.eta_s(state, life, now) is None else Progress(state.value)
 
     def come_back_in(self, state: State, lasted_s: float, life: Life | None, now: float) -> Estimate | None:
         """Return in how long it is of use to ask again: when it is ready, or when it can be started again."""

@@ -35,7 +35,7 @@ from gateway.fleet.identity import launch_of, server_name
 from gateway.fleet.journal import Journal
 from gateway.fleet.life import Lease, Life, Paused
 from gateway.fleet.queue import Grant, Queue, Ticket
-from gateway.fleet.status import Failure, Status, describe
+from gateway.fleet.status import Failure, Status, describe, first_progress
 from gateway.lifecycle import DOWN, MADE, SERVING, STARTING_UP, Event, State, after
 from gateway.runtimes.base import Found, Handle, Progress, Runtime
 
@@ -111,6 +111,7 @@ class Instance:
         now = self._loop.time()
         life = self._life
         report = life.report if life and self._state in STARTING_UP else None
+        eta_s = self._past.eta_s(self._state, life, now)
         idle = self._state is State.READY and not self._in_flight
         return Status(
             spec=self.spec,
@@ -121,11 +122,11 @@ class Instance:
             queued=self._queue.requests,
             idle_s=now - self._last_use if idle else None,
             handle=life.handle if life else None,
-            progress=report.progress if report else self._past.first_progress(self._state, life, now),
+            progress=report.progress if report else first_progress(self._state, eta_s),
             progress_s=now - report.since if report else None,
             failure=self._failure,
             retry_after_s=self._cooling_s() or None,
-            eta_s=self._past.eta_s(self._state, life, now),
+            eta_s=eta_s,
         )
 
     @asynccontextmanager

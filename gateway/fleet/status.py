@@ -39,6 +39,11 @@ class Status:
     """While it starts: in how long it is ready, as its starts go."""
 
 
+def first_progress(state: State, eta_s: float | None) -> Progress | None:
+    """Return what is told of a start that has not told anything itself, if it can be estimated."""
+    return None if eta_s is None else Progress(state.value)
+
+
 def describe(progress: Progress | None, eta_s: float | None) -> dict[str, object] | None:
     """Return progress as the API shows it, with the estimate of how long it goes on."""
     if progress is None:
