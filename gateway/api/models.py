@@ -16,7 +16,7 @@ from gateway.api.streams import LineStream
 from gateway.errors import GatewayError
 from gateway.fleet.fleet import Fleet
 from gateway.fleet.identity import server_name
-from gateway.fleet.status import Failure, Status, describe
+from gateway.fleet.status import Failure, Status, described
 from gateway.lifecycle import RUNNING
 from gateway.runtimes.base import Handle
 
@@ -181,7 +181,7 @@ def model_json(status: Status) -> dict[str, Any]:
         "state": status.state.value,
         "engine": status.spec.engine,
         "runtime": status.spec.runtime,
-        "progress": describe(status.progress, status.eta_s),
+        "progress": described(status),
         "in_flight": status.in_flight,
         "queued": status.queued,
         "idle_seconds": None if status.idle_s is None else round(status.idle_s, 1),

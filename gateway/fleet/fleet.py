@@ -129,7 +129,9 @@ class Fleet:
         if (why := self.unknown.get(spec.runtime)) is not None:
             status = replace(status, failure=Failure(why, self.journal.now()))
         fetch = self._fetches.get(spec.id)
-        return replace(status, progress=fetch.latest, eta_s=fetch.eta_s) if fetch and not status.progress else status
+        if not fetch or status.progress:
+            return status
+        return replace(status, progress=fetch.latest, estimate=lambda: fetch.eta_s)
 
     def fetch(self, spec: ModelSpec) -> Fetch:
         """Return the download of this model's image and weights, under way: begun here if it was not before.

@@ -13,6 +13,7 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
+from functools import partial
 
 from gateway.catalog import ModelSpec
 from gateway.engines.base import Engine
@@ -35,7 +36,7 @@ from gateway.fleet.identity import launch_of, server_name
 from gateway.fleet.journal import Journal
 from gateway.fleet.life import Lease, Life, Paused
 from gateway.fleet.queue import Grant, Queue, Ticket
-from gateway.fleet.status import Failure, Status, describe, first_progress
+from gateway.fleet.status import Failure, Status, describe
 from gateway.lifecycle import DOWN, MADE, SERVING, STARTING_UP, Event, State, after
 from gateway.runtimes.base import Found, Handle, Progress, Runtime
 
@@ -111,7 +112,6 @@ class Instance:
         now = self._loop.time()
         life = self._life
         report = life.report if life and self._state in STARTING_UP else None
-        eta_s = self._past.eta_s(self._state, life, now)
         idle = self._state is State.READY and not self._in_flight
         return Status(
             spec=self.spec,
@@ -122,11 +122,11 @@ class Instance:
             queued=self._queue.requests,
             idle_s=now - self._last_use if idle else None,
             handle=life.handle if life else None,
-            progress=report.progress if report else first_progress(self._state, eta_s),
+            progress=report.progress if report else None,
             progress_s=now - report.since if report else None,
             failure=self._failure,
             retry_after_s=self._cooling_s() or None,
-            eta_s=eta_s,
+            estimate=partial(self._past.eta_s, self._state, life, now),
         )
 
     @asynccontextmanager

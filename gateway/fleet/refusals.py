@@ -23,7 +23,7 @@ from gateway.errors import (
 )
 from gateway.fleet.admission import retry_after_s
 from gateway.fleet.estimates import Estimate
-from gateway.fleet.status import Status, describe
+from gateway.fleet.status import Status, described
 from gateway.lifecycle import State
 from gateway.runtimes.base import Exit
 
@@ -90,7 +90,7 @@ def not_loaded(status: Status, max_wait_s: float, ready: Estimate | None) -> Mod
         f"{status.spec.id} is {status.state} and was not ready within the {max_wait_s:g} s that this request would "
         "wait; the start goes on.",
         retry_after_s=retry_after_s(ready, max(max_wait_s, BUSY_RETRY_S)),
-        progress=describe(status.progress, status.eta_s),
+        progress=described(status),
     )
 
 
@@ -99,7 +99,7 @@ def not_loaded_in_time(status: Status, max_wait_s: float, ready: Estimate) -> Mo
         f"{status.spec.id} is {status.state} and takes about {math.ceil(ready.seconds)} s more, as its starts go; this "
         f"request would wait for {max_wait_s:g} s. The start goes on: send the request again then.",
         retry_after_s=retry_after_s(ready, BUSY_RETRY_S),
-        progress=describe(status.progress, status.eta_s),
+        progress=described(status),
     )
 
 

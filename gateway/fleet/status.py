@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from gateway.catalog import ModelSpec
@@ -35,13 +36,20 @@ class Status:
     failure: Failure | None
     retry_after_s: float | None
     """While the model cools down after a failure: for how much longer."""
-    eta_s: float | None = None
-    """While it starts: in how long it is ready, as its starts go."""
+    estimate: Callable[[], float | None] | None = None
+    """Works `eta_s` out: a snapshot is taken more often than that is asked for."""
+
+    @property
+    def eta_s(self) -> float | None:
+        """While it starts: in how long it is ready, as its starts go; where that is not known, None."""
+        return self.estimate() if self.estimate else None
 
 
-def first_progress(state: State, eta_s: float | None) -> Progress | None:
-    """Return what is told of a start that has not told anything itself, if it can be estimated."""
-    return None if eta_s is None else Progress(state.value)
+def described(status: Status) -> dict[str, object] | None:
+    """Return how far a model's start is, as the API shows it: also of one that has only been estimated so far."""
+    eta_s = status.eta_s
+    first = None if eta_s is None else Progress(status.state.value)
+    return describe(status.progress or first, eta_s)
 
 
 def describe(progress: Progress | None, eta_s: float | None) -> dict[str, object] | None:
