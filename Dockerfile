@@ -30,6 +30,8 @@ RUN echo 'gateway:x:10001:10001:TGI Gateway:/tmp:/sbin/nologin' >>/etc/passwd &&
     echo 'gateway:x:10001:' >>/etc/group
 COPY --from=packages /opt/gateway /opt/gateway
 COPY models.yaml /etc/gateway/models.yaml
+# a volume that is mounted here (compose.yaml does) belongs to the gateway's user then
+RUN python3 -c "import os; os.makedirs('/var/lib/gateway'); os.chown('/var/lib/gateway', 10001, 10001)"
 ENV PATH=/opt/gateway/bin:$PATH \
     HOME=/tmp \
     PYTHONUNBUFFERED=1 \

@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from importlib.metadata import version
 from types import FrameType
 from typing import Any
@@ -38,6 +38,8 @@ from gateway.engines.llamacpp import LlamaCpp
 from gateway.engines.openai import OpenAi
 from gateway.engines.tgi import Tgi
 from gateway.errors import CatalogError, Forbidden
+from gateway.fleet.experience import Experience, host_name
+from gateway.fleet.experience_file import ExperienceFile
 from gateway.fleet.fleet import Fleet
 from gateway.fleet.gpus import Gpus
 from gateway.fleet.health import HttpProbe
@@ -135,17 +137,21 @@ def compose(settings: Settings, catalog: Catalog) -> FastAPI:
         probe=probe,
         journal=Journal(time.time),
         gpus=Gpus(devices, inventory),
+        experience=Experience(host_name()),
         keep_servers=settings.on_exit != "stop",
     )
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         try:
-            with _closing_on_signal(fleet):
-                await fleet.begin()
-                yield
+            async with _kept(fleet.experience, settings):
+                try:
+                    with _closing_on_signal(fleet):
+                        await fleet.begin()
+                        yield
+                finally:
+                    await fleet.aclose()
         finally:
-            await fleet.aclose()
             for part in (client, probe, processes, containers, others, inventory):
                 await part.aclose()
 
@@ -178,6 +184,13 @@ def compose(settings: Settings, catalog: Catalog) -> FastAPI:
     app.add_middleware(Lingering)
     app.add_middleware(PlainRefusal)
     return app
+
+
+def _kept(experience: Experience, settings: Settings) -> AbstractAsyncContextManager[None]:
+    """Keep what is learned beyond the gateway's life, if there is a place for it."""
+    if settings.state_dir is None:
+        return nullcontext()
+    return ExperienceFile(settings.state_dir, settings.name).keeping(experience)
 
 
 def _not_for_you() -> Forbidden:

@@ -103,10 +103,13 @@ class Generated(TypedDict):
 
 
 class Progress(TypedDict):
+    """How far a start has come; `eta_s` is in how many seconds the model is ready, if that can be estimated."""
+
     phase: str
     done: float | None
     total: float | None
     unit: str | None
+    eta_s: NotRequired[float | None]
 
 
 class LastError(TypedDict):

@@ -94,7 +94,7 @@ class Settings(BaseSettings):
     gpus: Annotated[Mapping[str, int] | None, BeforeValidator(_gpu_memory)] = None
     """Memory in bytes of each GPU by its id, where it cannot be asked for."""
     state_dir: Path | None = None
-    """Where to keep what was learned about models. None: nowhere."""
+    """A directory in which to keep what starts cost, for estimates. None: that is forgotten when the gateway ends."""
     cors_origins: Annotated[tuple[str, ...], BeforeValidator(_origins)] = ()
     """Web pages that may call the gateway from a browser."""
     log_format: Literal["text", "json"] = "text"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import shutil
 import sys
 import time
@@ -65,15 +66,29 @@ async def _watch(client: AsyncInferenceClient, model_id: str) -> None:
                 model = await client.model(model_id)
                 if model["state"] in COMING_UP:
                     phase = model["progress"]["phase"] if model["progress"] else model["state"]
-                    display.show(f"{model_id}: {phase}", f"{model_id}: {how_far(model['progress']) or phase}")
+                    words = how_far(model["progress"]) or phase
+                    display.show(f"{model_id}: {phase}", f"{model_id}: {words}", left_of(model["progress"]))
                 await asyncio.sleep(LOOK_EVERY_S)
     finally:
         display.clear()
 
 
 def how_far(progress: Progress | None) -> str:
-    if progress is None:
+    """Return how far a start has come: `loading 3/5 files, about 40 s left`."""
+    return f"{_counted(progress)}{left_of(progress)}" if progress else ""
+
+
+def left_of(progress: Progress | None) -> str:
+    """Return the estimate of how long it goes on, to be appended: `, about 40 s left`; empty if there is none."""
+    eta_s = progress.get("eta_s") if progress else None
+    if eta_s is None:
         return ""
+    if eta_s < 100:
+        return f", about {math.ceil(eta_s)} s left"
+    return f", about {math.ceil(eta_s / 60)} min left"
+
+
+def _counted(progress: Progress) -> str:
     scale, unit = (1e6, "MB") if progress["unit"] == "bytes" else (1, progress["unit"])
     amounts = [f"{amount / scale:.0f}" for amount in (progress["done"], progress["total"]) if amount is not None]
     return " ".join(filter(None, [progress["phase"], "/".join(amounts), unit if amounts else None]))
@@ -87,11 +102,12 @@ class Display:
         self._began_at = time.monotonic()
         self._phase = ""
 
-    def show(self, phase: str, words: str) -> None:
+    def show(self, phase: str, words: str, left: str = "") -> None:
+        """Show `words`, or elsewhere than on a terminal the phase with what is `left` of it when it begins."""
         if self._rewritten:
             self._rewrite(f"{harmless(words)} ({time.monotonic() - self._began_at:.0f} s)")
         elif phase != self._phase:
-            click.echo(phase, err=True)
+            click.echo(f"{phase}{left}", err=True)
         self._phase = phase
 
     def clear(self) -> None:

@@ -521,7 +521,8 @@ def test_no_gateway_is_status_1(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_models_are_a_table(gateway: respx.MockRouter) -> None:
-    loading = {"phase": "loading", "done": 3, "total": 5, "unit": "shards"}
+    loading = {"phase": "loading", "done": 3, "total": 5, "unit": "shards", "eta_s": None}
+    warming = {"phase": "warming up", "done": None, "total": None, "unit": None, "eta_s": 39.2}
     pulling = {"phase": "pulling", "done": 71_303_200, "total": 98_362_400, "unit": "bytes"}
     failed = {"detail": "It ended:\nno memory.", "error_code": "START_FAILED", "at": 0.0}
     told = [
@@ -530,6 +531,8 @@ def test_models_are_a_table(gateway: respx.MockRouter) -> None:
         model("c", "starting", progress=pulling),
         model("d", "failed", last_error=failed),
         model("e", "ready", last_error=failed),
+        model("f", "loading", progress=warming),
+        model("g", "loading", progress={**loading, "eta_s": 150.0}),
     ]
     gateway.get("/models").respond(json={"models": told})
 
@@ -542,6 +545,8 @@ def test_models_are_a_table(gateway: respx.MockRouter) -> None:
         ["c", "starting", "llamacpp", "process", "0", "0", "pulling 71/98 MB"],
         ["d", "failed", "llamacpp", "process", "0", "0", "It ended: no memory."],
         ["e", "ready", "llamacpp", "process", "0", "0"],
+        ["f", "loading", "llamacpp", "process", "0", "0", "warming up, about 40 s left"],
+        ["g", "loading", "llamacpp", "process", "0", "0", "loading 3/5 shards, about 3 min left"],
     ]
     assert json.loads(run("models", "--json").stdout) == {"models": told}
 
@@ -714,10 +719,11 @@ def test_progress_is_a_line_for_each_phase_where_there_is_no_terminal(capsys: py
 
     for done in (1, 2):
         display.show("m: pulling", f"m: pulling {done}/9 MB")
-    display.show("m: loading", "m: loading")
+    for eta_s in (40, 39):
+        display.show("m: loading", f"m: loading, about {eta_s} s left", f", about {eta_s} s left")
     display.clear()
 
-    assert capsys.readouterr().err == "m: pulling\nm: loading\n"
+    assert capsys.readouterr().err == "m: pulling\nm: loading, about 40 s left\n"
 
 
 def test_progress_is_one_rewritten_line_on_a_terminal(

@@ -195,6 +195,7 @@ def test_models_outlive_an_update_of_the_gateway(project: Project) -> None:
     assert project.inspect("tgi-plain")["Id"] == before
     assert project.generate("plain").status_code == 200
     assert project.inspect("tgi-plain")["Id"] == before
+    assert "experience-default.json" in project.run("exec", "-T", "gateway", "ls", "/var/lib/gateway")
 
 
 def test_stop_all_and_down_leave_nothing(project: Project) -> None:

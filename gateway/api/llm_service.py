@@ -17,7 +17,7 @@ from gateway.api.reports import Reports, ServiceStatus
 from gateway.dialects import llm_service
 from gateway.dialects.llm_service import LlmServiceAnswer, LlmServiceBody
 from gateway.fleet.fleet import Fleet
-from gateway.fleet.status import Status, describe
+from gateway.fleet.status import Status, described
 from gateway.lifecycle import State
 from gateway.relay import Client, Worked
 
@@ -99,7 +99,7 @@ def _answer(status: Status, body: dict[str, Any], *, unless_failed: bool = False
     if status.state in _FAILED:
         return JSONResponse({**body, **_failure(status)}, 503)
     words = "Model is not loaded. Please wait for model loading to complete."
-    reason = {"detail": words, "error_code": "MODEL_NOT_LOADED", "progress": describe(status.progress)}
+    reason = {"detail": words, "error_code": "MODEL_NOT_LOADED", "progress": described(status)}
     return JSONResponse({**body, **reason}, 503, {"retry-after": str(LOADING_RETRY_S)})
 
 

@@ -16,7 +16,7 @@ from gateway.api.streams import LineStream
 from gateway.errors import GatewayError
 from gateway.fleet.fleet import Fleet
 from gateway.fleet.identity import server_name
-from gateway.fleet.status import Failure, Status, describe
+from gateway.fleet.status import Failure, Status, described
 from gateway.lifecycle import RUNNING
 from gateway.runtimes.base import Handle
 
@@ -35,12 +35,17 @@ class LastError(BaseModel):
 
 
 class Progress(BaseModel):
-    """How far a start has come. `done` and `total` count in `unit`."""
+    """How far a start has come. `done` and `total` count in `unit`.
+
+    `eta_s` is in how many seconds the model is ready, as its last starts on this machine went. Where none was seen, it
+    is how long this phase goes on, if that can be told from its pace; else null.
+    """
 
     phase: str
     done: float | None
     total: float | None
     unit: str | None
+    eta_s: float | None
 
 
 class Model(BaseModel):
@@ -178,7 +183,7 @@ def model_json(status: Status) -> dict[str, Any]:
         "state": status.state.value,
         "engine": status.spec.engine,
         "runtime": status.spec.runtime,
-        "progress": describe(status.progress),
+        "progress": described(status),
         "in_flight": status.in_flight,
         "queued": status.queued,
         "idle_seconds": None if status.idle_s is None else round(status.idle_s, 1),

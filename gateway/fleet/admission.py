@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from gateway.fleet.estimates import Estimate
 from gateway.lifecycle import SERVING, State
 
 FIRST_PAUSE_S = 5.0
 LONGEST_PAUSE_S = 300.0
 STOP_MARGIN_S = 20.0
 """How long a runtime may take, beyond the grace, to say that a server is gone."""
+SOONEST_S, LATEST_S = 1.0, 600.0
+"""The least and the most that anybody is told to wait before he comes back, where that is estimated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,3 +77,19 @@ def call_off_at(
     if waiters or kept:
         return None
     return max(last_waiter_left_at, promised_until) + bounds.abandon_after_s
+
+
+def is_hopeless(ready: Estimate, max_wait_s: float) -> bool:
+    """Say whether a caller who waits for no longer than `max_wait_s` would wait in vain for a start.
+
+    Only what was measured says so: each start that he leaves going on is measured too, and corrects it.
+    """
+    return ready.samples > 0 and ready.seconds > max_wait_s
+
+
+def retry_after_s(estimate: Estimate | None, otherwise_s: float) -> float:
+    """Return when somebody is told to come back: as estimated, within bounds; `otherwise_s` where nothing is known."""
+    if estimate is None:
+        return otherwise_s
+    seconds = estimate.seconds if estimate.samples else max(estimate.seconds, otherwise_s)
+    return min(max(seconds, SOONEST_S), LATEST_S)

@@ -12,6 +12,7 @@ from gateway.engines.base import Engine
 from gateway.errors import GatewayError, RuntimeUnavailable, StartFailed
 from gateway.fleet import refusals
 from gateway.fleet.admission import STOP_MARGIN_S
+from gateway.fleet.estimates import told_s
 from gateway.fleet.identity import launch_of, server_name
 from gateway.fleet.journal import Journal
 from gateway.fleet.startup import Startup
@@ -38,6 +39,7 @@ class Fetch:
     def __init__(self, spec: ModelSpec, engine: Engine, runtime: Runtime, journal: Journal) -> None:
         self.spec = spec
         self.latest: Progress | None = None
+        self._startup: Startup | None = None
         self._name = download_name(spec)
         self._engine = engine
         self._runtime = runtime
@@ -46,6 +48,12 @@ class Fetch:
         self._launch = engine.download(spec, self._name)
         self._outcome: str | GatewayError | None = None
         self._news = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+
+    @property
+    def eta_s(self) -> float | None:
+        """How long the phase goes on in which it is, if its pace tells that."""
+        return told_s(self._startup.course.left({}, self._loop.time())) if self._startup else None
 
     async def run(self) -> None:
         """Download, and leave nothing behind but what was downloaded. Those who follow are told how it ended."""
@@ -75,7 +83,7 @@ class Fetch:
         yield f"done: {self._outcome}"
 
     async def _run(self, launch: Launch) -> str:
-        startup = Startup(
+        startup = self._startup = Startup(
             self._engine,
             start_timeout_s=math.inf,
             stall_timeout_s=self.spec.stall_timeout_s,
@@ -102,7 +110,7 @@ class Fetch:
 
     def _progressed(self, progress: Progress) -> None:
         self.latest = progress
-        self._journal.write("progress", model=self.spec.id, **(describe(progress) or {}), eta_s=None)
+        self._journal.write("progress", model=self.spec.id, **(describe(progress, self.eta_s) or {}))
         self._tell()
 
     def _end(self, outcome: str | GatewayError) -> None:

@@ -13,6 +13,7 @@ from gateway.engines.base import Engine
 from gateway.engines.keys import authorization
 from gateway.errors import GatewayError, ModelNotRunning, NameTaken, RuntimeUnavailable, StartFailed
 from gateway.fleet import refusals
+from gateway.fleet.experience import Experience
 from gateway.fleet.fetch import Fetch
 from gateway.fleet.gpus import Gpus
 from gateway.fleet.health import Health, Probe, Rest, rest
@@ -45,6 +46,7 @@ class Fleet:
         journal: Journal,
         *,
         gpus: Gpus | None = None,
+        experience: Experience | None = None,
         keep_servers: bool = True,
         rest: Rest = rest,
         instance: type[Instance] = Instance,
@@ -55,6 +57,7 @@ class Fleet:
         self._runtimes = runtimes
         self._probe = probe
         self.gpus = gpus or Gpus(None)
+        self.experience = experience or Experience()
         self.keeps = keep_servers
         """Whether servers that can outlive the gateway do so."""
         self.unknown: dict[str, RuntimeUnavailable] = {}
@@ -127,7 +130,9 @@ class Fleet:
         if (why := self.unknown.get(spec.runtime)) is not None:
             status = replace(status, failure=Failure(why, self.journal.now()))
         fetch = self._fetches.get(spec.id)
-        return replace(status, progress=fetch.latest) if fetch and not status.progress else status
+        if not fetch or status.progress:
+            return status
+        return replace(status, progress=fetch.latest, estimate=lambda: fetch.eta_s)
 
     def fetch(self, spec: ModelSpec) -> Fetch:
         """Return the download of this model's image and weights, under way: begun here if it was not before.
@@ -305,7 +310,8 @@ class Fleet:
             rest=self._rest,
         )
         outlives = self.keeps and runtime.outlives
-        instance = self._instance(spec, engine, runtime, health, self.journal, self.gpus, outlives=outlives)
+        past = self.experience.of(spec, engine)
+        instance = self._instance(spec, engine, runtime, health, self.journal, self.gpus, outlives=outlives, past=past)
         if self.closing.done():
             instance.close()
         return instance

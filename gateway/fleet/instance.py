@@ -12,6 +12,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 
 from gateway.catalog import ModelSpec
 from gateway.engines.base import Engine
@@ -21,10 +22,13 @@ from gateway.fleet.admission import (
     STOP_MARGIN_S,
     Bounds,
     call_off_at,
+    is_hopeless,
     pause_after_failure_s,
     queue_room,
     wait_ends_at,
 )
+from gateway.fleet.estimates import Estimate, in_turn
+from gateway.fleet.experience import Experience, Past
 from gateway.fleet.gpus import Gpus, Occupancy, demand_of
 from gateway.fleet.health import Health
 from gateway.fleet.identity import launch_of, server_name
@@ -45,8 +49,6 @@ CLEAR_AGAIN_S = 15.0
 """When a server that is perhaps left of a failed life is looked for again."""
 CLOCK_S = 0.001
 """A timer may fire this much before its time."""
-COST_S = 30.0
-"""What a start is taken to cost while nothing better is known."""
 SERVED_LONG_S = 60.0
 """A server that was ready for this long forgives the failures before it."""
 _PHASES = dict.fromkeys(STARTING_UP, Phase.STARTING) | dict.fromkeys(SERVING, Phase.UP)
@@ -65,6 +67,7 @@ class Instance:
         gpus: Gpus,
         *,
         outlives: bool = False,
+        past: Past | None = None,
     ) -> None:
         """Take what it needs. With `outlives` its server goes on when the gateway ends."""
         self.spec = spec
@@ -75,6 +78,7 @@ class Instance:
         self._journal = journal
         self._gpus = gpus
         self._outlives = outlives
+        self._past = past or Experience().of(spec, engine)
         self._bounds = Bounds(
             queue_timeout_s=spec.queue_timeout_s,
             start_timeout_s=spec.start_timeout_s,
@@ -128,6 +132,7 @@ class Instance:
             gpus=self._gpus.of(self.spec.id),
             waits_for=self._gpus.why(self.spec.id) or None,
             held_for=self._held_for,
+            estimate=partial(self._past.eta_s, self._state, life, now),
         )
 
     @asynccontextmanager
@@ -242,7 +247,7 @@ class Instance:
             since=self._life.ready_at if self._life and self._life.ready_at is not None else self._since,
             last_use_at=self._last_use,
             asked_at=min(oldest.asked_at, self._since) if oldest else self._since,
-            cost_s=COST_S,
+            cost_s=self._past.cost_s,
         )
 
     def waits(self) -> None:
@@ -312,6 +317,7 @@ class Instance:
             self._start("request")
         self._grant()
         self._rearm()
+        self._refuse_hopeless(ticket)
 
     def _bound_all(self) -> None:
         for ticket in self._queue:
@@ -356,7 +362,7 @@ class Instance:
         life = self._life
         assert life is not None  # a READY model has a life with a handle
         assert life.handle is not None
-        lease = Lease(life.handle, life.secret, life)
+        lease = Lease(life.handle, life.secret, life, granted_at=self._loop.time())
         life.leases[lease] = None
         self._rearm()
         return lease
@@ -375,6 +381,7 @@ class Instance:
         lease.on_cut = None
         lease.life.leases.pop(lease, None)
         self._last_use = self._loop.time()
+        self._past.answered(self._last_use - lease.granted_at)
         if lease.life is not self._life:
             return
         if self._state is State.DRAINING and not lease.life.leases:
@@ -397,7 +404,22 @@ class Instance:
         if not admitted and self._queue.requests >= queue_room(
             self._state, self.spec.max_queue, self.spec.max_concurrency
         ):
-            raise self._promised(refusals.queue_full(self.spec))
+            raise self._promised(refusals.queue_full(self.spec, self._served_in()))
+
+    def _refuse_hopeless(self, ticket: Ticket) -> None:
+        """Refuse who would wait in vain for the start that is under way, and now goes on without him."""
+        ready = self._past.ready_in(self._state, self._life, self._loop.time())
+        if ready and ticket.max_wait_s is not None and is_hopeless(ready, ticket.max_wait_s):
+            raise self._promised(refusals.not_loaded_in_time(self.status, ticket.max_wait_s, ready))
+
+    def _served_in(self) -> Estimate | None:
+        """Return in how long those who wait for a slot have been answered, once there are slots."""
+        served = self._past.served_in(self._queue.requests)
+        return served if self._state in SERVING else in_turn(self._come_back_in(), served)
+
+    def _come_back_in(self) -> Estimate | None:
+        now = self._loop.time()
+        return self._past.come_back_in(self._state, now - self._since, self._life, now)
 
     def _refuse_when_closing(self) -> None:
         if self._closing:
@@ -422,11 +444,10 @@ class Instance:
         if self._waits_for_gpus and (ticket.max_wait_s is None or waited_s < ticket.max_wait_s - CLOCK_S):
             return self._promised(refusals.no_room(self.spec, self._gpus.why(self.spec.id), waited_s))
         if self._state in SERVING and waited_s >= self.spec.queue_timeout_s - CLOCK_S:
-            return self._promised(refusals.no_slot(self.spec, waited_s))
+            return self._promised(refusals.no_slot(self.spec, waited_s, self._served_in()))
         if ticket.max_wait_s is None:
             return refusals.never_ready(self.spec, self._state, waited_s)
-        progress = self.status.progress
-        return self._promised(refusals.not_loaded(self.spec, self._state, progress, ticket.max_wait_s))
+        return self._promised(refusals.not_loaded(self.status, ticket.max_wait_s, self._come_back_in()))
 
     def _promised(self, error: GatewayError) -> GatewayError:
         """Keep a start for those who are told to come back: for twice the time they are told (P8)."""
@@ -676,7 +697,9 @@ class Instance:
         before, self._state = self._state, after(self._state, event)
         if before is self._state:
             return
-        self._since = self._loop.time()
+        now = self._loop.time()
+        self._past.moved(before, self._state, now - self._since, self._life, now)
+        self._since = now
         log.info("%s: %s -> %s (%s)", self.name, before, self._state, reason)
         self._journal.write(
             "state",
@@ -692,7 +715,8 @@ class Instance:
         self._rearm()
 
     def _progressed(self, progress: Progress) -> None:
-        self._journal.write("progress", model=self.spec.id, **(describe(progress) or {}), eta_s=None)
+        eta_s = self._past.eta_s(self._state, self._life, self._loop.time())
+        self._journal.write("progress", model=self.spec.id, **(describe(progress, eta_s) or {}))
 
     def _rearm(self) -> None:
         """Set the one timer that this state has: a start to call off, an idle server to stop, a drain to end."""

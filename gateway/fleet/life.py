@@ -30,6 +30,7 @@ class Lease:
     on_cut: Cut | None = None
     error: GatewayError | None = None
     """Why it was cut, if it was; also before its holder could know of it."""
+    granted_at: float = 0.0
 
     def cut(self, error: GatewayError) -> None:
         self.error = error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from gateway.catalog import ModelSpec
 from gateway.engines.base import Diagnosis
 from gateway.errors import (
@@ -19,9 +21,11 @@ from gateway.errors import (
     StartTimeout,
     StopFailed,
 )
-from gateway.fleet.status import describe
+from gateway.fleet.admission import retry_after_s
+from gateway.fleet.estimates import Estimate
+from gateway.fleet.status import Status, described
 from gateway.lifecycle import State
-from gateway.runtimes.base import Exit, Progress
+from gateway.runtimes.base import Exit
 
 BUSY_RETRY_S = 5.0
 """What a caller is told to wait when nothing better is known."""
@@ -45,9 +49,10 @@ def download_called_off(spec: ModelSpec) -> ModelNotLoaded:
     return ModelNotLoaded(f"{words} Pull it again.", retry_after_s=BUSY_RETRY_S)
 
 
-def queue_full(spec: ModelSpec) -> QueueFull:
+def queue_full(spec: ModelSpec, served: Estimate | None) -> QueueFull:
+    """`served` is in how long those who wait now have been answered."""
     words = f"{spec.max_queue} requests wait for {spec.id} already (max_queue); send this one again later."
-    return QueueFull(words, retry_after_s=BUSY_RETRY_S)
+    return QueueFull(words, retry_after_s=retry_after_s(served, BUSY_RETRY_S))
 
 
 def not_ours(spec: ModelSpec) -> ModelNotRunning:
@@ -75,9 +80,10 @@ def again(error: GatewayError, retry_after_s: float) -> GatewayError:
     return type(error)(error.detail, retry_after_s=retry_after_s or None, **error.extra)
 
 
-def no_slot(spec: ModelSpec, waited_s: float) -> NoCapacity:
+def no_slot(spec: ModelSpec, waited_s: float, served: Estimate | None) -> NoCapacity:
+    """`served` is in how long those who wait now have been answered."""
     words = f"All {spec.max_concurrency} slots of {spec.id} were busy for {waited_s:.0f} s (queue_timeout)"
-    return NoCapacity(f"{words}; send the request again later.", retry_after_s=BUSY_RETRY_S)
+    return NoCapacity(f"{words}; send the request again later.", retry_after_s=retry_after_s(served, BUSY_RETRY_S))
 
 
 def no_room(spec: ModelSpec, why: str, waited_s: float) -> NoCapacity:
@@ -85,12 +91,22 @@ def no_room(spec: ModelSpec, why: str, waited_s: float) -> NoCapacity:
     return NoCapacity(f"{words}. Send the request again later, or stop a model.", retry_after_s=BUSY_GPUS_RETRY_S)
 
 
-def not_loaded(spec: ModelSpec, state: State, progress: Progress | None, max_wait_s: float) -> ModelNotLoaded:
+def not_loaded(status: Status, max_wait_s: float, ready: Estimate | None) -> ModelNotLoaded:
+    """`ready` is in how long it is of use to ask again."""
     return ModelNotLoaded(
-        f"{spec.id} is {state} and was not ready within the {max_wait_s:g} s that this request would wait; "
-        "the start goes on.",
-        retry_after_s=max(max_wait_s, BUSY_RETRY_S),
-        progress=describe(progress),
+        f"{status.spec.id} is {status.state} and was not ready within the {max_wait_s:g} s that this request would "
+        "wait; the start goes on.",
+        retry_after_s=retry_after_s(ready, max(max_wait_s, BUSY_RETRY_S)),
+        progress=described(status),
+    )
+
+
+def not_loaded_in_time(status: Status, max_wait_s: float, ready: Estimate) -> ModelNotLoaded:
+    return ModelNotLoaded(
+        f"{status.spec.id} is {status.state} and takes about {math.ceil(ready.seconds)} s more, as its starts go; this "
+        f"request would wait for {max_wait_s:g} s. The start goes on: send the request again then.",
+        retry_after_s=retry_after_s(ready, BUSY_RETRY_S),
+        progress=described(status),
     )
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from gateway.engines.base import Engine
 from gateway.errors import StartTimeout
+from gateway.fleet.estimates import Course
 from gateway.runtimes.base import Progress
 
 
@@ -37,6 +38,7 @@ class Startup:
         pause_timeout_s: float = math.inf,
     ) -> None:
         self.report: Report | None = None
+        self.course = Course()
         self._engine = engine
         self._on_progress = on_progress
         self._pause_timeout_s = pause_timeout_s
@@ -66,6 +68,7 @@ class Startup:
         self._not_stalled()
         if self.report is None or self.report.progress != progress:
             self.report = Report(progress, self._loop.time())
+            self.course.hear(progress, self.report.since)
             self._on_progress(progress)
 
     def paused(self, reason: str) -> None:
@@ -82,6 +85,7 @@ class Startup:
         """
         try:
             async with asyncio.timeout(None) as self._stall:
+                self.course.begin(self._loop.time())
                 self._not_stalled(self._silence_s)
                 yield
         except TimeoutError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from gateway.catalog import ModelSpec
@@ -41,14 +42,28 @@ class Status:
     """The model for which it takes no new requests, and goes when it has finished those that it has."""
     waits_for: str | None = None
     """While it waits for GPUs: who has them and what must happen, in words."""
+    estimate: Callable[[], float | None] | None = None
+    """Works `eta_s` out: a snapshot is taken more often than that is asked for."""
+
+    @property
+    def eta_s(self) -> float | None:
+        """While it starts: in how long it is ready, as its starts go; where that is not known, None."""
+        return self.estimate() if self.estimate else None
 
 
-def describe(progress: Progress | None) -> dict[str, object] | None:
-    """Return progress as the API shows it."""
+def described(status: Status) -> dict[str, object] | None:
+    """Return how far a model's start is, as the API shows it: also of one that has only been estimated so far."""
+    eta_s = status.eta_s
+    first = None if eta_s is None else Progress(status.state.value)
+    return describe(status.progress or first, eta_s)
+
+
+def describe(progress: Progress | None, eta_s: float | None) -> dict[str, object] | None:
+    """Return progress as the API shows it, with the estimate of how long it goes on."""
     if progress is None:
         return None
     done, total = _plain(progress.done), _plain(progress.total)
-    return {"phase": progress.phase, "done": done, "total": total, "unit": progress.unit}
+    return {"phase": progress.phase, "done": done, "total": total, "unit": progress.unit, "eta_s": eta_s}
 
 
 def told(progress: Progress) -> str:
