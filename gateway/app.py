@@ -25,6 +25,7 @@ from gateway.api.autotrain import autotrain_router
 from gateway.api.generate import generate_router
 from gateway.api.inference import inference_router
 from gateway.api.llm_service import llm_service_router
+from gateway.api.metrics import Counted, metrics_router
 from gateway.api.middleware import BodyLimit, Lingering, LoopbackOnly, PlainPaths, PlainRefusal, RequestLog
 from gateway.api.models import models_router
 from gateway.api.openai import openai_router
@@ -38,6 +39,7 @@ from gateway.engines.llamacpp import LlamaCpp
 from gateway.engines.openai import OpenAi
 from gateway.engines.tgi import Tgi
 from gateway.errors import CatalogError, Forbidden
+from gateway.figures import Figures
 from gateway.fleet.fleet import Fleet
 from gateway.fleet.gpus import Gpus
 from gateway.fleet.health import HttpProbe
@@ -117,13 +119,15 @@ def compose(settings: Settings, catalog: Catalog) -> FastAPI:
     keys = load_keys(settings.api_keys_file) if settings.api_keys_file else None
     processes, containers, probe, client = ProcessRuntime(), DockerRuntime(settings.name), HttpProbe(), AiohttpClient()
     others = ExternalRuntime()
+    figures = Figures(VERSION)
     fleet = Fleet(
         catalog,
         engines=_engines(settings),
         runtimes={"docker": containers, "process": processes, "external": others},
         probe=probe,
-        journal=Journal(time.time),
+        journal=Journal(time.time, figures.heard),
         gpus=Gpus(settings.gpus or _gpus_of_this_machine()),
+        figures=figures.of,
         keep_servers=settings.on_exit != "stop",
     )
 
@@ -131,8 +135,9 @@ def compose(settings: Settings, catalog: Catalog) -> FastAPI:
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         try:
             with _closing_on_signal(fleet):
-                await fleet.begin()
-                yield
+                async with figures.sampling_lag():
+                    await fleet.begin()
+                    yield
         finally:
             await fleet.aclose()
             for part in (client, probe, processes, containers, others):
@@ -152,6 +157,7 @@ def compose(settings: Settings, catalog: Catalog) -> FastAPI:
         tgi_router(fleet, client, reports),
         models_router(fleet),
         overview_router(fleet, reports),
+        metrics_router(fleet, figures, settings.gpus or {}),
     ):
         app.include_router(router)
     # the last one added comes first
@@ -163,6 +169,7 @@ def compose(settings: Settings, catalog: Catalog) -> FastAPI:
         app.add_middleware(CORSMiddleware, allow_origins=settings.cors_origins, **CORS)
     if keys is None and not settings.allow_insecure:
         app.add_middleware(LoopbackOnly, refusal=_not_for_you)
+    app.add_middleware(Counted, figures=figures)
     app.add_middleware(RequestLog)
     app.add_middleware(Lingering)
     app.add_middleware(PlainRefusal)

@@ -14,6 +14,7 @@ from gateway.engines.keys import authorization
 from gateway.errors import GatewayError, ModelNotRunning, NameTaken, RuntimeUnavailable, StartFailed
 from gateway.fleet import refusals
 from gateway.fleet.fetch import Fetch
+from gateway.fleet.figures import FiguresOf, silent
 from gateway.fleet.gpus import Gpus
 from gateway.fleet.health import Health, Probe, Rest, rest
 from gateway.fleet.identity import fingerprint, server_name
@@ -44,6 +45,7 @@ class Fleet:
         journal: Journal,
         *,
         gpus: Gpus | None = None,
+        figures: FiguresOf = silent,
         keep_servers: bool = True,
         rest: Rest = rest,
         instance: type[Instance] = Instance,
@@ -54,6 +56,7 @@ class Fleet:
         self._runtimes = runtimes
         self._probe = probe
         self.gpus = gpus or Gpus(None)
+        self._figures = figures
         self.keeps = keep_servers
         """Whether servers that can outlive the gateway do so."""
         self.unknown: dict[str, RuntimeUnavailable] = {}
@@ -303,6 +306,7 @@ class Fleet:
         )
         outlives = self.keeps and runtime.outlives
         instance = self._instance(spec, engine, runtime, health, self.journal, self.gpus, outlives=outlives)
+        instance.figures = self._figures(spec.id)
         if self.closing.done():
             instance.close()
         return instance

@@ -26,6 +26,7 @@ from gateway.fleet.admission import (
     queue_room,
     wait_ends_at,
 )
+from gateway.fleet.figures import Figures, Silent
 from gateway.fleet.gpus import Gpus
 from gateway.fleet.health import Health
 from gateway.fleet.identity import launch_of, server_name
@@ -65,6 +66,7 @@ class Instance:
         """Take what it needs. With `outlives` its server goes on when the gateway ends."""
         self.spec = spec
         self.name = server_name(spec)
+        self.figures: Figures = Silent()
         self.engine = engine
         self._runtime = runtime
         self._health = health
