@@ -44,7 +44,7 @@ REFUSED = "refused"
 USAGE_BYTES = 4096
 """Where an answer tells of its length: at its end."""
 OPENAIS_END = (b"data: [DONE]", b"data:[DONE]")
-_TOLD = re.compile(rb'"(generated_tokens|completion_tokens|prompt_tokens)"\s*:\s*(\d{1,9})\b')
+_TOLD = re.compile(rb'"(generated_tokens|completion_tokens|prompt_tokens|input_length)"\s*:\s*(\d{1,9})\b')
 """The keys themselves: within a text their quotes would be escaped."""
 _PROVIDERS_REFUSAL = (401, 403)
 """What a server says of the gateway's own key, and not of the caller's."""
@@ -273,9 +273,9 @@ class Told:
 
     def whole(self, headers: Mapping[str, str], body: bytes) -> None:
         """Look into an answer that is whole: into TGI's headers, and where OpenAI's bodies have their `usage`."""
-        for header in ("generated-tokens", "prompt-tokens"):
-            if re.fullmatch(r"\d{1,9}", said := headers.get(f"x-{header}", ""), re.ASCII):
-                self._take(header, int(said))
+        for name in ("generated_tokens", "prompt_tokens"):
+            if re.fullmatch(r"\d{1,9}", said := headers.get("x-" + name.replace("_", "-"), ""), re.ASCII):
+                self._take(name, int(said))
         self._look(body[-USAGE_BYTES:])
 
     def line(self, line: bytes) -> None:
@@ -287,10 +287,10 @@ class Told:
 
     def _look(self, words: bytes) -> None:
         for name, said in _TOLD.findall(words):
-            self._take(name.decode().replace("_", "-"), int(said))
+            self._take(name.decode(), int(said))
 
-    def _take(self, what: str, tokens: int) -> None:
-        if what == "prompt-tokens":
+    def _take(self, name: str, tokens: int) -> None:
+        if name in ("prompt_tokens", "input_length"):
             self.prompt_tokens = tokens
         else:
             self._said = tokens
