@@ -100,8 +100,7 @@ class Moves:
         start = self._starts.pop(model)
         if now is not State.READY:
             return Started(model, result_of(reason))
-        start.turn_to("", self._clock())
-        return Started(model, "ok", self._clock() - start.began_at, start.phases_s)
+        return Started(model, "ok", *start.over(self._clock()))
 
 
 class _Start:
@@ -116,6 +115,11 @@ class _Start:
         if spent_s := now - self._since:
             self.phases_s[self._phase] = self.phases_s.get(self._phase, 0.0) + spent_s
         self._phase, self._since = phase, now
+
+    def over(self, now: float) -> tuple[float, dict[str, float]]:
+        """Return how long it took in all, and in each phase."""
+        self.turn_to("", now)
+        return now - self.began_at, self.phases_s
 
 
 def phase_of(words: str) -> str:
