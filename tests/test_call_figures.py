@@ -103,7 +103,7 @@ def test_a_caller_who_leaves_is_told_from_a_failure(stream: bool) -> None:
     async def hang(conversation: Conversation) -> None:
         await conversation.say(HEAD + token(" upon"))
         begun.set()
-        await conversation.until_caller_leaves()
+        await asyncio.Event().wait()
 
     async def scene() -> None:
         async with stage(hang) as on:
@@ -125,7 +125,7 @@ def test_a_call_that_an_operator_cuts_is_told_by_its_code(stream: bool) -> None:
     async def hang(conversation: Conversation) -> None:
         await conversation.say(HEAD + token(" upon"))
         begun.set()
-        await conversation.until_caller_leaves()
+        await asyncio.Event().wait()
 
     async def scene() -> None:
         async with stage(hang) as on:

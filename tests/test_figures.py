@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families as families_of
+from starlette.types import Message, Receive, Scope, Send
 
-from gateway.api.metrics import api_of, gpus_of
+from gateway.api.metrics import Counted, api_of, gpus_of
 from gateway.catalog import ModelSpec
 from gateway.figures import Figures, Gpu
 from gateway.fleet.gpus import Gpus
@@ -372,6 +375,38 @@ def test_how_a_request_ended(noted: str | None, status: int | None, outcome: str
         note(scope, noted)
 
     assert outcome_of(scope, status) == outcome
+
+
+@pytest.mark.parametrize(
+    ("said", "outcome"), [([200], "ok"), ([404], "HTTP_404"), ([], "left"), ([500, ValueError], "INTERNAL_ERROR")]
+)
+def test_every_request_is_counted_once_however_it_ends(said: list[Any], outcome: str) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        for each in said:
+            if each is ValueError:
+                raise ValueError
+            await send({"type": "http.response.start", "status": each, "headers": []})
+
+    async def scene() -> bytes:
+        figures = Figures("1")
+        counted = Counted(app, figures)
+        for kind in ("lifespan", "websocket", "http"):
+            with suppress(ValueError):
+                await counted({"type": kind, "path": "/v1/models"}, _nothing_comes, _nowhere)
+        return await figures.page([], [])
+
+    page = asyncio.run(scene())
+
+    assert values(page, api="openai", outcome=outcome) == {"gateway_requests_total": 1}
+    assert values(page, api="openai")["gateway_request_duration_seconds_count"] == 1
+
+
+async def _nothing_comes() -> Message:
+    return {"type": "http.disconnect"}
+
+
+async def _nowhere(_: Message) -> None:
+    pass
 
 
 # ---- tokens of answers that are passed on ----

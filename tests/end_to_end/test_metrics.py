@@ -17,17 +17,19 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families as families_of
 
 from gateway.keys import add_key
-from tests.end_to_end.addresses import ADDRESSES, CHATS, PUT_THROUGH, models_at
+from tests.end_to_end.addresses import ADDRESSES, CHATS, EVERY, PUT_THROUGH, Caller, models_at
 from tests.end_to_end.gateway import EMBEDDED, Gateway, serving
-from tests.numbered_server import Numbers
+from tests.numbered_server import Numbers, tgi
 from tests.runtimes.processes import wait_until
-from tests.scripted_server import scripted
+from tests.scripted_server import HEAD, Conversation, Script, scripted
 from tests.tgi_double.process import answers, free_port
 
 DASHBOARD = Path(__file__).parent.parent.parent / "scripts" / "grafana-dashboard.json"
 IDLE = {"engine": "openai", "runtime": "external", "url": "http://127.0.0.1:9"}
 SECRET_PROMPT = "caller-1 counts SECRET-PROMPT"
 TOKENS = 3
+STREAMS_OF_TGI = [each for each in EVERY if each.name in ("generate_stream", "tgi, streamed")]
+"""One that is translated, and one that is put through."""
 
 needs_prometheus = pytest.mark.skipif(
     not (shutil.which("prometheus") and shutil.which("promtool")),
@@ -54,15 +56,15 @@ def figure(page: str, name: str, **labels: str) -> float:
     )
 
 
-def with_servers(folder: Path, act: Callable[[Gateway], None], **environ: str) -> None:
-    """Do something with a gateway before a server that counts."""
+def with_servers(folder: Path, act: Callable[[Gateway], None], script: Script | None = None, **environ: str) -> None:
+    """Do something with a gateway before a server that counts, or plays a script of the test's own."""
 
     def run(url: str) -> None:
         with serving(folder, environ, idle=IDLE, **models_at(url)) as gateway:
             act(gateway)
 
     async def scene() -> None:
-        async with scripted(Numbers()) as (_, port):
+        async with scripted(script or Numbers()) as (_, port):
             await asyncio.to_thread(run, f"http://127.0.0.1:{port}")
 
     asyncio.run(scene())
@@ -118,6 +120,34 @@ def test_every_request_is_counted_and_nothing_of_it_is_told(tmp_path: Path) -> N
         assert {model for name, model in labels if name == "model"} == {"idle", "by-tgi", "by-openai"}
 
     with_servers(tmp_path, act, GATEWAY_API_KEYS_FILE=str(file), GATEWAY_GPUS="0=24GiB,1=24GiB")
+
+
+def test_a_stream_that_fails_and_a_caller_who_leaves_are_no_good_requests(tmp_path: Path) -> None:
+    async def one_token(conversation: Conversation) -> None:
+        await conversation.say(HEAD + b"data: " + json.dumps(tgi(" a", 1, False, 0)).encode() + b"\n\n")
+        if b"wait" in conversation.body:
+            await asyncio.Event().wait()
+
+    def act(gateway: Gateway) -> None:
+        for address in STREAMS_OF_TGI:
+            path = address.path.format(model="by-tgi")
+            broken = gateway.post(path, address.body("by-tgi", "break off", TOKENS))
+            assert (broken.status_code, "GENERATION_FAILED" in broken.text) == (200, True), address
+            leaver = Caller(gateway.port, address.request("by-tgi", "wait", TOKENS))
+            leaver.hear(b'" a"')
+            leaver.close()
+
+        def told(outcome: str) -> float:
+            return figure(gateway.get("/metrics").text, "gateway_requests_total", outcome=outcome)
+
+        wait_until(lambda: told("left") == len(STREAMS_OF_TGI))
+        assert told("GENERATION_FAILED") == len(STREAMS_OF_TGI)
+        page = gateway.get("/metrics").text
+        for outcome in ("cancelled", "GENERATION_FAILED"):
+            assert figure(page, "gateway_calls_total", model="by-tgi", outcome=outcome) == len(STREAMS_OF_TGI)
+        assert figure(page, "gateway_in_flight_calls") == figure(page, "gateway_generated_tokens_total") == 0
+
+    with_servers(tmp_path, act, one_token)
 
 
 def test_with_keys_it_asks_for_one(tmp_path: Path) -> None:
