@@ -158,6 +158,10 @@ def test_a_server_that_was_found_was_not_started() -> None:
     assert not [name for name in values(after(found)) if name.startswith("gateway_start")]
 
 
+def test_what_the_journal_tells_of_the_catalog_is_nothing_of_a_model() -> None:
+    Journal(lambda: 0.0, Figures("1").heard).write("catalog", changed=["m"], catalog_error=None, at=0.0)
+
+
 def test_what_a_download_says_is_no_phase_of_a_start() -> None:
     assert not [name for name in values(after([(0, "progress", "pulling", "")])) if name.startswith("gateway_start")]
 
@@ -180,6 +184,8 @@ def test_phases_are_few_whatever_is_said() -> None:
         ("restart", "restart"),
         ("shutdown", "shutdown"),
         ("the catalog asks for another server", "catalog"),
+        ("changed in the catalog", "catalog"),
+        ("removed from the catalog", "catalog"),
         ("GENERATION_FAILED: The server of m ended while it served", "failed"),
         ("something new about `a prompt`", "other"),
     ],

@@ -38,6 +38,8 @@ REASONS = (
     ("restart", "restart"),
     ("shutdown", "shutdown"),
     ("the catalog ", "catalog"),
+    ("changed in the catalog", "catalog"),
+    ("removed from the catalog", "catalog"),
     ("it had ended", "had_ended"),
 )
 """Why a server went, by how the journal's words begin; `failed` and `unhealthy` where it ended in an error."""
