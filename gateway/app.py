@@ -25,6 +25,7 @@ from gateway.api.autotrain import autotrain_router
 from gateway.api.generate import generate_router
 from gateway.api.inference import inference_router
 from gateway.api.llm_service import llm_service_router
+from gateway.api.metrics import Counted, metrics_router
 from gateway.api.middleware import BodyLimit, Lingering, LoopbackOnly, PlainPaths, PlainRefusal, RequestLog
 from gateway.api.models import models_router
 from gateway.api.openai import openai_router
@@ -38,6 +39,7 @@ from gateway.engines.llamacpp import LlamaCpp
 from gateway.engines.openai import OpenAi
 from gateway.engines.tgi import Tgi
 from gateway.errors import CatalogError, Forbidden
+from gateway.figures import Figures
 from gateway.fleet.experience import Experience, host_name
 from gateway.fleet.experience_file import ExperienceFile
 from gateway.fleet.fleet import Fleet
@@ -127,6 +129,7 @@ def compose(settings: Settings, catalog: Catalog) -> FastAPI:
     keys = load_keys(settings.api_keys_file) if settings.api_keys_file else None
     processes, containers, probe, client = ProcessRuntime(), DockerRuntime(settings.name), HttpProbe(), AiohttpClient()
     others = ExternalRuntime()
+    figures = Figures(VERSION)
     inventory = inventory_of(settings)
     devices = inventory.devices()
     log.info("GPUs: %s (%s)", described(devices or ()), inventory.source)
@@ -135,16 +138,17 @@ def compose(settings: Settings, catalog: Catalog) -> FastAPI:
         engines=_engines(settings),
         runtimes={"docker": containers, "process": processes, "external": others},
         probe=probe,
-        journal=Journal(time.time),
+        journal=Journal(time.time, figures.heard),
         gpus=Gpus(devices, inventory),
         experience=Experience(host_name()),
+        figures=figures.of,
         keep_servers=settings.on_exit != "stop",
     )
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         try:
-            async with _kept(fleet.experience, settings):
+            async with _kept(fleet.experience, settings), figures.sampling_lag():
                 try:
                     with _closing_on_signal(fleet):
                         await fleet.begin()
@@ -169,6 +173,7 @@ def compose(settings: Settings, catalog: Catalog) -> FastAPI:
         tgi_router(fleet, client, reports),
         models_router(fleet),
         overview_router(fleet, reports),
+        metrics_router(fleet, figures),
     ):
         app.include_router(router)
     # the last one added comes first
@@ -180,6 +185,7 @@ def compose(settings: Settings, catalog: Catalog) -> FastAPI:
         app.add_middleware(CORSMiddleware, allow_origins=settings.cors_origins, **CORS)
     if keys is None and not settings.allow_insecure:
         app.add_middleware(LoopbackOnly, refusal=_not_for_you)
+    app.add_middleware(Counted, figures=figures)
     app.add_middleware(RequestLog)
     app.add_middleware(Lingering)
     app.add_middleware(PlainRefusal)

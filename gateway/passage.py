@@ -24,6 +24,7 @@ from gateway.engines.keys import begun_key, hidden, without_key
 from gateway.errors import GatewayError, GenerationFailed, ModelNotLoaded, UpstreamFailed
 from gateway.fleet.instance import Instance
 from gateway.lifecycle import SERVING
+from gateway.outcome import LEFT, OK, note
 from gateway.relay import Answer, Broken, Client, ConnectFailed, Errand, Pace, start_of
 from gateway.writers import EVENT_STREAM, Head, Stream, send_whole
 
@@ -38,6 +39,13 @@ SHORTEST_KEY = 8
 LOOK_S = 10.0
 """How long a server may take to answer what is no generation."""
 _PASSED_ON = re.compile(r"content-type|x-(?:compute|total|validation|queue|inference|time|prompt|generated)-[a-z-]+")
+REFUSED = "refused"
+"""What has become of a call that the server refused in its own words, which went on as they are."""
+USAGE_BYTES = 4096
+"""Where an answer tells of its length: at its end."""
+OPENAIS_END = (b"data: [DONE]", b"data:[DONE]")
+_TOLD = re.compile(rb'"(generated_tokens|completion_tokens|prompt_tokens|input_length)"\s*:\s*(\d{1,9})\b')
+"""The keys themselves: within a text their quotes would be escaped."""
 _PROVIDERS_REFUSAL = (401, 403)
 """What a server says of the gateway's own key, and not of the caller's."""
 
@@ -105,6 +113,7 @@ class Passage(Errand["Whole | None"]):
         self._call = call
         self.stream: Stream | None = None
         """Where events go on to; set by the one who answers."""
+        self._told = Told()
 
     def call(self, secret: str) -> Call:
         return self.instance.engine.forward(self.instance.spec, self._call, secret)
@@ -118,10 +127,21 @@ class Passage(Errand["Whole | None"]):
         _refuse_compressed(answer)
         if self.stream is None or answer.status != 200 or not _is_stream(answer):
             whole = await _whole(answer)
-            return replace(whole, body=self.manner.whole(whole.body))
+            passed = replace(whole, body=self.manner.whole(whole.body))
+            if whole.status == 200:
+                self._told.whole(answer.headers, whole.body)
+                self._count()
+            return passed
         self.stream.head = [*_passed_on(answer.headers), *EVENT_STREAM[1:]]  # all but our own content-type
         await self._pass_on(answer, self.stream, pace)
+        self._count()
         return None
+
+    def outcome(self, result: Whole | None) -> str:
+        return OK if result is None or result.status == 200 else REFUSED
+
+    def _count(self) -> None:
+        self.instance.figures.generated(self._told.tokens, self._told.prompt_tokens)
 
     async def _pass_on(self, answer: Answer, stream: Stream, pace: Pace) -> None:
         lines = _Lines()
@@ -138,6 +158,7 @@ class Passage(Errand["Whole | None"]):
         if not self.manner.may_end:  # and half a line would spoil the event that tells of it
             raise Broken("the answer has no end")
         if last:
+            self._told.line(last)
             await stream.write(last)
 
     async def _over_with(self, lines: Sequence[bytes], stream: Stream, pace: Pace) -> bool:
@@ -146,6 +167,7 @@ class Passage(Errand["Whole | None"]):
         try:
             for line in lines:
                 passed += self.manner.line(line)
+                self._told.line(line)
                 is_blank = not line.strip()
                 said_something |= not is_blank and not line.startswith(b":")  # comments may go on for ever
                 if over := is_blank and self.manner.is_over:
@@ -172,7 +194,7 @@ class PutThrough(Response):
     def __init__(self, passage: Passage) -> None:  # and not the base class's: there is no body yet
         self._passage = passage
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - an ASGI app
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Carry it out. A caller who leaves ends it at once, in any phase.
 
         Raises:
@@ -188,8 +210,10 @@ class PutThrough(Response):
                 async with until_departure(receive) as interrupt:
                     whole = await passage.carry_out(interrupt, streamed=passage.streamed)
             except Departed:
+                note(scope, LEFT)
                 log.info("%s: a caller left", passage.instance.name)
             except GatewayError as error:
+                note(scope, error.code)
                 await stream.fail(error, passage.manner.failure(error))
             else:
                 await self._finish(stream, whole, send)
@@ -230,6 +254,46 @@ async def look(instance: Instance, call: Call, client: Client, *, request_id: st
     except (Broken, ConnectFailed, TimeoutError) as error:
         words = f"The server of {instance.spec.id} does not answer ({type(error).__name__})."
         raise UpstreamFailed(words) from None
+
+
+class Told:
+    """How many tokens an answer has that is passed on as it is, from what the server says of it anyway.
+
+    A stream whose server does not say has as many as it has events.
+    """
+
+    def __init__(self) -> None:
+        self.prompt_tokens = 0
+        self._said: int | None = None
+        self._events = 0
+
+    @property
+    def tokens(self) -> int:
+        return self._events if self._said is None else self._said
+
+    def whole(self, headers: Mapping[str, str], body: bytes) -> None:
+        """Look into an answer that is whole: into TGI's headers, and where OpenAI's bodies have their `usage`."""
+        for name in ("generated_tokens", "prompt_tokens"):
+            if re.fullmatch(r"\d{1,9}", said := headers.get("x-" + name.replace("_", "-"), ""), re.ASCII):
+                self._take(name, int(said))
+        self._look(body[-USAGE_BYTES:])
+
+    def line(self, line: bytes) -> None:
+        """Look into the next line of a stream."""
+        if line.startswith(b"data:") and not line.startswith(OPENAIS_END):
+            self._events += 1
+            if b'_tokens"' in line:
+                self._look(line[-USAGE_BYTES:])
+
+    def _look(self, words: bytes) -> None:
+        for name, said in _TOLD.findall(words):
+            self._take(name.decode(), int(said))
+
+    def _take(self, name: str, tokens: int) -> None:
+        if name in ("prompt_tokens", "input_length"):
+            self.prompt_tokens = tokens
+        else:
+            self._said = tokens
 
 
 class _Lines:

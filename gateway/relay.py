@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, suppress
 from dataclasses import replace
@@ -28,6 +29,7 @@ from gateway.errors import GatewayError, GenerationFailed, GenerationTimeout, Up
 from gateway.fleet.instance import Instance
 from gateway.fleet.life import Lease
 from gateway.generation import Finished, GenerationRequest, GenerationResult, PromptToken, collect
+from gateway.outcome import LEFT, OK, note
 from gateway.writers import Choices, Sink, StreamWriter, Tokens, WholeWriter, Writer
 
 log = logging.getLogger(__name__)
@@ -36,6 +38,8 @@ Result = TypeVar("Result")
 
 SECOND_ATTEMPT_S = 0.1
 REFUSAL_BYTES = 64 * 1024
+CANCELLED = "cancelled"
+"""What has become of a call whose caller left, or of which another part failed."""
 COUNT_S = 2.0
 """How long a server may take to count a prompt's tokens, once the answer is there."""
 MOST_TOKENS_BYTES = 64 * 2**20
@@ -96,6 +100,7 @@ class Errand(Generic[Result]):
         self._client = client
         self._tags = {"x-request-id": request_id}
         self._max_wait_s = max_wait_s
+        self._asked_at = 0.0
 
     def call(self, secret: str) -> Call:
         """Return what is sent."""
@@ -117,6 +122,22 @@ class Errand(Generic[Result]):
         Raises:
             GatewayError: it failed.
         """
+        self._asked_at = time.monotonic()
+        outcome = GatewayError.code
+        try:
+            result = await self._carry_out(interrupt, streamed=streamed)
+            outcome = self.outcome(result)
+            return result
+        except asyncio.CancelledError:
+            outcome = interrupt.reason.code if isinstance(interrupt.reason, GatewayError) else CANCELLED
+            raise
+        except GatewayError as error:
+            outcome = error.code
+            raise
+        finally:
+            self.instance.figures.ended(outcome)
+
+    async def _carry_out(self, interrupt: Interrupt, *, streamed: bool) -> Result:
         try:
             return await self._attempt(interrupt, streamed=streamed)
         except ConnectFailed:  # nothing was sent; a moment later the gateway may know that the server has ended
@@ -132,12 +153,17 @@ class Errand(Generic[Result]):
         lease_to_come = self.instance.lease(max_wait_s=self._max_wait_s, admitted=self.admission.granted)
         async with lease_to_come as lease:
             self.admission.granted = True
+            self.instance.figures.waited(time.monotonic() - self._asked_at)
             lease.on_cut = interrupt.fire
             try:
                 async with asyncio.timeout(timeout_s) as bound:
-                    return await self._send(lease, Pace(bound, timeout_s, streamed=streamed))
+                    pace = Pace(bound, timeout_s, streamed=streamed, begins=self._begins)
+                    return await self._send(lease, pace)
             except TimeoutError:
                 raise self._too_slow(timeout_s, streamed=streamed) from None
+
+    def _begins(self) -> None:
+        self.instance.figures.first_token(time.monotonic() - self._asked_at)
 
     async def _send(self, lease: Lease, pace: Pace) -> Result:
         try:
@@ -153,6 +179,10 @@ class Errand(Generic[Result]):
     async def complete(self, result: Result, lease: Lease) -> Result:  # noqa: ARG002 - for those that must ask again
         """Return the result with what was not in the answer, whose connection is closed now. Has a bound of its own."""
         return result
+
+    def outcome(self, result: Result) -> str:  # noqa: ARG002 - for those that pass on what a server refuses
+        """Return in one word what has become of a call that was answered."""
+        return OK
 
     async def refusal(self, answer: Answer) -> GatewayError:
         """Return the error that the answer stands for; where waiting helps, the server's word on how long counts."""
@@ -216,6 +246,7 @@ class Exchange(Errand[Finished]):
         """
         self._sink = sink
         finished = await self.carry_out(interrupt, streamed=sink.streams)
+        self.instance.figures.generated(finished.tokens_generated, finished.prompt_tokens)
         await sink.end(finished)
         return finished
 
@@ -304,7 +335,7 @@ class Relay(Response):
         self._exchanges = as_one(exchanges)  # body yet
         self._choices = choices
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - an ASGI app
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Carry out the exchanges. A caller who leaves ends them at once, in any phase; so does the first failure.
 
         Raises:
@@ -315,8 +346,10 @@ class Relay(Response):
                 async with until_departure(receive) as interrupt:
                     finished = await self._run(writer, interrupt)
             except Departed:
+                note(scope, LEFT)
                 log.info("%s: a caller left", self._exchanges[0].instance.name)
             except GatewayError as error:
+                note(scope, error.code)
                 await writer.fail(error)
             else:
                 await writer.finish(finished)
@@ -377,6 +410,7 @@ class Worked(Response):
             async with until_departure(receive):
                 done = await self._work()
         except Departed:
+            note(scope, LEFT)
             log.info("a caller left")
         else:
             answer = Response(done, media_type="application/json") if isinstance(done, bytes) else done
@@ -384,10 +418,16 @@ class Worked(Response):
 
 
 class Pace:
-    """Counts what comes from a server and, where it is streamed, bounds the time between two pieces of it."""
+    """Counts what comes from a server and, where it is streamed, bounds the time between two pieces of it.
 
-    def __init__(self, bound: asyncio.Timeout, timeout_s: float, *, streamed: bool) -> None:
+    `begins` is called when the first piece of a stream has come.
+    """
+
+    def __init__(
+        self, bound: asyncio.Timeout, timeout_s: float, *, streamed: bool, begins: Callable[[], None] = lambda: None
+    ) -> None:
         self.came_so_far = 0
+        self._begins = begins
         self._bound = bound
         self._timeout_s = timeout_s
         self._streamed = streamed
@@ -407,6 +447,8 @@ class Pace:
     def came(self) -> None:
         """Say that another piece came, and is written."""
         self.came_so_far += 1
+        if self._streamed and self.came_so_far == 1:
+            self._begins()
         if self._streamed and not self._bound.expired():
             self._bound.reschedule(self._loop.time() + self._timeout_s)
 

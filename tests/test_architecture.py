@@ -18,7 +18,7 @@ FLOORS = [
         "gateway.machine",
         "gateway.devices",
     ],
-    ["gateway.catalog", "gateway.generation", "gateway.departure"],
+    ["gateway.catalog", "gateway.generation", "gateway.departure", "gateway.outcome"],
     [
         "gateway.catalog_file",
         "gateway.catalog_schema",
@@ -31,7 +31,7 @@ FLOORS = [
     ["gateway.engines.base"],
     ["gateway.engines", "gateway.runtimes"],
     ["gateway.fleet"],
-    ["gateway.writers", "gateway.dialects.openai"],
+    ["gateway.writers", "gateway.dialects.openai", "gateway.figures"],
     ["gateway.relay"],
     ["gateway.upstream", "gateway.dialects", "gateway.passage"],
     ["gateway.api"],

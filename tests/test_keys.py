@@ -154,7 +154,7 @@ def test_changes_at_once_are_all_made(file: Path) -> None:
         *((f"/models/m/{what}", "manage") for what in ("start", "stop", "restart", "pull", "logs", "start\n")),
         *(
             (path, "generate")
-            for path in ("/", "", "/models", "/models/m", "/generate", "/events", "/status", "/nowhere")
+            for path in ("/", "", "/models", "/models/m", "/generate", "/events", "/status", "/metrics", "/nowhere")
         ),
         *((path, "generate") for path in ("/healthy", "/docs\n", "/docs/x", "/models/docs", "/models/m/tgx/docs")),
         *((path, "generate") for path in ("/models/m/llm-service/health", "/models/m/n/start", "/x/health")),

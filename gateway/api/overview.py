@@ -30,6 +30,7 @@ ENDPOINTS = {
     "GET /health": "Health check",
     "GET /status": "The gateway, its GPUs and the default model",
     "GET /info": "Model information",
+    "GET /metrics": "The gateway's figures, for Prometheus",
     "GET /events": "State changes and progress, as server-sent events",
     "GET /docs": "Interactive API documentation",
 }

@@ -28,6 +28,7 @@ from gateway.errors import (
     NotFound,
     Unsupported,
 )
+from gateway.outcome import note
 from gateway.shapes import Api, api_of, shown
 
 
@@ -178,6 +179,7 @@ _FIELD_CODES = {
 
 def render(error: GatewayError, scope: Scope, headers: Mapping[str, str] | None = None) -> Response:
     """Return the answer for an error: the shape of the API, with `Retry-After` in whole seconds where waiting helps."""
+    note(scope, error.code)
     shape = shown(error, api_of(get_route_path(scope)))
     headers = dict(headers or {})
     if error.retry_after_s:
@@ -204,8 +206,10 @@ async def _invalid(request: Request, error: Exception) -> Response:
     code, api = _code(complaints), api_of(get_route_path(request.scope))
     if blank := [each for each in complaints if each["type"] == "empty_prompt"]:
         words = _tgi_words(blank) if api == "tgi" else f"Prompt cannot be empty: {blank[0]['msg']}."
+        note(request.scope, EmptyPrompt.code)
         shape = shown(EmptyPrompt(words), api, param=str(blank[0]["loc"][1]))
         return JSONResponse(shape.body, shape.status)
+    note(request.scope, code)
     if api == "documents":
         return JSONResponse({"detail": complaints, "error_code": code}, 422)
     words = _tgi_words(complaints) if api == "tgi" else _words(complaints)

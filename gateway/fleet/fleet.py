@@ -15,6 +15,7 @@ from gateway.errors import GatewayError, ModelNotRunning, NameTaken, RuntimeUnav
 from gateway.fleet import refusals
 from gateway.fleet.experience import Experience
 from gateway.fleet.fetch import Fetch
+from gateway.fleet.figures import FiguresOf, silent
 from gateway.fleet.gpus import Gpus
 from gateway.fleet.health import Health, Probe, Rest, rest
 from gateway.fleet.identity import fingerprint, server_name
@@ -47,6 +48,7 @@ class Fleet:
         *,
         gpus: Gpus | None = None,
         experience: Experience | None = None,
+        figures: FiguresOf = silent,
         keep_servers: bool = True,
         rest: Rest = rest,
         instance: type[Instance] = Instance,
@@ -58,6 +60,7 @@ class Fleet:
         self._probe = probe
         self.gpus = gpus or Gpus(None)
         self.experience = experience or Experience()
+        self._figures = figures
         self.keeps = keep_servers
         """Whether servers that can outlive the gateway do so."""
         self.unknown: dict[str, RuntimeUnavailable] = {}
@@ -312,6 +315,7 @@ class Fleet:
         outlives = self.keeps and runtime.outlives
         past = self.experience.of(spec, engine)
         instance = self._instance(spec, engine, runtime, health, self.journal, self.gpus, outlives=outlives, past=past)
+        instance.figures = self._figures(spec.id)
         if self.closing.done():
             instance.close()
         return instance

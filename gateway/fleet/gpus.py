@@ -211,6 +211,13 @@ class Gpus:
             return self.devices
         return unlimited(self._places(), sum(demand_of(each.tenant.spec).count for each in self._waiting.values()))
 
+    def in_sight(self) -> Sequence[Device]:
+        """Return the GPUs there are, and those that are held by a name that is none of theirs."""
+        known = self.devices or ()
+        names = {name for device in known for name in (device.id, device.uuid)}
+        held = dict.fromkeys(gpu for each in self._places() for gpu in each.gpus if gpu not in names)
+        return [*known, *map(Device, held)]
+
     # Deciding, and doing what was decided
 
     def _refuse_misfit(self, spec: ModelSpec, demand: Demand) -> None:

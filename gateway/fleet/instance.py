@@ -29,6 +29,7 @@ from gateway.fleet.admission import (
 )
 from gateway.fleet.estimates import Estimate, in_turn
 from gateway.fleet.experience import Experience, Past
+from gateway.fleet.figures import Figures, Silent
 from gateway.fleet.gpus import Gpus, Occupancy, demand_of
 from gateway.fleet.health import Health
 from gateway.fleet.identity import launch_of, server_name
@@ -72,6 +73,7 @@ class Instance:
         """Take what it needs. With `outlives` its server goes on when the gateway ends."""
         self.spec = spec
         self.name = server_name(spec)
+        self.figures: Figures = Silent()
         self.engine = engine
         self._runtime = runtime
         self._health = health

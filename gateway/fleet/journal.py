@@ -27,10 +27,12 @@ class Journal:
     A reader holds no queue: one that is slow misses what has left the memory, and costs nothing.
     """
 
-    def __init__(self, wall_clock: Callable[[], float]) -> None:
+    def __init__(self, wall_clock: Callable[[], float], hear: Callable[[Entry], None] = lambda _: None) -> None:
+        """Take a clock that counts seconds since 1970, and who hears each entry as it is written."""
         self._entries: deque[Entry] = deque(maxlen=KEPT)
         self._ids = count(1)
         self._wall_clock = wall_clock
+        self._hear = hear
         self._news: set[asyncio.Future[None]] = set()
         self._closed = False
 
@@ -44,7 +46,9 @@ class Journal:
 
     def write(self, kind: str, **data: Any) -> None:
         """Remember an event and wake every reader."""
-        self._entries.append(Entry(next(self._ids), kind, data))
+        entry = Entry(next(self._ids), kind, data)
+        self._entries.append(entry)
+        self._hear(entry)
         self._wake()
 
     def close(self) -> None:

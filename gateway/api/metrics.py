@@ -1,0 +1,89 @@
+"""`GET /metrics`: the gateway's figures for Prometheus, and the count of requests."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+
+from fastapi import APIRouter
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from starlette._utils import get_route_path
+from starlette.responses import PlainTextResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from gateway.errors import GatewayError
+from gateway.figures import Figures, Gpu
+from gateway.fleet.fleet import Fleet
+from gateway.fleet.gpus import Gpus
+from gateway.outcome import note, outcome_of
+
+_APIS = tuple(
+    (re.compile(rf"/(?:{pattern})(?:/.*)?", re.DOTALL), api)
+    for pattern, api in (
+        ("generate|generate_stream", "generate"),
+        ("inference", "inference"),
+        ("api/llm/inference", "autotrain"),
+        ("models/[^/]+/llm-service", "llm-service"),
+        ("models/[^/]+/api-server", "api-server"),
+        ("models/[^/]+/tgi", "tgi"),
+        ("v1", "openai"),
+        ("models", "models"),
+        ("|health|status|info|events|metrics|docs|redoc|openapi.json", "gateway"),
+    )
+)
+
+
+def metrics_router(fleet: Fleet, figures: Figures) -> APIRouter:
+    router = APIRouter(tags=["gateway"])
+
+    @router.get("/metrics", summary="The gateway's figures, for Prometheus", response_class=PlainTextResponse)
+    @router.head("/metrics", include_in_schema=False)
+    async def metrics() -> Response:
+        """States, starts, stops, waits, tokens, GPUs and requests, in Prometheus' text format. Wakes no model."""
+        page = await figures.page(fleet.statuses(), gpus_of(fleet.gpus))
+        return Response(page, headers={"content-type": CONTENT_TYPE_PLAIN_0_0_4})
+
+    return router
+
+
+def gpus_of(gpus: Gpus) -> Sequence[Gpu]:
+    """Return the GPUs that are known or held, with what models hold of them, in bytes; None is all of it."""
+    return [
+        Gpu(device.id, device.memory_bytes, {name: held.memory_bytes for name, held in gpus.holders(device.id).items()})
+        for device in gpus.in_sight()
+    ]
+
+
+def api_of(path: str) -> str:
+    """Return which API an address belongs to: one of a table, whatever the path holds."""
+    return next((api for pattern, api in _APIS if pattern.fullmatch(path)), "other")
+
+
+class Counted:
+    """Counts every request, however it ends. It must see how those end that are refused for want of a key."""
+
+    def __init__(self, app: ASGIApp, figures: Figures) -> None:
+        self._app = app
+        self._figures = figures
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began_at, status = time.perf_counter(), None
+
+        async def send_noted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_noted)
+        except Exception:
+            note(scope, GatewayError.code)
+            raise
+        finally:
+            took_s = time.perf_counter() - began_at
+            self._figures.answered(api_of(get_route_path(scope)), outcome_of(scope, status), took_s)
