@@ -220,15 +220,15 @@ def poisson(rng, rate, until):
         t += rng.expovariate(rate)
 
 def balanced(rng, names, gap):
-    for t in poisson(rng, 1/gap, 4*HOUR):
+    for t in poisson(rng, 1/gap, 12*HOUR):
         yield t, rng.choice(names)
 
 def dominant(rng, names, gap):
-    for t in poisson(rng, 1/gap, 4*HOUR):
+    for t in poisson(rng, 1/gap, 12*HOUR):
         yield t, names[0] if rng.random() < .8 else rng.choice(names[1:])
 
 def interleaved(rng, names, gap):
-    n = int(4*HOUR/gap)
+    n = int(12*HOUR/gap)
     for i in range(n):
         yield i*gap + rng.uniform(0, gap/4), names[i % len(names)]
 
@@ -236,7 +236,7 @@ def bursty(rng, names, gap):
     out = []
     size = 10
     for name in names:
-        for t in poisson(rng, 1/(gap*len(names)*size), 4*HOUR):
+        for t in poisson(rng, 1/(gap*len(names)*size), 12*HOUR):
             for _ in range(rng.randint(1, 2*size-1)):
                 out.append((t, name)); t += rng.expovariate(1/10)
     return sorted(out)
@@ -244,8 +244,8 @@ def bursty(rng, names, gap):
 def day_and_night(rng, names, gap):
     out = []
     for i, name in enumerate(names):
-        for t in poisson(rng, 2/(gap*2*len(names)), 24*HOUR):
-            phase = (t/(24*HOUR) + (0.5 if i % 2 else 0.0)) % 1.0
+        for t in poisson(rng, 2/(gap*2*len(names)), 212*HOUR):
+            phase = (t/(212*HOUR) + (0.5 if i % 2 else 0.0)) % 1.0
             if rng.random() < 0.5 - 0.45*math.cos(2*math.pi*phase):
                 out.append((t, name))
     return sorted(out)
@@ -261,3 +261,19 @@ def scenario(shape, seed, n=6, gpus=3, gap=15.0, mixed=False, lo=20, hi=90):
 
 def quant(xs, q):
     xs = sorted(xs); return xs[min(len(xs)-1, math.ceil(q*len(xs))-1)]
+
+class LruLazy(Lru):
+    def due_at(self, resident, claim): return math.inf
+
+class LruLazyRes(LruRes):
+    def due_at(self, resident, claim): return math.inf
+class LruOurs(Lru):
+    residency_s = Rules.residency_s
+    due_at = Rules.due_at
+class BelOurs(Belady):
+    residency_s = Rules.residency_s
+    due_at = Rules.due_at
+class OursLazy(Rules):
+    def due_at(self, resident, claim): return math.inf
+class OursLazy0(OursLazy):
+    def residency_s(self, resident): return 0.0
