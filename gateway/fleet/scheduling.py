@@ -49,7 +49,7 @@ class Usage:
     interval_s: float = math.inf
     """Between two requests: a running geometric mean, which one long silence does not spoil."""
     spread: float = 1.0
-    """How far an interval is from that, as the logarithm of a factor: 0 for clockwork, about 1 for callers by chance."""
+    """How far an interval is from that, as a logarithm: 0 for clockwork, about 1 for callers by chance."""
 
     def asked(self, now: float) -> Usage:
         """Return what is known once a request has come."""
@@ -265,7 +265,7 @@ class _Table:
             assert found is not None, "the victims suffice"
             self.promised.append(found)
 
-    def _fewest(self, claim: Claim, candidates: Iterable[Resident]) -> list[Resident] | None:
+    def _fewest(self, claim: Claim, candidates: Sequence[Resident]) -> list[Resident] | None:
         """Return the least regretted residents without which a claim fits, first those that are held for it."""
         regret = {
             each.model: 0.0 if each.held_for == claim.model else self.rules.regret(each, self.now)
