@@ -63,11 +63,13 @@ class Usage:
         return Usage(now, self.interval_s * math.exp(LEARNING * off), spread)
 
     def next_in_s(self, now: float) -> float:
-        """Return in how many seconds the next request is expected: by the clock, else no sooner than it was silent."""
+        """Return in how many seconds the next request is expected: by the clock, else between interval and silence."""
         silent_s = now - self.last_at
+        if math.isinf(self.interval_s):
+            return max(silent_s, 1.0)
         if self.spread < REGULAR and silent_s < self.interval_s:
             return max(self.interval_s - silent_s, 1.0)
-        return max(silent_s, 0.0 if math.isinf(self.interval_s) else self.interval_s, 1.0)
+        return max((2 * self.interval_s + silent_s) / 3, 1.0)
 
     def absent_from(self, until: float) -> float:
         """Return the instant from which the next request is expected no sooner than `DOUBT` times the time left."""
@@ -153,8 +155,11 @@ class Rules:
         return RESIDENCY * resident.cost_s
 
     def regret(self, resident: Resident, now: float) -> float:
-        """Return what it costs that this one goes, for each second in which its room serves others."""
-        return resident.cost_s / resident.usage.next_in_s(now)
+        """Return what it costs that this one goes, against how long its room will serve others.
+
+        The cost is measured, the time is a rough guess: by its root it counts for less.
+        """
+        return resident.cost_s / math.sqrt(resident.usage.next_in_s(now))
 
     def due_at(self, resident: Resident, claim: Claim) -> float:
         """Return when an idle resident goes for a claim that has patience yet."""

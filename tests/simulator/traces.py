@@ -180,7 +180,7 @@ class Oldest(LruAtOnce):
 class Belady(Rules):
     """Knows the future: when each model is asked for next."""
 
-    def __init__(self, day: Scenario, *, by_cost: bool, clock: Callable[[], float] = lambda: 0.0) -> None:
+    def __init__(self, day: Scenario, *, by_cost: bool) -> None:
         self.asked_at: dict[str, list[float]] = defaultdict(list)
         for request in day.requests:
             self.asked_at[request.model].append(request.at)
