@@ -205,14 +205,16 @@ class _Table:
     def serve(self, claim: Claim) -> None:
         """Place a claim, or make room for it, or say why it waits."""
         taken = [each.place for each in self.residents] + [Place((gpu,)) for gpu in self.starting]
-        if (found := self._fit(claim.demand, taken)) is not None:
+        if words := misfit(claim.demand, self.devices):
+            self.hopeless[claim.model] = self.waits[claim.model] = words
+        elif (found := self._fit(claim.demand, taken)) is not None:
             self.placed[claim.model] = found
             self.promised.append(found)
             self.starting |= dict.fromkeys(found.gpus, claim.model)
         elif words := self._in_vain(claim):
             self.hopeless[claim.model] = self.waits[claim.model] = words
         else:
-            held = [each for each in self.residents if each.held_for == claim.model and each.phase is Phase.UP]
+            held = [each for each in self.residents if _is_held(each, claim)]
             if (found := self._fit_without((), claim.demand)) is not None:
                 self._promise(claim, found)
             else:
@@ -226,9 +228,7 @@ class _Table:
         pinned = [each for each in self.residents if each.pinned and each.phase is not Phase.LEAVING]
         if place(claim.demand, self.devices, [each.place for each in pinned]) is not None:
             return None
-        return misfit(claim.demand, self.devices) or (
-            f"needs {_demanded(claim.demand)}, and pinned models hold what it could have: {_holders(pinned)}"
-        )
+        return f"needs {_demanded(claim.demand)}, and pinned models hold what it could have: {_holders(pinned)}"
 
     def _make_room(self, claim: Claim, *, aged: bool) -> None:
         """Have residents go for a claim, or held once it is aged, if enough of them are due; else tell when."""
@@ -245,7 +245,9 @@ class _Table:
 
     def _due_at(self, each: Resident, claim: Claim, *, aged: bool) -> float:
         if each.phase is not Phase.UP or ((each.in_flight or each.queued) and not aged):
-            return math.inf  # what it does first will be told
+            return math.inf  # there will be a snapshot when that has changed
+        if _is_held(each, claim):
+            return self.now
         rested_at = each.since + self.rules.residency_s(each)
         return rested_at if aged else max(rested_at, self.rules.due_at(each, claim))
 
@@ -273,8 +275,7 @@ class _Table:
     def _fewest(self, claim: Claim, candidates: Sequence[Resident]) -> list[Resident] | None:
         """Return the least regretted residents without which a claim fits, first those that are held for it."""
         regret = {
-            each.model: 0.0 if each.held_for == claim.model else self.rules.regret(each, self.now)
-            for each in candidates
+            each.model: 0.0 if _is_held(each, claim) else self.rules.regret(each, self.now) for each in candidates
         }
         ordered = sorted(candidates, key=lambda each: regret[each.model])
         wanted = [claim.demand]
@@ -319,12 +320,13 @@ class _Table:
 
     def _words(self, claim: Claim, *, aged: bool) -> str:
         """Return who has what a claim waits for, and what is awaited of each."""
-        holders = "; ".join(
+        holders = [
             f"{each.model} has GPU {', '.join(each.place.gpus)} and {self._stays(each, aged=aged)}"
             for each in self.residents
             if each.place.gpus
-        )
-        return f"waits for {_demanded(claim.demand)}: {holders or 'older claims come first'}"
+        ]
+        holders += [f"{model} gets GPU {', '.join(each.gpus)}" for model, each in self.placed.items() if each.gpus]
+        return f"waits for {_demanded(claim.demand)}: {'; '.join(holders)}"
 
     def _stays(self, each: Resident, *, aged: bool) -> str:
         if each.model in self.going:
@@ -338,6 +340,10 @@ class _Table:
         if aged:
             return "is not enough"
         return "is busy" if each.in_flight or each.queued else "is expected to be asked again soon"
+
+
+def _is_held(resident: Resident, claim: Claim) -> bool:
+    return resident.held_for == claim.model and resident.phase is Phase.UP and not resident.pinned
 
 
 def _demanded(demand: Demand) -> str:

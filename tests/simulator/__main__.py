@@ -14,8 +14,8 @@ from functools import partial
 
 import click
 
-from tests.simulator.planted import INSTANCES
 from tests.simulator import traces as replayed
+from tests.simulator.planted import INSTANCES
 from tests.simulator.promises import Day, simulate
 from tests.simulator.traces import MORE, POLICIES, SHAPES, Outcome, Setting
 
