@@ -190,7 +190,7 @@ class _Table:
         self.starting = {
             gpu: each.model for each in self.residents if each.phase is Phase.STARTING for gpu in each.place.gpus
         }
-        self.promised: list[Place] = []
+        self.promised: dict[str, Place] = {}
         self.placed: dict[str, Place] = {}
         self.evicted: dict[str, str] = {}
         self.held: dict[str, str] = {}
@@ -208,8 +208,7 @@ class _Table:
         if words := misfit(claim.demand, self.devices):
             self.hopeless[claim.model] = self.waits[claim.model] = words
         elif (found := self._fit(claim.demand, taken)) is not None:
-            self.placed[claim.model] = found
-            self.promised.append(found)
+            self.placed[claim.model] = self.promised[claim.model] = found
             self.starting |= dict.fromkeys(found.gpus, claim.model)
         elif words := self._in_vain(claim):
             self.hopeless[claim.model] = self.waits[claim.model] = words
@@ -270,7 +269,7 @@ class _Table:
         if (victims := self._sufficing(claim.demand, soonest)) is not None:
             found = self._fit_without(victims, claim.demand)
             assert found is not None, "the victims suffice"
-            self.promised.append(found)
+            self.promised[claim.model] = found
 
     def _fewest(self, claim: Claim, candidates: Sequence[Resident]) -> list[Resident] | None:
         """Return the least regretted residents without which a claim fits, first those that are held for it."""
@@ -304,10 +303,10 @@ class _Table:
         return self._fit(demand, [each.place for each in self.residents if each.model not in gone])
 
     def _fit(self, demand: Demand, taken: Sequence[Place]) -> Place | None:
-        return place(demand, self.devices, [*taken, *self.promised])
+        return place(demand, self.devices, [*taken, *self.promised.values()])
 
     def _promise(self, claim: Claim, found: Place) -> None:
-        self.promised.append(found)
+        self.promised[claim.model] = found
         there = [each for each in self.residents if set(each.place.gpus) & set(found.gpus)]
         reasons = [f"{each.model} {self._leaves(each)}" for each in there if each.model in self.going]
         reasons += [f"{self.starting[gpu]} starts on GPU {gpu}" for gpu in found.gpus if gpu in self.starting]
@@ -325,7 +324,9 @@ class _Table:
             for each in self.residents
             if each.place.gpus
         ]
-        holders += [f"{model} gets GPU {', '.join(each.gpus)}" for model, each in self.placed.items() if each.gpus]
+        holders += [
+            f"{model} is to get GPU {', '.join(each.gpus)}" for model, each in self.promised.items() if each.gpus
+        ]
         return f"waits for {_demanded(claim.demand)}: {'; '.join(holders)}"
 
     def _stays(self, each: Resident, *, aged: bool) -> str:

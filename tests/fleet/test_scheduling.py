@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -36,10 +37,10 @@ FORGOTTEN = used_every(600.0, last_at=LONG_AGO)
 IN_USE = used_every(5.0)
 
 
-def resident(model: str, gpu: str = "0", **facts: object) -> Resident:
-    at_gpu = Place(tuple(gpu.split(",")), facts.pop("memory", None))  # type: ignore[arg-type]
+def resident(model: str, gpu: str = "0", **facts: Any) -> Resident:
+    at_gpu = Place(tuple(gpu.split(",")), facts.pop("memory", None))
     known = Resident(model, at_gpu, Phase.UP, 0, 0, False, LONG_AGO, LONG_AGO, COST_S, usage=FORGOTTEN)
-    return replace(known, **facts)  # type: ignore[arg-type]
+    return replace(known, **facts)
 
 
 def claim(model: str, demand: Demand = WHOLE, *, age_s: float = 1.0, patience_s: float = PATIENCE_S) -> Claim:
@@ -57,7 +58,7 @@ def test_what_fits_is_placed_and_the_oldest_claim_comes_first() -> None:
     decision = decided(gpus(1), [], [claim("young", age_s=1), claim("old", age_s=9)])
 
     assert decision.placed == {"old": Place(("0",))}
-    assert "GPU 0" in decision.waits["young"]
+    assert decision.waits["young"] == "waits for 1 GPU for itself: old is to get GPU 0"
 
 
 def test_a_younger_claim_takes_what_the_older_cannot_use_yet() -> None:
@@ -84,6 +85,7 @@ def test_it_is_not_overtaken_either_while_nobody_can_be_held_for_it_yet() -> Non
 
     assert (decision.placed, decision.held, decision.evicted) == ({}, {}, {})
     assert decision.look_again_at == NOW + RESIDENCY * COST_S
+    assert "two is to get GPU" in decision.waits["one"]
 
 
 def test_an_idle_resident_whose_callers_are_gone_makes_room_at_once() -> None:
@@ -123,7 +125,7 @@ def test_one_that_is_asked_like_clockwork_goes_just_after_it_was_asked() -> None
         {"since": NOW - RESIDENCY * COST_S + 0.5},
     ],
 )
-def test_what_must_stay_is_not_evicted(facts: dict[str, object]) -> None:
+def test_what_must_stay_is_not_evicted(facts: dict[str, Any]) -> None:
     assert decided(gpus(1), [resident("a", **facts)], [claim("b")]).evicted == {}
 
 
@@ -211,7 +213,7 @@ def test_who_is_held_is_let_go_when_its_claim_is_gone() -> None:
 
 
 @pytest.mark.parametrize("facts", [{"pinned": True}, {"since": NOW}, {"phase": Phase.STARTING}])
-def test_pinned_and_new_ones_are_not_held_either(facts: dict[str, object]) -> None:
+def test_pinned_and_new_ones_are_not_held_either(facts: dict[str, Any]) -> None:
     stays = resident("a", "0", in_flight=1, **facts)
 
     assert decided(gpus(1), [stays], [claim("b", age_s=AGED_S)]).held == {}

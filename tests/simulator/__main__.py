@@ -123,7 +123,11 @@ def traces(
     more: bool,
     as_json: bool,
 ) -> None:
-    setting = Setting(models=models, gpus=max(gpus, 2) if mixed else gpus, gap_s=gap, load_s=load, mixed=mixed)
+    if not 0 < load[0] <= load[1]:
+        raise click.BadParameter("a start takes some time, and FROM is not above TO", param_hint="--load")
+    if mixed and gpus < 2:
+        raise click.BadParameter("mixed sizes need two GPUs", param_hint="--gpus")
+    setting = Setting(models=models, gpus=gpus, gap_s=gap, load_s=load, mixed=mixed)
     table = _replayed(setting, range(first_seed, first_seed + seeds), [*POLICIES, *(MORE if more else ())])
     if as_json:
         click.echo(
