@@ -277,10 +277,16 @@ class _Table:
             each.model: 0.0 if _is_held(each, claim) else self.rules.regret(each, self.now) for each in candidates
         }
         ordered = sorted(candidates, key=lambda each: regret[each.model])
-        wanted = [claim.demand]
+        tries = [(claim.demand, ordered)]
         if claim.demand.gpus == 1:
-            wanted = [Demand((device.id,), claim.demand.memory_bytes) for device in self.devices]
-        found = [victims for each in wanted if (victims := self._sufficing(each, ordered)) is not None]
+            tries = [
+                (
+                    Demand((device.id,), claim.demand.memory_bytes),
+                    [each for each in ordered if device.id in each.place.gpus],
+                )
+                for device in self.devices
+            ]
+        found = [victims for demand, those in tries if (victims := self._sufficing(demand, those)) is not None]
         return min(found, key=lambda victims: sum(regret[each.model] for each in victims), default=None)
 
     def _sufficing(self, demand: Demand, ordered: Sequence[Resident]) -> list[Resident] | None:

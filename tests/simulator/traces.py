@@ -254,6 +254,7 @@ class Replay:
         self.now = 0.0
         self.events: list[tuple[float, int, Callable[[], None]]] = []
         self.events_so_far = 0
+        self.look_at = 0.0
         self.waits_s: list[float] = []
         self.cold_starts = 0
         self.switching_s = 0.0
@@ -340,7 +341,8 @@ class Replay:
             server.held_for = held_for
         if released:
             self._admit()
-        if decision.look_again_at is not None:
+        if decision.look_again_at is not None and decision.look_again_at != self.look_at:
+            self.look_at = decision.look_again_at
             self._at(decision.look_again_at, lambda: None)
 
     def _start(self, server: Server, place: Place) -> None:
