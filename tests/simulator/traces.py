@@ -1,7 +1,8 @@
 """Traffic replayed under several policies: what each costs in switching, and its callers in waiting.
 
 Virtual time and a heap of events; the policy is the real `gateway.fleet.scheduling.decide` on real snapshots. What is
-compared shares all of its machinery (batching, minimum residency, the wait bound) and differs in this:
+compared shares all of its machinery (batching, minimum residency, how long a claim waits before an idle one goes, the
+wait bound of 120 s) and differs in this:
 
 - `ours`: the rules of the gateway, as they are.
 - `lru`: residents go in the order of their last use.
