@@ -19,7 +19,7 @@ from gateway.errors import NoCapacity, StartFailed
 from gateway.fleet.placement import NOWHERE, Demand, Place, described, misfit, place, unlimited
 from gateway.fleet.refusals import BUSY_GPUS_RETRY_S
 from gateway.fleet.returning import Returning
-from gateway.fleet.scheduling import Claim, Decision, Phase, Resident, Snapshot, decide
+from gateway.fleet.scheduling import Claim, Decision, Phase, Resident, Snapshot, Usage, decide, patience_s
 from gateway.fleet.sharing import launch_at
 from gateway.runtimes.base import Launch
 from gateway.runtimes.inventory import Inventory
@@ -43,6 +43,7 @@ class Occupancy:
     asked_at: float
     """When the first of those who wait for it came."""
     cost_s: float
+    usage: Usage
 
 
 class Tenant(Protocol):
@@ -209,7 +210,7 @@ class Gpus:
         """Return the GPUs that may be given: those there are, or as many as could be asked for."""
         if self.devices is not None:
             return self.devices
-        return unlimited(self._places(), sum(demand_of(each.tenant.spec).count for each in self._waiting.values()))
+        return unlimited(self._places(), [demand_of(each.tenant.spec) for each in self._waiting.values()])
 
     def in_sight(self) -> Sequence[Device]:
         """Return the GPUs there are, and those that are held by a name that is none of theirs."""
@@ -267,12 +268,14 @@ class Gpus:
             since=now.since,
             last_use_at=now.last_use_at,
             cost_s=now.cost_s,
+            held_for=self._holds.get(model),
+            usage=now.usage,
         )
 
     def _claim(self, tenant: Tenant) -> Claim:
         now, spec = tenant.occupancy(), tenant.spec
-        patience_s = min(PATIENCE_S, spec.queue_timeout_s / 2)
-        return Claim(spec.id, demand_of(spec), now.asked_at, now.queued, now.cost_s, patience_s)
+        patience = patience_s(now.cost_s, min(PATIENCE_S, spec.queue_timeout_s / 2))
+        return Claim(spec.id, demand_of(spec), now.asked_at, now.queued, now.cost_s, patience)
 
     def _explain(self, decision: Decision) -> None:
         for model, why in decision.waits.items():

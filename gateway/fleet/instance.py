@@ -37,7 +37,7 @@ from gateway.fleet.journal import Journal
 from gateway.fleet.life import Lease, Life, Paused
 from gateway.fleet.placement import Place
 from gateway.fleet.queue import Grant, Queue, Ticket
-from gateway.fleet.scheduling import Phase
+from gateway.fleet.scheduling import Phase, Usage
 from gateway.fleet.status import Failure, Status, describe
 from gateway.lifecycle import DOWN, MADE, SERVING, STARTING_UP, Event, State, after
 from gateway.runtimes.base import Found, Handle, Progress, Runtime
@@ -101,6 +101,7 @@ class Instance:
         self._ailment = ""  # why it is UNHEALTHY, when it is
         self._stops = 0  # how many stops were ordered so far
         self._closing = False
+        self._usage = Usage()
         self._held_for: str | None = None  # the model that waits for this one's GPUs, and has waited long enough
         self._promised_until = 0.0
         self._last_use = self._loop.time()
@@ -150,6 +151,7 @@ class Instance:
             ModelNotLoaded: `max_wait_s` has passed, or an operator called the start off.
             ModelUnhealthy, NoCapacity, QueueFull, ShuttingDown: come back later.
         """
+        self._usage = self._usage.asked(self._loop.time())
         lease = self._grant_at_once() or await self._wait(lease=True, max_wait_s=max_wait_s, admitted=admitted)
         assert isinstance(lease, Lease)  # a ticket for a lease is never granted anything else
         try:
@@ -250,6 +252,7 @@ class Instance:
             last_use_at=self._last_use,
             asked_at=min(oldest.asked_at, self._since) if oldest else self._since,
             cost_s=self._past.cost_s,
+            usage=self._usage,
         )
 
     def waits(self) -> None:

@@ -78,13 +78,15 @@ def free_bytes(device: Device, held: Iterable[Place]) -> int | None:
     return 0 if None in shares else max(device.memory_bytes - sum(share or 0 for share in shares), 0)
 
 
-def unlimited(held: Iterable[Place], more: int) -> list[Device]:
-    """Return GPUs for a machine of which nothing is known: those that are held, and as many more as are asked for.
+def unlimited(held: Iterable[Place], demands: Sequence[Demand]) -> list[Device]:
+    """Return GPUs for a machine of which nothing is known: those that are held or named, and as many as are counted.
 
     The runtime says which of them do not exist.
     """
-    taken = {gpu for each in held for gpu in each.gpus}
+    named = {gpu for each in demands if isinstance(each.gpus, tuple) for gpu in each.gpus}
+    taken = {gpu for each in held for gpu in each.gpus} | named
     fresh = (str(number) for number in count() if str(number) not in taken)
+    more = sum(each.count for each in demands if isinstance(each.gpus, int))
     return [Device(gpu) for gpu in sorted(taken) + list(islice(fresh, more))]
 
 

@@ -1,25 +1,88 @@
 """Who gets the GPUs next, who makes room, who waits: a pure function of a snapshot, so that the simulator can try it.
 
-A claim is a model that is to be started and has no GPUs yet; a resident is one that holds some. Only residents without
-a request in flight are evicted, and pinned ones never. A claim that has waited too long has a resident held back: that
-one takes no new requests, finishes those that it has, and makes room then.
+A claim is a model that is to be started and has no GPUs yet; a resident is one that holds some. The oldest claim comes
+first, and what fits is placed. For what does not fit, residents make room: only as many as it takes, none while leaving
+ones suffice, the least regretted first.
 
-All times are seconds; `now` and every `*_at` are readings of one monotonic clock.
+- While a claim has patience, only idle residents go for it: they have had their minimum residency, and their callers
+  are not expected back before the claim would lose its patience. All others go on serving whatever comes for them, so
+  that requests for one model are served together before the next switch.
+- A claim that has no patience left reserves the GPUs that it needs, so that no younger one overtakes it there, and
+  residents are held for it: they take no new requests, finish those that they have, and go.
+
+All times are seconds; `now` and every `*_at` are readings of one monotonic clock. The clock is only ever compared with
+instants that do not move, so `look_again_at` is exact.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum, auto
 
-from gateway.fleet.placement import Demand, Device, Place, place
+from gateway.fleet.placement import Demand, Device, Place, gibibytes, misfit, place
+
+RESIDENCY = 0.5
+"""A server is left in peace for this part of what it took to start it, so that serving keeps up with switching."""
+DOUBT = 2.0
+"""An idle server goes early if it is expected back no sooner than after this many times the claim's patience."""
+WORTH = 4.0
+"""A claim's patience is at most this many times what its own start takes: what loads in a moment waits for a moment."""
+LEAST_PATIENCE = 0.25
+"""The part of its patience that a claim has however long its own start takes."""
+LEARNING = 0.25
+"""The weight of the latest interval between two requests."""
+REGULAR = 0.25
+"""Intervals with a `spread` below this come like clockwork."""
 
 
 class Phase(StrEnum):
     STARTING = auto()  # it loads
     UP = auto()  # it takes requests
     LEAVING = auto()  # its memory comes back by itself
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """How often a model is asked for, in constant memory: what is known of when its next request comes."""
+
+    last_at: float = -math.inf
+    interval_s: float = math.inf
+    """Between two requests: a running geometric mean, which one long silence does not spoil."""
+    spread: float = 1.0
+    """How far an interval is from that, as a logarithm: 0 for clockwork, about 1 for callers by chance."""
+
+    def asked(self, now: float) -> Usage:
+        """Return what is known once a request has come."""
+        if math.isinf(self.last_at):
+            return Usage(now)
+        interval_s = max(now - self.last_at, 0.1)
+        if math.isinf(self.interval_s):
+            return Usage(now, interval_s)
+        off = math.log(interval_s / self.interval_s)
+        spread = (1 - LEARNING) * self.spread + LEARNING * abs(off)
+        return Usage(now, self.interval_s * math.exp(LEARNING * off), spread)
+
+    def next_in_s(self, now: float) -> float:
+        """Return in how many seconds the next request is expected: by the clock, else between interval and silence."""
+        silent_s = now - self.last_at
+        if math.isinf(self.interval_s):
+            return max(silent_s, 1.0)
+        if self.spread < REGULAR and silent_s < self.interval_s:
+            return max(self.interval_s - silent_s, 1.0)
+        return max((2 * self.interval_s + silent_s) / 3, 1.0)
+
+    def absent_from(self, until: float) -> float:
+        """Return the instant from which the next request is expected no sooner than `DOUBT` times the time left."""
+        if math.isinf(self.interval_s):  # it was asked once, and nothing says that it will be again
+            return self.last_at
+        by_silence = (self.last_at + DOUBT * until) / (1 + DOUBT)
+        by_chance = min(by_silence, until - self.interval_s / DOUBT)
+        next_at = self.last_at + self.interval_s
+        if self.spread >= REGULAR:
+            return by_chance
+        return (DOUBT * until - next_at) / (DOUBT - 1) if until <= next_at else max(next_at, by_chance)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,18 +100,36 @@ class Resident:
     last_use_at: float
     cost_s: float
     """What it takes to start it again, measured or estimated."""
+    held_for: str | None = None
+    """The claim for which the last decision held it."""
+    usage: Usage = Usage()
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A model that waits for GPUs. `patience_s` is how long it waits before it has others held back."""
+    """A model that waits for GPUs, since `asked_at`: when its oldest waiting request came."""
 
     model: str
     demand: Demand
     asked_at: float
     waiting: int
     cost_s: float
+    """What its start takes, measured or estimated."""
     patience_s: float
+    """How long it may take until it serves: it has others held back so early that its own start fits in."""
+
+    @property
+    def hold_at(self) -> float:
+        """Return when its patience is over."""
+        return self.asked_at + max(self.patience_s - self.cost_s, LEAST_PATIENCE * self.patience_s)
+
+
+def patience_s(cost_s: float, bound_s: float) -> float:
+    """Return how long a claim waits until it serves, at most, where `bound_s` is the longest that anybody should.
+
+    To wait saves at most a switch, so the wait is in proportion to what one costs.
+    """
+    return min(bound_s, WORTH * cost_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,25 +153,226 @@ class Decision:
     waits: Mapping[str, str] = field(default_factory=dict)
     """Why each claim that is not placed waits, in words."""
     hopeless: Mapping[str, str] = field(default_factory=dict)
-    """Claims that are to be refused, because those who hold what they need never go; and why."""
+    """Claims that wait in vain, since pinned models have what they need, and why in words."""
     look_again_at: float | None = None
     """When this may change though nothing happens."""
 
 
-def decide(snapshot: Snapshot) -> Decision:
-    """Return what to do: place what fits, oldest claim first, and make room for what does not."""
-    held = {each.model: each.place for each in snapshot.residents}
-    placed: dict[str, Place] = {}
-    evicted: dict[str, str] = {}
-    waits: dict[str, str] = {}
-    for claim in sorted(snapshot.claims, key=lambda each: each.asked_at):
-        if (found := place(claim.demand, snapshot.devices, [*held.values(), *placed.values()])) is not None:
-            placed[claim.model] = found
-            continue
-        waits[claim.model] = "waits for GPUs"
-        for victim in sorted(snapshot.residents, key=lambda each: each.last_use_at):
-            idle = victim.phase is Phase.UP and not (victim.in_flight or victim.queued or victim.pinned)
-            if idle and victim.model not in evicted:
-                evicted[victim.model] = claim.model
+class Rules:
+    """What tells one policy from another. The simulator compares others with these."""
+
+    def residency_s(self, resident: Resident) -> float:
+        """Return for how long a resident that has become ready is left in peace."""
+        return RESIDENCY * resident.cost_s
+
+    def regret(self, resident: Resident, now: float) -> float:
+        """Return what it costs that this one goes, against how long its room will serve others.
+
+        The cost is measured, the time is a rough guess: by its root it counts for less.
+        """
+        return resident.cost_s / math.sqrt(resident.usage.next_in_s(now))
+
+    def due_at(self, resident: Resident, claim: Claim) -> float:
+        """Return when an idle resident goes for a claim that has patience yet."""
+        return resident.usage.absent_from(claim.hold_at)
+
+
+OURS = Rules()
+
+
+def decide(snapshot: Snapshot, rules: Rules = OURS) -> Decision:
+    """Return what to do: place what fits, oldest claim first, and make room for what does not.
+
+    The same snapshot gives the same decision, in whatever order its residents and claims come.
+    """
+    table = _Table(snapshot, rules)
+    for claim in sorted(snapshot.claims, key=lambda each: (each.asked_at, each.model)):
+        table.serve(claim)
+    return table.decision()
+
+
+class _Table:
+    """One decision in the making: what has been given, promised and taken, claim by claim."""
+
+    def __init__(self, snapshot: Snapshot, rules: Rules) -> None:
+        self.now, self.devices, self.rules = snapshot.now, snapshot.devices, rules
+        self.residents = sorted(snapshot.residents, key=lambda each: each.model)
+        self.going = {each.model for each in self.residents if each.phase is Phase.LEAVING}
+        self.starting = {
+            gpu: each.model for each in self.residents if each.phase is Phase.STARTING for gpu in each.place.gpus
+        }
+        self.promised: dict[str, Place] = {}
+        self.placed: dict[str, Place] = {}
+        self.evicted: dict[str, str] = {}
+        self.held: dict[str, str] = {}
+        self.waits: dict[str, str] = {}
+        self.hopeless: dict[str, str] = {}
+        self.looks: list[float] = []
+
+    def decision(self) -> Decision:
+        look_again_at = min((at for at in self.looks if self.now < at < math.inf), default=None)
+        return Decision(self.placed, self.evicted, self.held, self.waits, self.hopeless, look_again_at)
+
+    def serve(self, claim: Claim) -> None:
+        """Place a claim, or make room for it, or say why it waits."""
+        taken = [each.place for each in self.residents] + [Place((gpu,)) for gpu in self.starting]
+        if words := misfit(claim.demand, self.devices):
+            self.hopeless[claim.model] = self.waits[claim.model] = words
+        elif (found := self._fit(claim.demand, taken)) is not None:
+            self.placed[claim.model] = self.promised[claim.model] = found
+            self.starting |= dict.fromkeys(found.gpus, claim.model)
+        elif words := self._in_vain(claim):
+            self.hopeless[claim.model] = self.waits[claim.model] = words
+        else:
+            held = [each for each in self.residents if _is_held(each, claim)]
+            if (found := self._fit_without((), claim.demand)) is not None:
+                self._promise(claim, found)
+            else:
+                self._make_room(claim, aged=bool(held) or self.now >= claim.hold_at)
+            for each in held:
+                if each.model not in self.evicted:
+                    self.held.setdefault(each.model, claim.model)
+
+    def _in_vain(self, claim: Claim) -> str | None:
+        """Return why a claim can never be met while pinned models hold what they hold; None if it can."""
+        pinned = [each for each in self.residents if each.pinned and each.phase is not Phase.LEAVING]
+        if place(claim.demand, self.devices, [each.place for each in pinned]) is not None:
+            return None
+        return f"needs {_demanded(claim.demand)}, and pinned models hold what it could have: {_holders(pinned)}"
+
+    def _make_room(self, claim: Claim, *, aged: bool) -> None:
+        """Have residents go for a claim, or held once it is aged, if enough of them are due; else tell when."""
+        staying = [each for each in self.residents if each.model not in self.going and not each.pinned]
+        due_at = {each.model: self._due_at(each, claim, aged=aged) for each in staying}
+        due = [each for each in staying if due_at[each.model] <= self.now]
+        if (victims := self._fewest(claim, due)) is not None:
+            self._send_away(victims, claim)
+            return
+        self.looks += [*due_at.values(), claim.hold_at]
+        self.waits[claim.model] = self._words(claim, aged=aged)
+        if aged:
+            self._reserve(claim, staying)
+
+    def _due_at(self, each: Resident, claim: Claim, *, aged: bool) -> float:
+        if each.phase is not Phase.UP or ((each.in_flight or each.queued) and not aged):
+            return math.inf  # there will be a snapshot when that has changed
+        if each.place.memory_bytes is not None and self._starting_beside(each):
+            return math.inf  # a server that measures its memory as it loads would take for its own what comes free
+        if _is_held(each, claim):
+            return self.now
+        rested_at = each.since + self.rules.residency_s(each)
+        return rested_at if aged else max(rested_at, self.rules.due_at(each, claim))
+
+    def _starting_beside(self, each: Resident) -> bool:
+        return any(gpu in self.starting for gpu in each.place.gpus)
+
+    def _send_away(self, victims: Sequence[Resident], claim: Claim) -> None:
+        found = self._fit_without(victims, claim.demand)
+        assert found is not None, "the victims suffice"
+        for each in victims:
+            self.going.add(each.model)
+            (self.held if each.in_flight else self.evicted)[each.model] = claim.model
+        self._promise(claim, found)
+
+    def _reserve(self, claim: Claim, staying: Sequence[Resident]) -> None:
+        """Keep younger claims from the GPUs that an aged one will have: those that come free the soonest."""
+
+        def free_at(each: Resident) -> float:
+            start_s = each.cost_s if each.phase is Phase.STARTING else 0.0
+            return each.since + start_s + self.rules.residency_s(each)
+
+        soonest = sorted(staying, key=free_at)
+        if (victims := self._sufficing(claim.demand, soonest)) is not None:
+            found = self._fit_without(victims, claim.demand)
+            assert found is not None, "the victims suffice"
+            self.promised[claim.model] = found
+
+    def _fewest(self, claim: Claim, candidates: Sequence[Resident]) -> list[Resident] | None:
+        """Return the least regretted residents without which a claim fits, first those that are held for it."""
+        regret = {
+            each.model: 0.0 if _is_held(each, claim) else self.rules.regret(each, self.now) for each in candidates
+        }
+        ordered = sorted(candidates, key=lambda each: regret[each.model])
+        tries = [(claim.demand, ordered)]
+        if claim.demand.gpus == 1:
+            tries = [
+                (
+                    Demand((device.id,), claim.demand.memory_bytes),
+                    [each for each in ordered if device.id in each.place.gpus],
+                )
+                for device in self.devices
+            ]
+        found = [victims for demand, those in tries if (victims := self._sufficing(demand, those)) is not None]
+        return min(found, key=lambda victims: sum(regret[each.model] for each in victims), default=None)
+
+    def _sufficing(self, demand: Demand, ordered: Sequence[Resident]) -> list[Resident] | None:
+        """Return the first of `ordered` without which a demand fits, and none of them in vain."""
+        victims: list[Resident] = []
+        for each in ordered:
+            victims.append(each)
+            if self._fit_without(victims, demand) is not None:
                 break
-    return Decision(placed, evicted, waits=waits)
+        else:
+            return None
+        for each in reversed(victims):
+            fewer = [other for other in victims if other is not each]
+            if fewer and self._fit_without(fewer, demand) is not None:
+                victims = fewer
+        return victims
+
+    def _fit_without(self, victims: Collection[Resident], demand: Demand) -> Place | None:
+        gone = self.going.union(each.model for each in victims)
+        return self._fit(demand, [each.place for each in self.residents if each.model not in gone])
+
+    def _fit(self, demand: Demand, taken: Sequence[Place]) -> Place | None:
+        return place(demand, self.devices, [*taken, *self.promised.values()])
+
+    def _promise(self, claim: Claim, found: Place) -> None:
+        self.promised[claim.model] = found
+        there = [each for each in self.residents if set(each.place.gpus) & set(found.gpus)]
+        reasons = [f"{each.model} {self._leaves(each)}" for each in there if each.model in self.going]
+        reasons += [f"{self.starting[gpu]} starts on GPU {gpu}" for gpu in found.gpus if gpu in self.starting]
+        self.waits[claim.model] = f"gets GPU {', '.join(found.gpus)}, and waits for it: {'; '.join(reasons)}"
+
+    def _leaves(self, each: Resident) -> str:
+        if each.model in self.held:
+            return f"takes no new requests and finishes {each.in_flight}"
+        return "makes room"
+
+    def _words(self, claim: Claim, *, aged: bool) -> str:
+        """Return who has what a claim waits for, and what is awaited of each."""
+        holders = [
+            f"{each.model} has GPU {', '.join(each.place.gpus)} and {self._stays(each, aged=aged)}"
+            for each in self.residents
+            if each.place.gpus
+        ]
+        holders += [
+            f"{model} is to get GPU {', '.join(each.gpus)}" for model, each in self.promised.items() if each.gpus
+        ]
+        return f"waits for {_demanded(claim.demand)}: {'; '.join(holders)}"
+
+    def _stays(self, each: Resident, *, aged: bool) -> str:
+        if each.model in self.going:
+            return f"goes for {self.evicted.get(each.model) or self.held.get(each.model) or 'another'}"
+        if each.pinned:
+            return "is pinned"
+        if each.phase is Phase.STARTING:
+            return "is starting"
+        if self.now < each.since + self.rules.residency_s(each):
+            return "has only just started"
+        if aged:
+            return "is not enough"
+        return "is busy" if each.in_flight or each.queued else "is expected to be asked again soon"
+
+
+def _is_held(resident: Resident, claim: Claim) -> bool:
+    return resident.held_for == claim.model and resident.phase is Phase.UP and not resident.pinned
+
+
+def _demanded(demand: Demand) -> str:
+    which = f"GPU {', '.join(demand.gpus)}" if isinstance(demand.gpus, tuple) else f"{demand.count} GPU"
+    return f"{gibibytes(demand.memory_bytes)} of {which}" if demand.memory_bytes else f"{which} for itself"
+
+
+def _holders(residents: Iterable[Resident]) -> str:
+    return "; ".join(f"{each.model} has GPU {', '.join(each.place.gpus)}" for each in residents if each.place.gpus)

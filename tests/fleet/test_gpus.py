@@ -12,7 +12,7 @@ from gateway.catalog import ModelSpec
 from gateway.errors import NoCapacity, StartFailed
 from gateway.fleet.gpus import Gpus, Occupancy
 from gateway.fleet.placement import GIB, Device, Place
-from gateway.fleet.scheduling import Phase
+from gateway.fleet.scheduling import Phase, Usage
 from tests.simulator.loop import SimulatedLoop
 
 TWO = [Device("0", 24 * GIB), Device("1", 24 * GIB)]
@@ -31,6 +31,7 @@ class Obedient:
         self.asked_at = self.since = self.last_use_at = self.loop.time()
         self.phase = Phase.STARTING
         self.in_flight = 0
+        self.usage = Usage()
         self.held_for: str | None = None
         self.told: list[str] = []
 
@@ -42,7 +43,7 @@ class Obedient:
         return place
 
     def occupancy(self) -> Occupancy:
-        return Occupancy(self.phase, self.in_flight, 0, self.since, self.last_use_at, self.asked_at, cost_s=1.0)
+        return Occupancy(self.phase, self.in_flight, 0, self.since, self.last_use_at, self.asked_at, 1.0, self.usage)
 
     def waits(self) -> None:
         self.told.append("waits")

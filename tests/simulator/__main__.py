@@ -9,12 +9,15 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
 from functools import partial
 
 import click
 
+from tests.simulator import traces as replayed
 from tests.simulator.planted import INSTANCES
 from tests.simulator.promises import Day, simulate
+from tests.simulator.traces import MORE, POLICIES, SHAPES, Outcome, Setting
 
 SHARE = 25  # days that one process lives before it tells how they were
 
@@ -95,6 +98,66 @@ def _tell(
     for outcome, times in outcomes.most_common():
         click.echo(f"  {times:9}  {outcome}")
     click.echo("broken" if broken else "every promise held")
+
+
+@main.command(help=replayed.__doc__.replace("\n- ", "\n\n- ") if replayed.__doc__ else None)
+@click.option("--seeds", default=20, show_default=True, type=click.IntRange(1), help="Days of each shape: their mean.")
+@click.option("--first-seed", default=0, show_default=True, help="Seed of the first of them.")
+@click.option("--models", default=6, show_default=True, type=click.IntRange(2), help="How many models there are.")
+@click.option("--gpus", default=3, show_default=True, type=click.IntRange(1), help="How many GPUs, of 24 GiB each.")
+@click.option("--gap", default=60.0, show_default=True, type=click.FloatRange(1), help="Seconds between requests.")
+@click.option(
+    "--load", default=(20.0, 90.0), show_default=True, type=(float, float), help="Seconds that starts take: from, to."
+)
+@click.option("--mixed", is_flag=True, help="Models of mixed sizes: shares of a GPU, one, or two of them.")
+@click.option("--more", is_flag=True, help="Two more policies, for comparison.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object: {shape: {policy: figures}}.")
+def traces(
+    seeds: int,
+    first_seed: int,
+    models: int,
+    gpus: int,
+    gap: float,
+    load: tuple[float, float],
+    mixed: bool,
+    more: bool,
+    as_json: bool,
+) -> None:
+    if not 0 < load[0] <= load[1]:
+        raise click.BadParameter("a start takes some time, and FROM is not above TO", param_hint="--load")
+    if mixed and gpus < 2:
+        raise click.BadParameter("mixed sizes need two GPUs", param_hint="--gpus")
+    setting = Setting(models=models, gpus=gpus, gap_s=gap, load_s=load, mixed=mixed)
+    table = _replayed(setting, range(first_seed, first_seed + seeds), [*POLICIES, *(MORE if more else ())])
+    if as_json:
+        click.echo(
+            json.dumps({shape: {policy: asdict(each) for policy, each in row.items()} for shape, row in table.items()})
+        )
+    else:
+        _tell_figures(table)
+
+
+def _replayed(setting: Setting, seeds: range, policies: list[str]) -> dict[str, dict[str, Outcome]]:
+    jobs = [(shape, policy, seed, setting) for shape in SHAPES for policy in policies for seed in seeds]
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        outcomes = dict(zip(jobs, pool.map(replayed.replay, *zip(*jobs, strict=True), chunksize=4), strict=True))
+    return {
+        shape: {
+            policy: replayed.averaged(outcomes[shape, policy, seed, setting] for seed in seeds) for policy in policies
+        }
+        for shape in SHAPES
+    }
+
+
+def _tell_figures(table: dict[str, dict[str, Outcome]]) -> None:
+    click.echo("| shape | policy | cold starts | wait p50 (s) | wait p99 (s) | switching (s) |")
+    click.echo("|---|---|--:|--:|--:|--:|")
+    for shape, row in table.items():
+        for policy, each in row.items():
+            click.echo(
+                f"| {shape} | {policy} | {each.cold_starts:.0f} | {each.wait_p50_s:.0f} | {each.wait_p99_s:.0f} "
+                f"| {each.switching_s:.0f} |"
+            )
 
 
 if __name__ == "__main__":
