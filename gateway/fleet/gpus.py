@@ -308,7 +308,7 @@ class Gpus:
         waiting = self._waiting.pop(model)
         if not waiting.placed.done():
             next_step = "Stop a model (POST /models/ID/stop), or tell of more GPUs with GATEWAY_GPUS"
-            words = f"{model} needs GPUs, and {why}. {next_step}."
+            words = f"{model} {why}. {next_step}."
             waiting.placed.set_exception(NoCapacity(words, retry_after_s=BUSY_GPUS_RETRY_S))
 
 

@@ -605,7 +605,7 @@ class Instance:
         self._cut(life, error)
         if not life.served:
             self._wanted = False
-            self._refuse_queue(lambda: refusals.again(error, self._cooling_s()))
+            self._refuse_queue(lambda: refusals.again(error, self._cooling_s() or error.retry_after_s or 0.0))
 
     def _remember(self, error: GatewayError, life: Life) -> None:
         life.failed = True
