@@ -26,7 +26,7 @@ FLOORS = [
         "gateway.keys",
         "gateway.shapes",
     ],
-    ["gateway.settings", "gateway.runtimes.base", "gateway.conversation", "gateway.tgi_events"],
+    ["gateway.settings", "gateway.catalog_watch", "gateway.runtimes.base", "gateway.conversation", "gateway.tgi_events"],
     ["gateway.engines.base"],
     ["gateway.engines", "gateway.runtimes"],
     ["gateway.fleet"],
