@@ -185,7 +185,7 @@ class Fleet:
         """Tell everybody that the catalog's file cannot be used as it is now. Nothing else changes."""
         self.catalog_error = error
         for complaint in error.complaints:
-            log.error("the changed catalog cannot be used, the one before stays in force: %s", complaint)
+            log.warning("the changed catalog cannot be used, the one before stays in force: %s", complaint)
         self._journal_catalog()
 
     @property
@@ -378,7 +378,7 @@ class Fleet:
         try:
             await self.get(spec).start(wait=False)
         except GatewayError as error:
-            log.error("%s: not preloaded: %s", server_name(spec), error.detail)
+            log.warning("%s: not preloaded: %s", server_name(spec), error.detail)
 
     def _errand(self, what: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         errand = asyncio.create_task(what, name=name)

@@ -11,12 +11,13 @@ from random import Random
 
 from gateway.catalog import ModelSpec
 from gateway.fleet.instance import Instance
+from tests.simulator.changes import ChangingWorld, edit
 from tests.simulator.loop import SimulatedLoop
 from tests.simulator.servers import BadMannersRuntime, Broke
 from tests.simulator.world import World
 
 DAY_S = 24 * 3600.0
-REQUESTS, ORDERS, FAULTS = 300, 3, 2
+REQUESTS, ORDERS, FAULTS, EDITS = 300, 3, 2, 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,7 @@ async def _day(
     seed: int, random: Random, story: list[World], instance: type[Instance], runtime: type[BadMannersRuntime]
 ) -> None:
     specs = [_spec(random, number) for number in range(random.randint(2, 4))]
-    world = World(specs, seed, runtime(random), instance)
+    world = ChangingWorld(specs, seed, runtime(random), instance)
     story.append(world)
     bursts = _bursts(random)
     async with asyncio.TaskGroup() as group:
@@ -64,6 +65,8 @@ async def _day(
             group.create_task(_order(world, random, _moment(random, bursts)))
         for _ in range(FAULTS):
             group.create_task(_fault(world, random, _moment(random, bursts)))
+        for _ in range(EDITS):
+            group.create_task(_edit(world, random, _moment(random, bursts)))
         for when, size in bursts:
             group.create_task(_burst(world, random, when, size))
     await world.close()
@@ -149,6 +152,11 @@ async def _order(world: World, random: Random, when: float) -> None:
     await asyncio.wait([order])
     if not order.cancelled() and (error := order.exception()):
         raise error
+
+
+async def _edit(world: ChangingWorld, random: Random, when: float) -> None:
+    await _until(world, random, when)
+    await edit(world, random)
 
 
 async def _fault(world: World, random: Random, when: float) -> None:

@@ -30,7 +30,7 @@ STOPS = ("stop", "force-stop", "restart")
 REFUSED = "connection refused"
 CLOSED_AT_ONCE_S = 0.1
 ROUNDING_S = 1e-6
-OF_THE_GATEWAY = ("begin ", "serve ", "live ", "exit of ", "look at ", "remove ", "preload ")
+OF_THE_GATEWAY = ("begin ", "serve ", "live ", "exit of ", "look at ", "remove ", "preload ", "watch ")
 """How the names of the gateway's own tasks begin."""
 FORMER = "tgi-former"
 """A server of ours that the catalog knows nothing of any more."""
@@ -203,7 +203,7 @@ class World:
         """Send one request that takes the server `work_s` seconds, and see to it that it ends exactly once (P4)."""
         if self.down:
             return self._ended("gateway down")
-        spec = self.fleet.catalog.models[spec.id]
+        spec = self.fleet.catalog.models.get(spec.id, spec)
         with self._called():
             return self._ended(await self._request(spec, work_s, max_wait_s))
 
@@ -247,7 +247,7 @@ class World:
         """Carry out an operator's order, whatever comes of it."""
         if self.down:
             return
-        spec = self.fleet.catalog.models[spec.id]
+        spec = self.fleet.catalog.models.get(spec.id, spec)
         try:
             with self._called():
                 await self.order(spec, verb)
