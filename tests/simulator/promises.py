@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from random import Random
 
 from gateway.catalog import ModelSpec
+from gateway.fleet.fleet import Fleet
 from gateway.fleet.instance import Instance
 from tests.simulator.changes import ChangingWorld, edit
 from tests.simulator.loop import SimulatedLoop
@@ -32,7 +34,11 @@ class Day:
 
 
 def simulate(
-    seed: int, *, instance: type[Instance] = Instance, runtime: type[BadMannersRuntime] = BadMannersRuntime
+    seed: int,
+    *,
+    instance: type[Instance] = Instance,
+    runtime: type[BadMannersRuntime] = BadMannersRuntime,
+    fleet: type[Fleet] = Fleet,
 ) -> Day:
     """Live one day with this seed. The same seed gives the same day."""
     loop = SimulatedLoop(seed)
@@ -43,7 +49,7 @@ def simulate(
     broke = None
     try:
         with _our_faults(errors), asyncio.Runner(loop_factory=lambda: loop) as runner:
-            runner.run(_day(seed, random, story, instance, runtime))
+            runner.run(_day(seed, random, story, partial(ChangingWorld, instance=instance, fleet=fleet), runtime))
             _nothing_left(loop)
     except (Exception, asyncio.CancelledError) as error:
         broke = _words(error)
@@ -54,10 +60,10 @@ def simulate(
 
 
 async def _day(
-    seed: int, random: Random, story: list[World], instance: type[Instance], runtime: type[BadMannersRuntime]
+    seed: int, random: Random, story: list[World], made: Callable[..., ChangingWorld], runtime: type[BadMannersRuntime]
 ) -> None:
     specs = [_spec(random, number) for number in range(random.randint(2, 4))]
-    world = ChangingWorld(specs, seed, runtime(random), instance)
+    world = made(specs, seed, runtime(random))
     story.append(world)
     bursts = _bursts(random)
     async with asyncio.TaskGroup() as group:

@@ -81,12 +81,14 @@ class World:
         instance: type[Instance] = Instance,
         *,
         keep: bool = False,
+        fleet: type[Fleet] = Fleet,
     ) -> None:
         self.random = Random(seed)
         self.loop = asyncio.get_running_loop()
         assert isinstance(self.loop, SimulatedLoop)
         self.runtime = runtime or BadMannersRuntime(self.random)
         self._instance = instance
+        self._fleet = fleet
         self._open(specs, keep=keep)
         self.down = False
         self._came_at = 0.0
@@ -103,7 +105,7 @@ class World:
         """Make a gateway, and a witness who has seen nothing of it yet."""
         probe = SimulatedProbe(self.runtime)
         self.journal = WitnessedJournal(self)
-        self.fleet = Fleet(
+        self.fleet = self._fleet(
             Catalog(path=Path("models.yaml"), default_model=None, models={spec.id: spec for spec in specs}),
             {"llamacpp": SimulatedEngine()},
             {"process": self.runtime},
