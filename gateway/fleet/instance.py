@@ -204,6 +204,7 @@ class Instance:
         Raises: as `start`, and ModelNotRunning.
         """
         life, stops = self._running_life(), self._stops
+        self._refuse_when_closing()
         self._wanted = True
         with suppress(StopFailed):
             await self._take_down(life, "restart", force=force)
