@@ -96,6 +96,8 @@ class Errand(Generic[Result]):
         self._client = client
         self._tags = {"x-request-id": request_id}
         self._max_wait_s = max_wait_s
+        self.spec = instance.spec
+        """The model as the catalog had it when the lease was granted: with the key that was sent, say."""
         self._engine = instance.engine
 
     def call(self, secret: str) -> Call:
@@ -146,6 +148,7 @@ class Errand(Generic[Result]):
         async with lease_to_come as lease:
             self.admission.granted = True
             lease.on_cut = interrupt.fire
+            self.spec = self.instance.spec
             if self.instance.engine is not self._engine:
                 self.engine_changed()
             try:
@@ -155,7 +158,6 @@ class Errand(Generic[Result]):
                 raise self._too_slow(timeout_s, streamed=streamed) from None
 
     async def _send(self, lease: Lease, pace: Pace) -> Result:
-        spec = self.instance.spec  # with the key that is sent: the catalog may have a new one before the answer is here
         try:
             async with self._client.send(lease.handle.base_url, self.call(lease.secret), self._tags) as answer:
                 result = await self.read(answer, pace)
@@ -164,7 +166,7 @@ class Errand(Generic[Result]):
         except Broken as error:
             raise self._broken(error, pace) from None
         except GatewayError as error:
-            raise without_key(error, spec) from None
+            raise without_key(error, self.spec) from None
 
     async def complete(self, result: Result, lease: Lease) -> Result:  # noqa: ARG002 - for those that must ask again
         """Return the result with what was not in the answer, whose connection is closed now. Has a bound of its own."""

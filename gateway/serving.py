@@ -63,7 +63,7 @@ def prepared(environ: Mapping[str, str], checkpoint: str | None) -> Prepared:
     settings = load_settings(environ)
     check_exposure(settings, environ)
     check_one_worker(environ, sys.argv)
-    load = partial(_loaded, settings.catalog, dict(environ), checkpoint)
+    load = partial(catalog_with, settings.catalog, dict(environ), checkpoint)
     catalog = load()
     logging.config.dictConfig(_log_config(settings.log_format))
     for complaint in unknown_variables(environ):
@@ -71,7 +71,14 @@ def prepared(environ: Mapping[str, str], checkpoint: str | None) -> Prepared:
     return Prepared(settings, catalog, load)
 
 
-def _loaded(path: Path, environ: Mapping[str, str], checkpoint: str | None, content: bytes | None = None) -> Catalog:
+def catalog_with(
+    path: Path, environ: Mapping[str, str], checkpoint: str | None, content: bytes | None = None
+) -> Catalog:
+    """Return the catalog that the file holds, or `content`, with `--checkpoint` in the place of its default model.
+
+    Raises:
+        CatalogError: as `load_catalog`; or it has no such model.
+    """
     catalog = load_catalog(path, environ, content)
     return catalog.model_copy(update={"default_model": _chosen(catalog, checkpoint)}) if checkpoint else catalog
 

@@ -192,7 +192,7 @@ class Fleet:
     def longest_drain_s(self) -> float:
         """The most that any model may take to finish its requests."""
         specs = [*self.catalog.models.values(), *(instance.spec for instance in self._instances.values())]
-        return max(spec.drain_timeout_s for spec in specs)
+        return max((spec.drain_timeout_s for spec in specs), default=0.0)
 
     def runtime_of(self, spec: ModelSpec) -> Runtime:
         """Return the runtime that has this model's output.

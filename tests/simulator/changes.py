@@ -199,6 +199,9 @@ class ChangingWorld(World):
             self.breaks(f"P9: {model} is removed from the catalog, and is {state}")
         if spec and state in MADE and not self._fits(spec, self.runtime.newest(name)):
             self.breaks(f"P9: {model} is {state} with a server that the catalog does not ask for")
+        instance = self.fleet._instances.get(model)
+        if spec and instance and (instance._next.spec if instance._next else instance.spec) != spec:
+            self.breaks(f"P9: a change of {model} is lost")
 
     # The witness
 
