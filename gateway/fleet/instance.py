@@ -565,16 +565,22 @@ class Instance:
         self._next = None
         self.spec, self.engine, self._runtime = entry.spec, entry.engine, entry.runtime
         self._outlives = entry.outlives
-        self._bounds = Bounds.of(entry.spec)
         if self._life:
             self._health.change(entry.health)
             self._life.kept = self._wanted or entry.spec.preload or entry.spec.pinned or self._life.adopted
         else:
             self._health = entry.health
-        for ticket in self._queue:
-            self._bound(ticket)
+        self._change_bounds(Bounds.of(entry.spec))
         self._grant()
         self._rearm()
+
+    def _change_bounds(self, bounds: Bounds) -> None:
+        """Bound every wait anew, from now on, if there is anything new about the bounds."""
+        if bounds == self._bounds:
+            return
+        self._bounds = bounds
+        for ticket in self._queue:
+            self._bound(ticket)
 
     @property
     def _is_held_up(self) -> bool:

@@ -231,7 +231,11 @@ class ChangingWorld(World):
         return None if deadline is None else max(deadline, self._judged_since(watched))
 
     def _waits_until(self, watched: Watched, waiter: Waiter) -> float:
-        return max(super()._waits_until(watched, waiter), self._judged_since(watched))
+        until = super()._waits_until(watched, waiter)
+        if self._judged_since(watched) < waiter.asked_at:
+            return until
+        bounded_anew = self._judged_since(watched) + (watched.spec.queue_timeout_s if watched.state in SERVING else 0)
+        return max(until, bounded_anew)
 
     def _unwanted_from(self, watched: Watched) -> float:
         if watched.spec.id in self._perhaps_kept:
