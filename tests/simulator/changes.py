@@ -211,6 +211,8 @@ class ChangingWorld(World):
             self.breaks(f"P9: {model} moves because others are changed")
         if to == State.STARTING and model not in self.fleet.catalog.models:
             self.breaks(f"P9: {model} is started, and is not in the catalog")
+        if to == State.STARTING:
+            self.watched[model].adopting = False  # what was found was not wanted, and is gone
         super().moved(data)
         if to in DOWN and model in self._pending:
             self._now_is(model, self._pending[model])
