@@ -94,5 +94,9 @@ class CatalogWatch:
             self._take(await self._source.load(found))
         except CatalogError as error:
             self._refuse(error)
-        except Exception:  # a fault of ours must not be the end of the watch: the next change may work
-            log.exception("the gateway failed while it took a changed catalog; save the file again, or restart")
+        except Exception as error:  # a fault of ours must not be the end of the watch: the next change may work
+            log.exception("the gateway itself failed over a changed catalog")
+            words = (
+                f"the gateway itself failed over this file ({type(error).__name__}; its log has more): change it again"
+            )
+            self._refuse(CatalogError([words]))

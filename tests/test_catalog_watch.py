@@ -236,6 +236,8 @@ def test_a_fault_of_our_own_does_not_end_the_watch(caplog: pytest.LogCaptureFixt
             source.content = content
             await looks.look(2)
         assert [catalog.path.name for catalog in looks.taken] == ["1", "3"]
+        (complaints,) = looks.refused
+        assert "failed over this file (RuntimeError" in complaints[0]
         looks.task.cancel()
         await asyncio.wait([looks.task])
 

@@ -375,6 +375,9 @@ class Fleet:
                 self._errand(self._preload_one(spec), f"preload {spec.id}")
 
     async def _preload_one(self, spec: ModelSpec) -> None:
+        now = self.catalog.models.get(spec.id)
+        if not (now and (now.preload or now.pinned)):  # another change came in between
+            return
         try:
             await self.get(spec).start(wait=False)
         except GatewayError as error:
