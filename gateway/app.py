@@ -8,9 +8,11 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -34,6 +36,7 @@ from gateway.api.reports import Reports
 from gateway.api.tgi import tgi_router
 from gateway.catalog import Catalog, ModelSpec
 from gateway.catalog_file import load_catalog
+from gateway.catalog_watch import CatalogFile, CatalogWatch
 from gateway.engines.base import Engine
 from gateway.engines.llamacpp import LlamaCpp
 from gateway.engines.openai import OpenAi
@@ -82,7 +85,8 @@ def create_app(settings: Settings | None = None, environ: Mapping[str, str] = os
     check_one_worker(environ, sys.argv)
     for complaint in unknown_variables(environ):
         log.warning("%s", complaint)
-    return compose(settings, load_catalog(settings.catalog, environ))
+    load = partial(load_catalog, settings.catalog, environ)
+    return compose(settings, load(), load)
 
 
 def check_one_worker(environ: Mapping[str, str], arguments: Sequence[str]) -> None:
@@ -120,8 +124,10 @@ def _engines(settings: Settings) -> dict[str, Engine]:
     return {"tgi": Tgi(settings.hf_token), "llamacpp": LlamaCpp(settings.device), "openai": OpenAi()}
 
 
-def compose(settings: Settings, catalog: Catalog) -> FastAPI:
+def compose(settings: Settings, catalog: Catalog, load: Callable[[bytes], Catalog] | None = None) -> FastAPI:
     """Join the parts. Nothing runs until the application's lifespan begins.
+
+    With `load`, which makes a catalog of what its file says, the file is watched, and its changes are followed.
 
     Raises:
         CatalogError: the file of keys cannot be used.
@@ -152,7 +158,8 @@ def compose(settings: Settings, catalog: Catalog) -> FastAPI:
                 try:
                     with _closing_on_signal(fleet):
                         await fleet.begin()
-                        yield
+                        async with _watching(fleet, settings.catalog, load):
+                            yield
                 finally:
                     await fleet.aclose()
         finally:
@@ -161,6 +168,7 @@ def compose(settings: Settings, catalog: Catalog) -> FastAPI:
 
     app = FastAPI(title="TGI Gateway", version=VERSION, lifespan=lifespan, root_path=settings.root_path)
     app.router.redirect_slashes = False
+    app.state.fleet = fleet
     problems.install(app)
     reports = Reports(fleet, VERSION, device=settings.device)
     for router in (
@@ -197,6 +205,21 @@ def _kept(experience: Experience, settings: Settings) -> AbstractAsyncContextMan
     if settings.state_dir is None:
         return nullcontext()
     return ExperienceFile(settings.state_dir, settings.name).keeping(experience)
+
+
+@asynccontextmanager
+async def _watching(fleet: Fleet, path: Path, load: Callable[[bytes], Catalog] | None) -> AsyncIterator[None]:
+    """Let the fleet follow the catalog's file for as long as the context lasts."""
+    if load is None:
+        yield
+        return
+    watch = CatalogWatch(CatalogFile(path, load), fleet.change, fleet.refuse)
+    watching = asyncio.create_task(watch.run(), name="watch the catalog")
+    try:
+        yield
+    finally:
+        watching.cancel()
+        await asyncio.wait([watching])
 
 
 def _not_for_you() -> Forbidden:

@@ -242,7 +242,7 @@ def contradictions(said: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if runtime in ("docker", "process") and said.get("url") is not None:
         yield "url", f"is for runtime external only, and this model's runtime is {runtime}"
     template = said.get("chat_template")
-    if template is not None and engine in _TEMPLATE_OF:
+    if template is not None and isinstance(engine, str) and engine in _TEMPLATE_OF:
         yield "chat_template", _TEMPLATE_OF[engine]
     elif isinstance(template, str) and template and "{{" not in template and "{%" not in template:
         yield "chat_template", "must be the text of a Jinja template, with {{ or {% in it: paste it, not a name or file"

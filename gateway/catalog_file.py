@@ -22,13 +22,24 @@ _TOP_KEYS = ("default_model", "defaults", "models")
 _MAPPING_RULE = "must be a mapping of keys to values"
 
 
-def load_catalog(path: Path, environ: Mapping[str, str]) -> Catalog:
+def load_catalog(path: Path, environ: Mapping[str, str], content: bytes | None = None) -> Catalog:
     """Return the catalog that the file holds, with `${VARIABLES}` taken from `environ`.
+
+    With `content`, that is what the file says, and it is not read again.
 
     Raises:
         CatalogError: with a complaint for everything that is wrong with the file.
     """
-    return _Reading(path, environ).catalog()
+    return _Reading(path, environ, content).catalog()
+
+
+def read_catalog(path: Path) -> bytes:
+    """Return what the file holds.
+
+    Raises:
+        CatalogError: it cannot be read, or is too large.
+    """
+    return _Reading(path, {}).content()
 
 
 class _Fault(NamedTuple):
@@ -41,9 +52,10 @@ class _Fault(NamedTuple):
 class _Reading:
     """One reading of one file. It notes every fault, and goes on as long as there is anything to look at."""
 
-    def __init__(self, path: Path, environ: Mapping[str, str]) -> None:
+    def __init__(self, path: Path, environ: Mapping[str, str], content: bytes | None = None) -> None:
         self._path = path
         self._environ = environ
+        self._content = content
         self._faults: list[_Fault] = []
 
     def catalog(self) -> Catalog:
@@ -57,6 +69,14 @@ class _Reading:
         if self._faults:
             raise self._error()
         return Catalog(path=self._path, default_model=default_model, models=models)
+
+    def content(self) -> bytes:
+        """Return what the file holds, or raise CatalogError."""
+        try:
+            return _read(self._path) if self._content is None else self._content
+        except ValueError as error:
+            self._note("", "", str(error))
+            raise self._error() from None
 
     def _note(self, section: str, key: str, rule: str) -> None:
         self._faults.append(_Fault(section, key, rule))
@@ -76,8 +96,9 @@ class _Reading:
         return CatalogError([": ".join([file, *filter(None, fault)]) for fault in self._faults])
 
     def _document(self) -> dict[Any, Any]:
+        content = self.content()
         try:
-            document, repeated = _parse(_read_text(self._path))
+            document, repeated = _parse(_text_of(content))
             self._faults += [_Fault("", "", rule) for rule in repeated]
             if document is None:
                 raise ValueError("is empty: write `models:` and at least one model under it")
@@ -242,19 +263,25 @@ class _Nodes:
             first.setdefault(key.value, line)
 
 
-def _read_text(path: Path) -> str:
-    """Return the file's text, or raise ValueError in words."""
+def _read(path: Path) -> bytes:
+    """Return the file's bytes, or raise ValueError in words."""
     try:
         with path.open("rb") as file:
             content = file.read(_LARGEST_FILE_BYTES + 1)
         if len(content) > _LARGEST_FILE_BYTES:
             raise ValueError(f"is larger than {_LARGEST_FILE_BYTES} bytes")
-        return content.decode("utf-8-sig")
+        return content
     except FileNotFoundError:
         hint = "name another with --catalog or GATEWAY_CATALOG"
         raise ValueError(f"there is no such file ({shown(str(path.absolute()), 4096)}); {hint}") from None
     except OSError as error:
         raise ValueError(f"cannot be read: {error.strerror}") from None
+
+
+def _text_of(content: bytes) -> str:
+    """Return the text that these bytes are, or raise ValueError in words."""
+    try:
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"is not UTF-8 text (byte {error.start})") from None
 

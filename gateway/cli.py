@@ -59,14 +59,19 @@ def main() -> None:
 @click.option("--catalog", metavar="FILE", help="The file of models. [models.yaml]")
 @click.option("--checkpoint", metavar="ID", help="The model for requests that name none: the catalog's default_model.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Where llama.cpp computes. [auto]")
-@click.option("--reload", is_flag=True, help="Serve afresh whenever the gateway's own code changes (for developers).")
+@click.option(
+    "--reload",
+    is_flag=True,
+    help="Serve afresh whenever the gateway's own code changes (for developers; a changed catalog needs no flag).",
+)
 def serve(checkpoint: str | None, reload: bool, **flags: str | None) -> None:
     """Serve the models of the catalog until SIGTERM or Ctrl-C.
 
     Each option overrides its environment variable (GATEWAY_HOST, GATEWAY_PORT, GATEWAY_CATALOG, GATEWAY_DEVICE); there
     are more of those, and GATEWAY_LOG_FORMAT=json makes each log line on stderr a JSON object. One line on stdout
-    says where the gateway is, as soon as it serves. Asked to end, it lets requests finish within their models'
-    drain_timeout, stops the models that are its own processes, and exits with 0.
+    says where the gateway is, as soon as it serves. It follows the catalog's file: a changed entry touches its own
+    model alone, and a file that is wrong none (GET /status says what is). Asked to end, it lets requests finish within
+    their models' drain_timeout, stops the models that are its own processes, and exits with 0.
 
     \b
     Examples:
@@ -79,15 +84,15 @@ def serve(checkpoint: str | None, reload: bool, **flags: str | None) -> None:
 
     said = {f"GATEWAY_{flag.upper()}": value for flag, value in flags.items() if value is not None}
     with _naming_flags(said):
-        settings, catalog = serving.prepared({**os.environ, **said}, checkpoint)
+        what = serving.prepared({**os.environ, **said}, checkpoint)
     try:
-        listener = serving.listen(settings.host, settings.port)
+        listener = serving.listen(what.settings.host, what.settings.port)
     except serving.CannotListen as error:
         raise Failed([str(error)], {"error_code": "CANNOT_LISTEN", "detail": str(error)}, as_json=False) from None
     with listener:
         if reload:
             os.environ.update(said, **{serving.CHECKPOINT: checkpoint or ""})
-        status = (serving.serve_reloading if reload else serving.serve)(settings, catalog, listener)
+        status = (serving.serve_reloading if reload else serving.serve)(what, listener)
     raise click.exceptions.Exit(status)
 
 

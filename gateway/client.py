@@ -157,7 +157,7 @@ class Health(TypedDict):
 
 
 class Event(TypedDict):
-    """One event of the gateway: `event` is `state` or `progress`; `id` is what to go on from."""
+    """One event of the gateway: `event` is `state`, `progress` or `catalog`; `id` is what to go on from."""
 
     id: int
     event: str

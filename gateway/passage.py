@@ -120,7 +120,7 @@ class Passage(Errand["Whole | None"]):
 
     async def read(self, answer: Answer, pace: Pace) -> Whole | None:
         """Pass a stream on as it comes, and return None; or return the answer once it is whole."""
-        answer = _discreet(answer, self.instance.spec)
+        answer = _discreet(answer, self.spec)
         _refuse_odd_status(answer)
         if answer.status in _PROVIDERS_REFUSAL or (answer.status != 200 and not self.manner.keeps_refusals):
             raise await self.refusal(answer)
@@ -183,7 +183,7 @@ class Passage(Errand["Whole | None"]):
         """Return what it means that a server answers like this where a stream was awaited, and has begun."""
         if whole.status == 200:
             return UpstreamFailed("The model's server answered with something that is no stream.")
-        return without_key(self.instance.engine.refusal(whole.status, whole.body), self.instance.spec)
+        return without_key(self.instance.engine.refusal(whole.status, whole.body), self.spec)
 
 
 class PutThrough(Response):

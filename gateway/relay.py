@@ -25,7 +25,7 @@ from starlette.types import Receive, Scope, Send
 from gateway.departure import Departed, Interrupt, interruptible, until_departure
 from gateway.engines.base import Call
 from gateway.engines.keys import without_key
-from gateway.errors import GatewayError, GenerationFailed, GenerationTimeout, UpstreamFailed
+from gateway.errors import GatewayError, GenerationFailed, GenerationTimeout, ModelNotLoaded, UpstreamFailed
 from gateway.fleet.instance import Instance
 from gateway.fleet.life import Lease
 from gateway.generation import Finished, GenerationRequest, GenerationResult, PromptToken, collect
@@ -101,10 +101,25 @@ class Errand(Generic[Result]):
         self._tags = {"x-request-id": request_id}
         self._max_wait_s = max_wait_s
         self._asked_at = 0.0
+        self.spec = instance.spec
+        """The model as the catalog had it when the lease was granted: with the key that was sent, say."""
+        self._engine = instance.engine
 
     def call(self, secret: str) -> Call:
         """Return what is sent."""
         raise NotImplementedError
+
+    def engine_changed(self) -> None:
+        """Return if the model's new engine can do this too: the catalog changed while the call waited for its lease.
+
+        Raises:
+            Unsupported: it cannot.
+            ModelNotLoaded: what is to be sent was meant for the former engine.
+        """
+        raise ModelNotLoaded(
+            f"The catalog has changed, and {self.instance.spec.id} has another engine now. Send the request again.",
+            retry_after_s=1.0,
+        )
 
     async def read(self, answer: Answer, pace: Pace) -> Result:
         """Return what becomes of the answer.
@@ -155,6 +170,9 @@ class Errand(Generic[Result]):
             self.admission.granted = True
             self.instance.figures.waited(time.monotonic() - self._asked_at)
             lease.on_cut = interrupt.fire
+            self.spec = self.instance.spec
+            if self.instance.engine is not self._engine:
+                self.engine_changed()
             try:
                 async with asyncio.timeout(timeout_s) as bound:
                     pace = Pace(bound, timeout_s, streamed=streamed, begins=self._begins)
@@ -174,7 +192,7 @@ class Errand(Generic[Result]):
         except Broken as error:
             raise self._broken(error, pace) from None
         except GatewayError as error:
-            raise without_key(error, self.instance.spec) from None
+            raise without_key(error, self.spec) from None
 
     async def complete(self, result: Result, lease: Lease) -> Result:  # noqa: ARG002 - for those that must ask again
         """Return the result with what was not in the answer, whose connection is closed now. Has a bound of its own."""
@@ -226,6 +244,9 @@ class Exchange(Errand[Finished]):
         instance.engine.check(instance.spec, request)
         self._request = request
         self._sink: Sink = Tokens()
+
+    def engine_changed(self) -> None:
+        self.instance.engine.check(self.instance.spec, self._request)
 
     async def whole(self) -> GenerationResult:
         """Return the whole answer. To cancel it closes the connection to the server at once.
@@ -306,6 +327,9 @@ class Tokenization(Errand["tuple[PromptToken, ...]"]):
         """
         super().__init__(instance, client, request_id=request_id, max_wait_s=max_wait_s)
         self._request = request
+        self.call(secret="")
+
+    def engine_changed(self) -> None:
         self.call(secret="")
 
     async def tokens(self) -> tuple[PromptToken, ...]:

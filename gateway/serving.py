@@ -11,10 +11,11 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import uvicorn
@@ -26,6 +27,7 @@ from gateway.catalog import Catalog
 from gateway.catalog_file import load_catalog
 from gateway.catalog_values import did_you_mean
 from gateway.errors import CatalogError, UnknownModel
+from gateway.fleet.fleet import Fleet
 from gateway.settings import Settings, check_exposure, load_settings, unknown_variables
 
 log = logging.getLogger(__name__)
@@ -44,7 +46,15 @@ class CannotListen(Exception):
     """The address cannot be listened at; the words say why, and what to do."""
 
 
-def prepared(environ: Mapping[str, str], checkpoint: str | None) -> tuple[Settings, Catalog]:
+class Prepared(NamedTuple):
+    """What to serve. `load` makes a catalog of what its file says later on."""
+
+    settings: Settings
+    catalog: Catalog
+    load: Callable[[bytes], Catalog]
+
+
+def prepared(environ: Mapping[str, str], checkpoint: str | None) -> Prepared:
     """Return what to serve, and set up the log.
 
     Raises:
@@ -53,13 +63,24 @@ def prepared(environ: Mapping[str, str], checkpoint: str | None) -> tuple[Settin
     settings = load_settings(environ)
     check_exposure(settings, environ)
     check_one_worker(environ, sys.argv)
-    catalog = load_catalog(settings.catalog, environ)
-    if checkpoint:
-        catalog = catalog.model_copy(update={"default_model": _chosen(catalog, checkpoint)})
+    load = partial(catalog_with, settings.catalog, dict(environ), checkpoint)
+    catalog = load()
     logging.config.dictConfig(_log_config(settings.log_format))
     for complaint in unknown_variables(environ):
         log.warning("%s", complaint)
-    return settings, catalog
+    return Prepared(settings, catalog, load)
+
+
+def catalog_with(
+    path: Path, environ: Mapping[str, str], checkpoint: str | None, content: bytes | None = None
+) -> Catalog:
+    """Return the catalog that the file holds, or `content`, with `--checkpoint` in the place of its default model.
+
+    Raises:
+        CatalogError: as `load_catalog`; or it has no such model.
+    """
+    catalog = load_catalog(path, environ, content)
+    return catalog.model_copy(update={"default_model": _chosen(catalog, checkpoint)}) if checkpoint else catalog
 
 
 def _chosen(catalog: Catalog, name: str) -> str:
@@ -98,9 +119,10 @@ def _cannot_listen(host: str, port: int, error: OSError | UnicodeError) -> Canno
     return CannotListen(f"Cannot listen on port {port} of {host}: {rule}.")
 
 
-def serve(settings: Settings, catalog: Catalog, listener: socket.socket) -> int:
+def serve(what: Prepared, listener: socket.socket) -> int:
     """Serve until a signal; return the exit status."""
-    server = Server(_config(compose(settings, catalog), settings, catalog), _url_of(listener) + settings.root_path)
+    app = compose(*what)
+    server = Server(_config(app, what), _url_of(listener) + what.settings.root_path, app.state.fleet)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, server.end)
     try:
@@ -112,12 +134,15 @@ def serve(settings: Settings, catalog: Catalog, listener: socket.socket) -> int:
     return CUT_SHORT if server.force_exit else 0
 
 
-def serve_reloading(settings: Settings, catalog: Catalog, listener: socket.socket) -> int:
+def serve_reloading(what: Prepared, listener: socket.socket) -> int:
+    """Serve in a process of its own, which makes room for another one whenever the gateway's code has changed.
+
+    A changed catalog needs none: each of them follows it as `serve` does.
+    """
     package = str(Path(__file__).parent)
-    config = _config(
-        "gateway.serving:reloaded_app", settings, catalog, factory=True, reload=True, reload_dirs=[package]
-    )
-    ChangeReload(config, target=Server(config, _url_of(listener) + settings.root_path).run, sockets=[listener]).run()
+    config = _config("gateway.serving:reloaded_app", what, factory=True, reload=True, reload_dirs=[package])
+    server = Server(config, _url_of(listener) + what.settings.root_path)
+    ChangeReload(config, target=server.run, sockets=[listener]).run()
     return 0
 
 
@@ -134,15 +159,19 @@ def reloaded_app() -> FastAPI:
 class Server(uvicorn.Server):
     """Says where it is once it serves. A signal is how it is meant to end, so that is no failure."""
 
-    def __init__(self, config: uvicorn.Config, url: str) -> None:
+    def __init__(self, config: uvicorn.Config, url: str, fleet: Fleet | None = None) -> None:
+        """Take what it needs. `fleet` tells how long its models may drain by then; the configuration, by now."""
         super().__init__(config)
         self._url = url
+        self._fleet = fleet
 
     def end(self, *_: object) -> None:
         """Handle a signal that comes before uvicorn handles them, or that it raises once more after the end."""
         self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self._fleet:
+            self.config.timeout_graceful_shutdown = _patience_s(self._fleet.longest_drain_s)
         sweeping = asyncio.create_task(self._cut_those_who_do_not_read(), name="sweep")
         try:
             await super().shutdown(sockets)
@@ -184,8 +213,11 @@ def _url_of(listener: socket.socket) -> str:
     return f"http://[{reached}]:{port}" if ":" in reached else f"http://{reached}:{port}"
 
 
-def _config(app: FastAPI | str, settings: Settings, catalog: Catalog, **more: Any) -> uvicorn.Config:
-    drain_s = max(spec.drain_timeout_s for spec in catalog.models.values()) + DRAIN_MARGIN_S
+def _patience_s(drain_s: float) -> int:
+    return math.ceil(drain_s + DRAIN_MARGIN_S)
+
+
+def _config(app: FastAPI | str, what: Prepared, **more: Any) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         loop="uvloop",
@@ -194,8 +226,8 @@ def _config(app: FastAPI | str, settings: Settings, catalog: Catalog, **more: An
         lifespan="on",
         workers=1,
         access_log=False,  # the gateway has its own
-        log_config=_log_config(settings.log_format),
-        timeout_graceful_shutdown=math.ceil(drain_s),
+        log_config=_log_config(what.settings.log_format),
+        timeout_graceful_shutdown=_patience_s(max(spec.drain_timeout_s for spec in what.catalog.models.values())),
         **more,
     )
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -762,6 +762,7 @@ FILES = (
 
 
 @given(text=FILES)
+@example(text="models:\n  m: {engine: [x], chat_template: y}\n")
 @settings(max_examples=400, deadline=None)
 def test_any_text_loads_or_is_complained_of(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
     check(tmp_path_factory, text.encode("utf-8", "surrogatepass"))

@@ -90,5 +90,5 @@ def api_server_router(fleet: Fleet, client: Client, reports: Reports) -> APIRout
         """What the model's files and the catalog's `metadata` tell; null is not known. Does not wake the model."""
         return await reports.info(fleet.catalog.by_id(model_id))
 
-    add_pages(router, fleet.catalog, base=BASE, title="Inference API", version=reports.version)
+    add_pages(router, fleet, base=BASE, title="Inference API", version=reports.version)
     return router

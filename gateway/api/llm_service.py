@@ -82,7 +82,7 @@ def llm_service_router(fleet: Fleet, client: Client, reports: Reports) -> APIRou
         told = await reports.status(spec, _word(fleet.status(spec), "running"))
         return _answer(fleet.status(spec), told.model_dump(), unless_failed=True)
 
-    add_pages(router, fleet.catalog, base=BASE, title="LLM Service", version=reports.version)
+    add_pages(router, fleet, base=BASE, title="LLM Service", version=reports.version)
     return router
 
 

@@ -104,7 +104,7 @@ def overview_router(fleet: Fleet, reports: Reports) -> APIRouter:
         responses={200: {"content": EVENTS}, **documented(422)},
     )
     async def events(last_event_id: Annotated[str | None, Header()] = None) -> Response:
-        """Server-sent events `state` and `progress`; with `Last-Event-ID` those since then first, 1,000 at most."""
+        """Server-sent events `state`, `progress`, `catalog`; with `Last-Event-ID`, those since then first (1,000)."""
         journal = fleet.journal
         source = _as_events(journal, _after(journal, last_event_id))
         return LineStream(

@@ -11,11 +11,11 @@ from fastapi.openapi.utils import get_openapi
 from starlette.responses import HTMLResponse
 
 from gateway.api.problems import with_problem
-from gateway.catalog import Catalog
+from gateway.fleet.fleet import Fleet
 
 
 def add_pages(
-    router: APIRouter, catalog: Catalog, *, base: str, title: str, version: str, openapi_at: str = "/openapi.json"
+    router: APIRouter, fleet: Fleet, *, base: str, title: str, version: str, openapi_at: str = "/openapi.json"
 ) -> None:
     """Add `docs`, `redoc` and an OpenAPI document of what `router` has so far below `base`, which has a model's name.
 
@@ -30,7 +30,7 @@ def add_pages(
         return made
 
     def address(request: Request, model_id: str) -> tuple[str, str]:
-        spec = catalog.by_id(model_id)
+        spec = fleet.catalog.by_id(model_id)
         root = request.scope.get("root_path", "")
         return spec.id, root + base.replace("{model_id}", spec.id)
 

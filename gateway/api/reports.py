@@ -73,9 +73,14 @@ class Gpu(BaseModel):
 
 
 class GatewayStatus(ServiceStatus):
-    """`gpus` is null where it is not known which there are."""
+    """`gpus` is null where it is not known which there are.
+
+    `catalog_error` is all that is wrong with the catalog's file as it is now, and null when nothing is. While there is
+    something, the catalog before stays in force.
+    """
 
     gpus: list[Gpu] | None
+    catalog_error: list[str] | None
 
 
 class ModelInfo(BaseModel):
@@ -124,7 +129,12 @@ class Reports:
 
     async def gateway_status(self) -> GatewayStatus:
         status = await self.status(self._default())
-        return GatewayStatus(**dict(status), gpus=self._gpus())
+        return GatewayStatus(**dict(status), gpus=self._gpus(), catalog_error=self.catalog_error())
+
+    def catalog_error(self) -> list[str] | None:
+        """Return what is wrong with the catalog's file as it is now, if anything is."""
+        error = self._fleet.catalog_error
+        return list(error.complaints) if error else None
 
     async def info(self, spec: ModelSpec | None) -> dict[str, Any]:
         """Return what is known of a model's architecture.

@@ -88,7 +88,7 @@ def tgi_router(fleet: Fleet, client: Client, reports: Reports) -> APIRouter:
     _add_reports(router, fleet, reports)
     add_pages(
         router,
-        fleet.catalog,
+        fleet,
         base=BASE,
         title="TGI",
         version=reports.version,

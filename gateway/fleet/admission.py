@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from gateway.catalog import ModelSpec
 from gateway.fleet.estimates import Estimate
 from gateway.lifecycle import SERVING, State
 
@@ -27,6 +28,16 @@ class Bounds:
     drain_timeout_s: float
     stop_grace_s: float
     abandon_after_s: float
+
+    @classmethod
+    def of(cls, spec: ModelSpec) -> Bounds:
+        return cls(
+            queue_timeout_s=spec.queue_timeout_s,
+            start_timeout_s=spec.start_timeout_s,
+            drain_timeout_s=spec.drain_timeout_s,
+            stop_grace_s=spec.stop_grace_s,
+            abandon_after_s=spec.abandon_after_s,
+        )
 
     @property
     def longest_wait_s(self) -> float:

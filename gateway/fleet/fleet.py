@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Mapping, Set
+from collections.abc import Coroutine, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from gateway.catalog import Catalog, ModelSpec, deferred
 from gateway.engines.base import Engine
 from gateway.engines.keys import authorization
-from gateway.errors import GatewayError, ModelNotRunning, NameTaken, RuntimeUnavailable, StartFailed
+from gateway.errors import CatalogError, GatewayError, ModelNotRunning, NameTaken, RuntimeUnavailable, StartFailed
 from gateway.fleet import refusals
+from gateway.fleet.changes import Changes, changes_between
 from gateway.fleet.experience import Experience
 from gateway.fleet.fetch import Fetch
 from gateway.fleet.figures import FiguresOf, silent
 from gateway.fleet.gpus import Gpus
 from gateway.fleet.health import Health, Probe, Rest, rest
-from gateway.fleet.identity import fingerprint, server_name
-from gateway.fleet.instance import Instance
+from gateway.fleet.identity import fingerprint, same_server, server_name
+from gateway.fleet.instance import Entry, Instance
 from gateway.fleet.journal import Journal
 from gateway.fleet.placement import Place
 from gateway.fleet.status import Failure, Status
@@ -65,6 +66,10 @@ class Fleet:
         """Whether servers that can outlive the gateway do so."""
         self.unknown: dict[str, RuntimeUnavailable] = {}
         """The runtimes of which it is not known what they run, and why."""
+        self.catalog_error: CatalogError | None = None
+        """Why the file that the catalog comes from cannot be used as it is now, if so; `catalog` is what it was."""
+        self._looked_at: set[str] = set()
+        self._strangers: dict[tuple[str, str], tuple[Found, asyncio.Task[None]]] = {}
         self._errands: set[asyncio.Task[None]] = set()
         self._fetches: dict[str, Fetch] = {}
         self._fetching: dict[str, asyncio.Task[None]] = {}
@@ -84,11 +89,14 @@ class Fleet:
         """Return the one instance of this model.
 
         Raises:
+            UnknownModel: the catalog had it when it was looked up, and has it no more.
             StartFailed: this version has no engine or runtime for it.
             RuntimeUnavailable: it is not known yet whether it runs already: its runtime does not answer.
         """
-        self._refuse_while_unknown(spec)
-        return self._instance_of(spec)
+        if (known := self.catalog.models.get(spec.id)) is None:
+            raise refusals.removed(spec)
+        self._refuse_while_unknown(known)
+        return self._instance_of(known)
 
     def _refuse_while_unknown(self, spec: ModelSpec) -> None:
         if (why := self.unknown.get(spec.runtime)) is not None:
@@ -129,7 +137,7 @@ class Fleet:
 
     def status(self, spec: ModelSpec) -> Status:
         instance = self._instances.get(spec.id)
-        status = instance.status if instance else _never_started(spec)
+        status = replace(instance.status, spec=spec) if instance else _never_started(spec)
         if (why := self.unknown.get(spec.runtime)) is not None:
             status = replace(status, failure=Failure(why, self.journal.now()))
         fetch = self._fetches.get(spec.id)
@@ -159,12 +167,41 @@ class Fleet:
         Raises:
             NameTaken: another gateway of the same name lives.
         """
-        used = {spec.runtime for spec in self.catalog.models.values()}
-        lasting = [name for name, runtime in self._runtimes.items() if runtime.outlives and name in used]
-        self.unknown = {name: refusals.not_known_yet(name) for name in lasting}
-        self._preload(self._runtimes.keys() - self.unknown.keys())
+        lasting = self._not_looked_at()
+        self._preload(spec for spec in self.catalog.models.values() if spec.preload)
         for name in lasting:
             await self._look_first(name)
+
+    def change(self, catalog: Catalog) -> None:
+        """Go on by a changed catalog, which touches only the models whose entry changed (promise P9).
+
+        What becomes of each is decided at once; that its server drains and goes takes its time, and so does the start
+        of another one. A model that is added again while its former server leaves goes on as the same model.
+        """
+        if self.closing.done():
+            return
+        before, self.catalog = self.catalog.models, catalog
+        changes = changes_between(before, catalog.models)
+        self._tell(changes)
+        for name in self._not_looked_at():
+            self._errand(self._look_late(name), f"look at {name} late")
+        for spec in changes.removed:
+            self._remove_model(spec)
+        for spec in changes.added + changes.changed:
+            self._change_model(spec, before.get(spec.id))
+
+    def refuse(self, error: CatalogError) -> None:
+        """Tell everybody that the catalog's file cannot be used as it is now. Nothing else changes."""
+        self.catalog_error = error
+        for complaint in error.complaints:
+            log.warning("the changed catalog cannot be used, the one before stays in force: %s", complaint)
+        self._journal_catalog()
+
+    @property
+    def longest_drain_s(self) -> float:
+        """The most that any model may take to finish its requests."""
+        specs = [*self.catalog.models.values(), *(instance.spec for instance in self._instances.values())]
+        return max((spec.drain_timeout_s for spec in specs), default=0.0)
 
     def runtime_of(self, spec: ModelSpec) -> Runtime:
         """Return the runtime that has this model's output.
@@ -195,7 +232,72 @@ class Fleet:
         await asyncio.gather(*(instance.aclose() for instance in self._instances.values()))
         await self.gpus.aclose()
 
+    # What a changed catalog touches
+
+    def _tell(self, changes: Changes) -> None:
+        mended, self.catalog_error = self.catalog_error is not None, None
+        for word, models in changes.ids().items():
+            for model in models:
+                log.info("tgi-%s: %s, by the catalog", model, word)
+        if mended:
+            log.info("the catalog can be used again")
+        if changes or mended:
+            self._journal_catalog(**changes.ids())
+
+    def _journal_catalog(self, **ids: list[str]) -> None:
+        complaints = list(self.catalog_error.complaints) if self.catalog_error else None
+        said = {"added": [], "changed": [], "removed": [], **ids}
+        self.journal.write("catalog", **said, catalog_error=complaints, at=self.journal.now())
+
+    def _remove_model(self, spec: ModelSpec) -> None:
+        self._call_off_fetch(spec)
+        if instance := self._instances.get(spec.id):
+            instance.remove()
+
+    def _change_model(self, spec: ModelSpec, before: ModelSpec | None) -> None:
+        """Let a model go on by its new entry, and start it if that says so, or mends it."""
+        if before and not same_server(self._engines[before.engine], before, spec):
+            self._call_off_fetch(before)
+        self._take_back(spec)
+        instance = self._instances.get(spec.id)
+        had_failed = instance is not None and instance.status.state is State.FAILED
+        if instance:
+            instance.change(self._entry(spec))
+        newly_preloaded = spec.preload and not (before and before.preload)
+        if newly_preloaded or (had_failed and (spec.preload or spec.pinned)):
+            self._preload([spec])
+
+    def _call_off_fetch(self, spec: ModelSpec) -> None:
+        if errand := self._fetching.get(spec.id):
+            errand.cancel()
+
+    def _take_back(self, spec: ModelSpec) -> None:
+        """Let a model whose server is being removed as nobody's see to that itself, so that a start waits for it."""
+        found, errand = self._strangers.pop((spec.runtime, server_name(spec)), (None, None))
+        if not (found and errand):
+            return
+        errand.cancel()
+        self.gpus.give_back(found.name)
+        instance = self._instance_of(spec)
+        if instance.status.state is State.STOPPED:
+            instance.discard(found)
+
     # What an earlier life has left
+
+    def _not_looked_at(self) -> list[str]:
+        """Return the runtimes of the catalog that keep servers and were never asked for them.
+
+        From now on their models cannot be used until they have been.
+        """
+        used = {spec.runtime for spec in self.catalog.models.values()} - self._looked_at
+        lasting: list[str] = [name for name, runtime in self._runtimes.items() if runtime.outlives and name in used]
+        self._looked_at.update(lasting)
+        self.unknown.update({name: refusals.not_known_yet(name) for name in lasting})
+        return lasting
+
+    async def _look_late(self, name: str) -> None:
+        """Ask a runtime that a changed catalog is the first to use; another gateway of our name may have it."""
+        await self._look_until_known(name, asyncio.create_task(self._look(name), name=f"look at {name}"))
 
     async def _look_first(self, name: str) -> None:
         look = asyncio.create_task(self._look(name), name=f"look at {name}")
@@ -235,7 +337,11 @@ class Fleet:
         spec = self._named(found.name)
         if spec is None or spec.runtime != runtime:
             self.gpus.hold(found.name, Place(found.gpus))
-            return self._errand(self._remove(runtime, found.name), f"remove {found.name}")
+            errand = self._errand(self._remove(runtime, found.name), f"remove {found.name}")
+            self._strangers[runtime, found.name] = found, errand
+            return errand
+        if (known := self._instances.get(spec.id)) and known.status.state is not State.STOPPED:
+            return None  # it comes from another runtime; its next start removes what is here of that name
         if found.runs and self._fits(spec, found) and self.gpus.has_room(Place(found.gpus, spec.gpu_memory_bytes)):
             self._instance_of(spec).adopt(found)
             return None
@@ -251,6 +357,7 @@ class Fleet:
                 await asyncio.sleep(LOOK_AGAIN_S)
             else:
                 self.gpus.give_back(name)
+                self._strangers.pop((runtime, name), None)
                 log.info("%s: removed, because no model of the catalog has it", name)
                 return
 
@@ -258,7 +365,7 @@ class Fleet:
         """Preload once those that had to go have made room."""
         if leaving:
             await asyncio.wait(leaving)
-        self._preload({runtime})
+        self._preload(spec for spec in self.catalog.models.values() if spec.preload and spec.runtime == runtime)
 
     def _named(self, name: str) -> ModelSpec | None:
         return next((spec for spec in self.catalog.models.values() if server_name(spec) == name), None)
@@ -269,17 +376,23 @@ class Fleet:
         except GatewayError:  # what the catalog asks for cannot even be launched
             return False
 
-    def _preload(self, runtimes: Set[str]) -> None:
-        """Begin the start of every model that the catalog wants from the beginning; one that cannot is logged."""
-        for spec in self.catalog.models.values():
-            if spec.preload and spec.runtime in runtimes:
+    def _preload(self, specs: Iterable[ModelSpec]) -> None:
+        """Begin the start of models that the catalog wants to run; one that cannot is logged.
+
+        Those of a runtime of which it is not known yet what runs there follow when it is.
+        """
+        for spec in specs:
+            if spec.runtime not in self.unknown:
                 self._errand(self._preload_one(spec), f"preload {spec.id}")
 
     async def _preload_one(self, spec: ModelSpec) -> None:
+        now = self.catalog.models.get(spec.id)
+        if not (now and (now.preload or now.pinned)):  # another change came in between
+            return
         try:
             await self.get(spec).start(wait=False)
         except GatewayError as error:
-            log.error("%s: not preloaded: %s", server_name(spec), error.detail)
+            log.warning("%s: not preloaded: %s", server_name(spec), error.detail)
 
     def _errand(self, what: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         errand = asyncio.create_task(what, name=name)
@@ -301,6 +414,23 @@ class Fleet:
         return self._instances[spec.id]
 
     def _make(self, spec: ModelSpec) -> Instance:
+        entry = self._entry(spec)
+        instance = self._instance(
+            spec,
+            entry.engine,
+            entry.runtime,
+            entry.health,
+            self.journal,
+            self.gpus,
+            outlives=entry.outlives,
+            past=entry.past,
+        )
+        instance.figures = self._figures(spec.id)
+        if self.closing.done():
+            instance.close()
+        return instance
+
+    def _entry(self, spec: ModelSpec) -> Entry:
         engine, runtime = self._parts(spec)
         for words in deferred(spec):
             log.warning("%s: %s", server_name(spec), words)
@@ -312,13 +442,8 @@ class Fleet:
             headers=authorization(spec),
             rest=self._rest,
         )
-        outlives = self.keeps and runtime.outlives
         past = self.experience.of(spec, engine)
-        instance = self._instance(spec, engine, runtime, health, self.journal, self.gpus, outlives=outlives, past=past)
-        instance.figures = self._figures(spec.id)
-        if self.closing.done():
-            instance.close()
-        return instance
+        return Entry(spec, engine, runtime, health, past, outlives=self.keeps and runtime.outlives)
 
     def _parts(self, spec: ModelSpec) -> tuple[Engine, Runtime]:
         engine, runtime = self._engines.get(spec.engine), self._runtimes.get(spec.runtime)

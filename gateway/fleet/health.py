@@ -92,6 +92,10 @@ class Health:
         self._headers = headers or {}
         self._rest = rest
 
+    def change(self, other: Health) -> None:
+        """Go on as `other` would, also with a server that is being watched."""
+        self._interval_s, self._failures, self._headers = other._interval_s, other._failures, other._headers
+
     async def until_ready(self, handle: Handle) -> None:
         """Return when the server first says that it takes requests. Bounded by the caller.
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 
 from gateway.catalog import ModelSpec
 from gateway.engines.base import Engine
+from gateway.errors import StartFailed
 from gateway.runtimes.base import Launch
 
 
@@ -23,6 +24,16 @@ def launch_of(engine: Engine, spec: ModelSpec, secret: str) -> Launch:
         StartFailed: something that the catalog names cannot be used.
     """
     return replace(engine.launch(spec, server_name(spec), secret), fingerprint=fingerprint(engine, spec))
+
+
+def same_server(engine: Engine, one: ModelSpec, other: ModelSpec) -> bool:
+    """Say whether two entries ask for the same server; `engine` is the one's."""
+    if any(getattr(one, key) != getattr(other, key) for key in ("engine", "runtime")):
+        return False
+    try:
+        return fingerprint(engine, one) == fingerprint(engine, other)
+    except StartFailed:  # one of them cannot be launched at all
+        return False
 
 
 def fingerprint(engine: Engine, spec: ModelSpec) -> str:

@@ -12,6 +12,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 
 from gateway.catalog import ModelSpec
@@ -32,7 +33,7 @@ from gateway.fleet.experience import Experience, Past
 from gateway.fleet.figures import Figures, Silent
 from gateway.fleet.gpus import Gpus, Occupancy, demand_of
 from gateway.fleet.health import Health
-from gateway.fleet.identity import launch_of, server_name
+from gateway.fleet.identity import launch_of, same_server, server_name
 from gateway.fleet.journal import Journal
 from gateway.fleet.life import Lease, Life, Paused
 from gateway.fleet.placement import Place
@@ -44,6 +45,10 @@ from gateway.runtimes.base import Found, Handle, Progress, Runtime
 
 log = logging.getLogger(__name__)
 
+WANTED = frozenset({*STARTING_UP, *SERVING, State.FAILED})
+"""Nobody stops a model that is in one of these: what the catalog wants to run shall, whatever changes."""
+CHANGED, REMOVED = "changed in the catalog", "removed from the catalog"
+"""Why a server goes when the catalog has changed."""
 ASK_AGAIN_S = 2.0
 """When a runtime that did not answer is asked again to adopt a server."""
 CLEAR_AGAIN_S = 15.0
@@ -53,6 +58,19 @@ CLOCK_S = 0.001
 SERVED_LONG_S = 60.0
 """A server that was ready for this long forgives the failures before it."""
 _PHASES = dict.fromkeys(STARTING_UP, Phase.STARTING) | dict.fromkeys(SERVING, Phase.UP)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What one entry of the catalog comes to: the model, and the parts that run it."""
+
+    spec: ModelSpec
+    engine: Engine
+    runtime: Runtime
+    health: Health
+    past: Past
+    outlives: bool = False
+    """Whether its server goes on when the gateway ends."""
 
 
 class Instance:
@@ -81,13 +99,7 @@ class Instance:
         self._gpus = gpus
         self._outlives = outlives
         self._past = past or Experience().of(spec, engine)
-        self._bounds = Bounds(
-            queue_timeout_s=spec.queue_timeout_s,
-            start_timeout_s=spec.start_timeout_s,
-            drain_timeout_s=spec.drain_timeout_s,
-            stop_grace_s=spec.stop_grace_s,
-            abandon_after_s=spec.abandon_after_s,
-        )
+        self._bounds = Bounds.of(spec)
         self._loop = asyncio.get_running_loop()
         self._state = State.STOPPED
         self._since = self._loop.time()
@@ -103,6 +115,8 @@ class Instance:
         self._closing = False
         self._usage = Usage()
         self._held_for: str | None = None  # the model that waits for this one's GPUs, and has waited long enough
+        self._removed = False  # the catalog has it no more
+        self._next: Entry | None = None  # what the catalog says of it by now, once the present server has gone
         self._promised_until = 0.0
         self._last_use = self._loop.time()
         self._timer: asyncio.TimerHandle | None = None
@@ -209,6 +223,7 @@ class Instance:
         Raises: as `start`, and ModelNotRunning.
         """
         life, stops = self._running_life(), self._stops
+        self._refuse_when_closing()
         self._wanted = True
         with suppress(StopFailed):
             await self._take_down(life, "restart", force=force)
@@ -238,6 +253,29 @@ class Instance:
         self._run(life, found)
         self._end(life, "the catalog asks for another server" if found.runs else "it had ended")
         return life.task
+
+    def change(self, entry: Entry) -> None:
+        """Go on by a changed entry of the catalog, and as a model that has never failed.
+
+        What concerns the gateway alone holds at once, but for the bounds of a start that is under way. Where the entry
+        asks for another server, the present one drains and stops: nobody new gets to it, those who wait do so for the
+        next one, and so does a start that has a reason.
+        """
+        self._removed, self._next = False, entry
+        self._failures, self._cool_until = 0, 0.0
+        life = self._life
+        if not life or same_server(self.engine, self.spec, entry.spec):
+            self._follow()
+        if self._next and (self._state in WANTED or (life and life.failed)):
+            self._wanted = self._wanted or entry.spec.preload or entry.spec.pinned
+            self._lead_down(CHANGED)
+
+    def remove(self) -> None:
+        """Refuse everybody, drain and stop: the catalog has this model no more. `change` brings it back."""
+        self._removed, self._next = True, None
+        self._wanted = False
+        self._refuse_queue(lambda: refusals.removed(self.spec))
+        self._lead_down(REMOVED)
 
     # What the GPUs ask for
 
@@ -429,6 +467,10 @@ class Instance:
     def _refuse_when_closing(self) -> None:
         if self._closing:
             raise refusals.shutting_down()
+        if self._removed:
+            raise refusals.removed(self.spec)
+        if self._is_held_up:
+            raise self._held_up()
 
     def _refuse_when_unhealthy(self) -> None:
         if self._state is State.UNHEALTHY:
@@ -633,6 +675,42 @@ class Instance:
             return refusals.perhaps_left(self.spec, type(error).__name__)
         return None
 
+    # Another entry of the catalog
+
+    def _follow(self) -> None:
+        """Take the changed entry, if there is one. It waits for a server that only the former runtime can clear."""
+        entry = self._next
+        if not entry or self._is_held_up:
+            return
+        self._next = None
+        self.spec, self.engine, self._runtime = entry.spec, entry.engine, entry.runtime
+        self._past, self._outlives = entry.past, entry.outlives
+        if self._life:
+            self._health.change(entry.health)
+            self._life.kept = self._wanted or entry.spec.preload or entry.spec.pinned or self._life.adopted
+        else:
+            self._health = entry.health
+        self._change_bounds(Bounds.of(entry.spec))
+        self._grant()
+        self._gpus.changed()
+        self._rearm()
+
+    def _change_bounds(self, bounds: Bounds) -> None:
+        """Bound every wait anew, from now on, if there is anything new about the bounds."""
+        if bounds == self._bounds:
+            return
+        self._bounds = bounds
+        self._bound_all()
+
+    @property
+    def _is_held_up(self) -> bool:
+        """Whether nothing can be started by the changed entry yet: what is perhaps left is on another runtime."""
+        return bool(self._left and self._next and self._next.runtime is not self._runtime)
+
+    def _held_up(self) -> GatewayError:
+        assert self._left is not None  # that is what holds it up
+        return self._promised(refusals.former_server_left(self.spec, self._left, CLEAR_AGAIN_S))
+
     def _went_down(self, life: Life) -> None:
         if life.left and not life.failed:  # else what it failed of says more than that it could not be cleared
             self._remember(life.left, life)
@@ -643,11 +721,14 @@ class Instance:
             self._gpus.give_back(self.spec.id)
         self._life = None
         self._move(Event.GAVE_UP if life.failed else Event.CLEARED, life.left.detail if life.left else "nothing left")
+        self._follow()
         self._go_on()
 
     def _go_on(self) -> None:
         """Start again for those who still wait, unless the model rests after a failure."""
-        if self._wanted and not self._closing:
+        if self._is_held_up:
+            self._refuse_queue(self._held_up)
+        elif self._wanted and not self._closing:
             self._start("operator")
         elif self._queue and self._failure and self._cooling_s():
             error = self._failure.error

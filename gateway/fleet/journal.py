@@ -1,4 +1,4 @@
-"""What happened, in order: every move of every model and the progress of its start, the last 1,000 of them."""
+"""What happened, in order: moves of models, progress of their starts, changes of the catalog; the last 1,000."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ KEPT = 1000
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One event. `id` increases by one; `kind` is `state` or `progress`."""
+    """One event. `id` increases by one; `kind` is `state`, `progress` or `catalog`."""
 
     id: int
     kind: str

@@ -20,6 +20,7 @@ from gateway.errors import (
     StartFailed,
     StartTimeout,
     StopFailed,
+    UnknownModel,
 )
 from gateway.fleet.admission import retry_after_s
 from gateway.fleet.estimates import Estimate
@@ -42,6 +43,15 @@ def shutting_down() -> ShuttingDown:
 def called_off(spec: ModelSpec) -> ModelNotLoaded:
     words = f"{spec.id} is being stopped by an operator; send the request again to start it afresh."
     return ModelNotLoaded(words, retry_after_s=BUSY_RETRY_S)
+
+
+def removed(spec: ModelSpec) -> UnknownModel:
+    return UnknownModel(f"{spec.id} is no longer in the catalog. GET /models lists what is.")
+
+
+def former_server_left(spec: ModelSpec, error: GatewayError, retry_after_s: float) -> RuntimeUnavailable:
+    words = f"{spec.id} is to run elsewhere, by a changed catalog, and its former server must be gone first"
+    return RuntimeUnavailable(f"{words}. {error.detail}", retry_after_s=retry_after_s)
 
 
 def download_called_off(spec: ModelSpec) -> ModelNotLoaded:

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from typing import TypedDict
 
-from gateway.errors import GatewayError
-from gateway.fleet.instance import Instance
+from gateway.catalog import Catalog
+from gateway.errors import CatalogError, GatewayError
+from gateway.fleet.fleet import Fleet
+from gateway.fleet.instance import CHANGED, Entry, Instance
 from gateway.fleet.life import Lease, Life
 from gateway.fleet.placement import Place
 from gateway.fleet.queue import Ticket
 from gateway.lifecycle import Event, State
 from gateway.runtimes.base import Found, Handle
+
+
+class Parts(TypedDict, total=False):
+    instance: type[Instance]
+    fleet: type[Fleet]
 
 
 class StopsBusyServers(Instance):
@@ -200,6 +208,56 @@ class IgnoresItsPlace(Instance):
         return replace(place, gpus=("0",)) if place.gpus else place
 
 
+class RestartsForWords(Instance):
+    """Breaks P9: takes its server down though only the gateway's own part of the entry changed."""
+
+    def change(self, entry: Entry) -> None:
+        super().change(entry)
+        self._lead_down(CHANGED)
+
+
+class KeepsTheServer(Instance):
+    """Breaks P9: goes on with a server that the catalog does not ask for any more."""
+
+    def change(self, entry: Entry) -> None:
+        self._next = entry
+        self._follow()
+
+
+class Lingers(Instance):
+    """Breaks P9: refuses everybody once the catalog has it no more, and stays."""
+
+    def remove(self) -> None:
+        self._removed = True
+
+
+class ForgetsTheLast(Instance):
+    """Breaks P9: of two changes in quick succession, the second one is lost."""
+
+    def change(self, entry: Entry) -> None:
+        if self._next is None:
+            super().change(entry)
+
+
+class RestartsAll(Fleet):
+    """Breaks P9: a changed catalog is a reason to start everything afresh."""
+
+    def change(self, catalog: Catalog) -> None:
+        super().change(catalog)
+        for instance in self._instances.values():
+            instance._lead_down(CHANGED)
+
+
+class EmptiesItself(Fleet):
+    """Breaks P9: takes a bad catalog for one without models."""
+
+    def refuse(self, error: CatalogError) -> None:
+        super().refuse(error)
+        for instance in self._instances.values():
+            instance.remove()
+
+
+FLEETS: dict[str, type[Fleet]] = {"P9-others": RestartsAll, "P9-bad": EmptiesItself}
 INSTANCES: dict[str, type[Instance]] = {
     "P1": StopsBusyServers,
     "P2": StartsTwice,
@@ -221,7 +279,17 @@ INSTANCES: dict[str, type[Instance]] = {
     "idle": NeverIdle,
     "P8": ForgetsPromises,
     "P6-leftover": ForgetsLeftovers,
+    "P9": RestartsForWords,
+    "P9-stale": KeepsTheServer,
+    "P9-removed": Lingers,
+    "P9-last": ForgetsTheLast,
     "P10": HoldsOn,
     "P11-adoption": GivesUpAdopting,
     "P11": BelievesTheFirstMiss,
 }
+BUGS = sorted([*INSTANCES, *FLEETS])
+
+
+def parts_with(bug: str) -> Parts:
+    """Return the parts of a gateway with this bug, as `simulate` takes them."""
+    return {"instance": INSTANCES[bug]} if bug in INSTANCES else {"fleet": FLEETS[bug]}

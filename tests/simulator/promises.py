@@ -5,19 +5,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from random import Random
 
 from gateway.catalog import ModelSpec
+from gateway.fleet.fleet import Fleet
 from gateway.fleet.instance import Instance
 from gateway.fleet.placement import GIB, Device
+from tests.simulator.changes import ChangingWorld, edit
 from tests.simulator.loop import SimulatedLoop
 from tests.simulator.servers import BadMannersRuntime, Broke
 from tests.simulator.world import World
 
 DAY_S = 24 * 3600.0
-REQUESTS, ORDERS, FAULTS = 300, 3, 2
+REQUESTS, ORDERS, FAULTS, EDITS = 300, 3, 2, 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +35,11 @@ class Day:
 
 
 def simulate(
-    seed: int, *, instance: type[Instance] = Instance, runtime: type[BadMannersRuntime] = BadMannersRuntime
+    seed: int,
+    *,
+    instance: type[Instance] = Instance,
+    runtime: type[BadMannersRuntime] = BadMannersRuntime,
+    fleet: type[Fleet] = Fleet,
 ) -> Day:
     """Live one day with this seed. The same seed gives the same day."""
     loop = SimulatedLoop(seed)
@@ -43,7 +50,7 @@ def simulate(
     broke = None
     try:
         with _our_faults(errors), asyncio.Runner(loop_factory=lambda: loop) as runner:
-            runner.run(_day(seed, random, story, instance, runtime))
+            runner.run(_day(seed, random, story, partial(ChangingWorld, instance=instance, fleet=fleet), runtime))
             _nothing_left(loop)
     except (Exception, asyncio.CancelledError) as error:
         broke = _words(error)
@@ -54,13 +61,13 @@ def simulate(
 
 
 async def _day(
-    seed: int, random: Random, story: list[World], instance: type[Instance], runtime: type[BadMannersRuntime]
+    seed: int, random: Random, story: list[World], made: Callable[..., ChangingWorld], runtime: type[BadMannersRuntime]
 ) -> None:
     devices = _devices(random) if random.random() < 0.5 else None
     specs = [
         _spec(random, number, devices) for number in range(random.randint(5, 40) if devices else random.randint(2, 4))
     ]
-    world = World(specs, seed, runtime(random), instance, devices=devices)
+    world = made(specs, seed, runtime(random), devices=devices)
     story.append(world)
     bursts = _bursts(random)
     async with asyncio.TaskGroup() as group:
@@ -68,6 +75,8 @@ async def _day(
             group.create_task(_order(world, random, _moment(random, bursts)))
         for _ in range(FAULTS):
             group.create_task(_fault(world, random, _moment(random, bursts)))
+        for _ in range(EDITS):
+            group.create_task(_edit(world, random, _moment(random, bursts)))
         for when, size in bursts:
             group.create_task(_burst(world, random, when, size))
     await world.close()
@@ -168,6 +177,11 @@ async def _order(world: World, random: Random, when: float) -> None:
     await asyncio.wait([order])
     if not order.cancelled() and (error := order.exception()):
         raise error
+
+
+async def _edit(world: ChangingWorld, random: Random, when: float) -> None:
+    await _until(world, random, when)
+    await edit(world, random)
 
 
 async def _fault(world: World, random: Random, when: float) -> None:

@@ -2,50 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from gateway.catalog import ModelSpec
 from gateway.fleet.fleet import Fleet
-from gateway.fleet.identity import server_name
 from gateway.fleet.placement import Device
 from tests.simulator.servers import BadMannersRuntime
 
 MAKES_ROOM = "makes room for "
 
 
-def taken(devices: Sequence[Device], specs: Mapping[str, ModelSpec], runtime: BadMannersRuntime) -> dict[str, int]:
+def taken(devices: Sequence[Device], runtime: BadMannersRuntime) -> dict[str, int]:
     """Return how many bytes of each GPU the servers have that are alive, whatever the gateway thinks of them."""
     whole = {device.id: device.memory_bytes or 1 for device in devices}
     sums = dict.fromkeys(whole, 0)
-    for name in runtime.servers:
-        spec = next((each for each in specs.values() if server_name(each) == name), None)
-        for server in runtime.alive(name):
-            for gpu in server.gpus:
-                sums[gpu] += (spec and spec.gpu_memory_bytes) or whole[gpu]
+    for server in (server for name in runtime.servers for server in runtime.alive(name)):
+        for gpu in server.gpus:
+            sums[gpu] += server.gpu_memory_bytes or whole[gpu]
     return sums
 
 
-def check(
-    devices: Sequence[Device],
-    specs: Mapping[str, ModelSpec],
-    runtime: BadMannersRuntime,
-    fleet: Fleet,
-    breaks: Callable[[str], None],
-) -> None:
+def check(devices: Sequence[Device], runtime: BadMannersRuntime, fleet: Fleet, breaks: Callable[[str], None]) -> None:
     """See that no GPU is promised or used beyond what it has."""
+    used = taken(devices, runtime)
     for device in devices:
         has = device.memory_bytes or 1
-        if (used := taken(devices, specs, runtime)[device.id]) > has:
-            breaks(f"P3: the servers on GPU {device.id} have {used} of {has} bytes")
+        if used[device.id] > has:
+            breaks(f"P3: the servers on GPU {device.id} have {used[device.id]} of {has} bytes")
         promised = sum(held.memory_bytes or has for held in fleet.gpus.holders(device.id).values())
         if promised > has:
             breaks(f"P3: {promised} of {has} bytes of GPU {device.id} are promised")
 
 
-def cause_of_room(reason: str, data: Mapping[str, Any], fleet: Fleet) -> str | None:
+def cause_of_room(reason: str, spec: ModelSpec, fleet: Fleet) -> str | None:
     """Return what is wrong with a model that goes to make room, or None."""
-    spec = fleet.catalog.models[data["model"]]
     if spec.pinned:
         return f"{spec.id} is pinned, and makes room"
     claimant = fleet.catalog.models.get(reason.removeprefix(MAKES_ROOM))

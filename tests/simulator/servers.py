@@ -18,6 +18,8 @@ from gateway.generation import GenerationRequest, PromptToken
 from gateway.runtimes.base import Exit, Found, Handle, Launch, Listener, Progress
 
 NEVER = math.inf
+GPU_MEMORY = "GPU_MEMORY"
+"""What a server takes of each of its GPUs, if it does not take all of it."""
 
 
 class Broke(Exception):
@@ -70,13 +72,13 @@ def draw_manners(random: Random) -> Manners:
 class Server:
     """One simulated server process."""
 
-    def __init__(
-        self, name: str, manners: Manners, listener: Listener, fingerprint: str = "", gpus: tuple[str, ...] = ()
-    ) -> None:
+    def __init__(self, name: str, manners: Manners, listener: Listener, launch: Launch | None = None) -> None:
         self.loop = asyncio.get_running_loop()
         self.name = name
-        self.fingerprint = fingerprint
-        self.gpus = gpus
+        self.fingerprint = launch.fingerprint if launch else ""
+        self.gpus = launch.gpus if launch else ()
+        taken = launch.env.get(GPU_MEMORY) if launch else None
+        self.gpu_memory_bytes = int(taken) if taken else None
         self.manners = manners
         self.listener = listener
         self.made_at = self.loop.time()
@@ -200,7 +202,7 @@ class BadMannersRuntime:
             raise StartFailed("no such image")
         if self.alive(name):
             raise Broke(f"P2: a second server of {name}")
-        server = Server(name, manners, _Noting(self, name, listener), launch.fingerprint, launch.gpus)
+        server = Server(name, manners, _Noting(self, name, listener), launch)
         self.servers.setdefault(name, []).append(server)
         del self.servers[name][:-3]
         await self._answer()  # it exists, but the daemon has not said so yet
@@ -322,7 +324,8 @@ class SimulatedEngine:
     speaks: ClassVar[Api | None] = None
 
     def launch(self, spec: ModelSpec, name: str, secret: str) -> Launch:
-        return Launch(name, command=tuple(map(str, spec.args.items())))
+        env = {GPU_MEMORY: str(spec.gpu_memory_bytes)} if spec.gpu_memory_bytes else {}
+        return Launch(name, command=tuple(map(str, spec.args.items())), env=env)
 
     def placed(self, launch: Launch, shares: Sequence[Share]) -> Launch:
         return launch

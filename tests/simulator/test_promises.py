@@ -6,35 +6,45 @@ import asyncio
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
 
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from gateway.catalog import ModelSpec
 from tests.fleet.scenes import spec
+from tests.simulator.changes import (
+    BAD,
+    ChangingWorld,
+    catalog_of,
+    with_another_server,
+    with_one,
+    with_other_words,
+    without,
+)
 from tests.simulator.loop import Deadlock, SimulatedLoop
-from tests.simulator.planted import INSTANCES
+from tests.simulator.planted import BUGS, parts_with
 from tests.simulator.promises import Day, simulate
 from tests.simulator.servers import NEVER, Manners
-from tests.simulator.world import World
 
 ENOUGH_DAYS = 600
 
 
 def first_broken_day(promise: str) -> Day:
     for seed in range(ENOUGH_DAYS):
-        day = simulate(seed, instance=INSTANCES[promise])
+        day = simulate(seed, **parts_with(promise))
         if day.broke:
             return day
     raise AssertionError(f"{ENOUGH_DAYS} days did not show that {promise} is broken")
 
 
-@pytest.mark.parametrize("promise", sorted(INSTANCES))
+@pytest.mark.parametrize("promise", BUGS)
 def test_a_planted_bug_is_found_and_its_day_can_be_lived_again(promise: str) -> None:
     broken = first_broken_day(promise)
 
-    again = simulate(broken.seed, instance=INSTANCES[promise])
+    again = simulate(broken.seed, **parts_with(promise))
 
     assert again == broken
 
@@ -54,6 +64,7 @@ def test_a_day_has_the_requests_the_orders_and_the_faults_that_it_must() -> None
     assert all(sum(day.outcomes.values()) >= 300 for day in days)
     assert all(sum("operator: " in line and line.count(":") == 1 for line in day.trace) >= 3 for day in days)
     assert all(sum("fault: " in line for line in day.trace) == 2 for day in days)
+    assert sum("the catalog changes: " in line for day in days for line in day.trace) >= len(days)
 
 
 def test_a_failing_seed_is_replayed_with_one_command() -> None:
@@ -91,6 +102,11 @@ MANNERS = st.builds(
 )
 
 
+EDITS = st.tuples(
+    st.integers(0, 1), st.sampled_from(["words", "server", "remove", "bad", "gone"]), st.integers(0, 1000)
+)
+
+
 class Gateway(RuleBasedStateMachine):
     """Two models, tried in every way that Hypothesis can think of; the witness watches after every step."""
 
@@ -104,7 +120,7 @@ class Gateway(RuleBasedStateMachine):
         bounds = {"queue_timeout": 20, "drain_timeout": 10, "abandon_after": 15, "idle_timeout": 120}
         one = spec(id="one", weights="1.gguf", max_concurrency=1, max_queue=2, start_timeout=200, **bounds)
         two = spec(id="two", weights="2.gguf", max_concurrency=3, stall_timeout=30, unhealthy_timeout=20, **bounds)
-        self.world = World([one, two], seed=0)
+        self.world = ChangingWorld([one, two], seed=0)
         self.specs = [one, two]
 
     def run(self, work: object) -> None:
@@ -156,10 +172,36 @@ class Gateway(RuleBasedStateMachine):
 
     @rule(killed=st.booleans(), changed=st.booleans(), down_s=st.sampled_from([0.0, 1.0, 400.0]))
     def the_gateway_goes_and_comes_again(self, killed: bool, changed: bool, down_s: float) -> None:
-        one, two = self.world.fleet.catalog.models.values()
-        specs = [one.model_copy(update={"args": {"version": self.world.loop.time()}}) if changed else one, two]
+        one, *others = self.world.fleet.catalog.models.values()
+        specs = [one.model_copy(update={"args": {"version": self.world.loop.time()}}) if changed else one, *others]
         come_again = self.world.kill if killed else self.world.leave_and_come_again
         self.run(self._begin(come_again(specs, down_s=down_s)))
+
+    @rule(edits=st.lists(EDITS, min_size=1, max_size=3), at_once=st.booleans())
+    def somebody_edits_the_catalog(self, edits: list[tuple[int, str, int]], at_once: bool) -> None:
+        async def edit() -> None:
+            for model, how, seed in edits:
+                self._edit(self.specs[model], how, Random(seed), at_once=at_once)
+
+        if not self.world.down:
+            self.run(edit())
+
+    def _edit(self, spec: ModelSpec, how: str, random: Random, *, at_once: bool) -> None:
+        if how in ("bad", "gone"):
+            self.world.file.vanish() if how == "gone" else self.world.file.save(BAD)
+            return
+        now = catalog_of(self.world.fleet.catalog.models.values())
+        spec = now.models.get(spec.id, spec)
+        match how:
+            case "remove":
+                later = without(now, spec)
+            case "words":
+                later = with_one(now, with_other_words(spec, random))
+            case _:
+                later = with_one(now, with_another_server(spec, random))
+        self.world.file.save(later)
+        if at_once:
+            self.world.take(later)
 
     @invariant()
     def no_promise_is_broken(self) -> None:

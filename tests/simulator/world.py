@@ -33,7 +33,7 @@ STOPS = ("stop", "force-stop", "restart")
 REFUSED = "connection refused"
 CLOSED_AT_ONCE_S = 0.1
 ROUNDING_S = 1e-6
-OF_THE_GATEWAY = ("begin ", "serve ", "live ", "exit of ", "look at ", "remove ", "preload ")
+OF_THE_GATEWAY = ("begin ", "serve ", "live ", "exit of ", "look at ", "remove ", "preload ", "watch ")
 """How the names of the gateway's own tasks begin."""
 FORMER = "tgi-former"
 """A server of ours that the catalog knows nothing of any more."""
@@ -87,6 +87,7 @@ class World:
         *,
         keep: bool = False,
         devices: Sequence[Device] | None = None,
+        fleet: type[Fleet] = Fleet,
     ) -> None:
         self.random = Random(seed)
         self.devices = devices
@@ -94,6 +95,7 @@ class World:
         assert isinstance(self.loop, SimulatedLoop)
         self.runtime = runtime or BadMannersRuntime(self.random)
         self._instance = instance
+        self._fleet = fleet
         self._open(specs, keep=keep)
         self.down = False
         self._came_at = 0.0
@@ -110,7 +112,7 @@ class World:
         """Make a gateway, and a witness who has seen nothing of it yet."""
         probe = SimulatedProbe(self.runtime)
         self.journal = WitnessedJournal(self)
-        self.fleet = Fleet(
+        self.fleet = self._fleet(
             Catalog(path=Path("models.yaml"), default_model=None, models={spec.id: spec for spec in specs}),
             {"llamacpp": SimulatedEngine()},
             {"process": self.runtime},
@@ -218,7 +220,7 @@ class World:
         """Send one request that takes the server `work_s` seconds, and see to it that it ends exactly once (P4)."""
         if self.down:
             return self._ended("gateway down")
-        spec = self.fleet.catalog.models[spec.id]
+        spec = self.fleet.catalog.models.get(spec.id, spec)
         with self._called():
             return self._ended(await self._request(spec, work_s, max_wait_s))
 
@@ -262,7 +264,7 @@ class World:
         """Carry out an operator's order, whatever comes of it."""
         if self.down:
             return
-        spec = self.fleet.catalog.models[spec.id]
+        spec = self.fleet.catalog.models.get(spec.id, spec)
         try:
             with self._called():
                 await self.order(spec, verb)
@@ -434,7 +436,7 @@ class World:
             return
         self._checked_at = now
         if self.devices is not None:
-            rooms.check(self.devices, self.fleet.catalog.models, self.runtime, self.fleet, self.breaks)
+            rooms.check(self.devices, self.runtime, self.fleet, self.breaks)
         for watched in self.watched.values():
             self._see_adopted(watched)
             self._see_placed(watched)
@@ -527,7 +529,7 @@ class World:
         server = self.runtime.newest(f"tgi-{watched.spec.id}")
         idle = reason == "idle" and not server.requests
         if reason.startswith(rooms.MAKES_ROOM):
-            if wrong := rooms.cause_of_room(reason, {"model": watched.spec.id}, self.fleet):
+            if wrong := rooms.cause_of_room(reason, watched.spec, self.fleet):
                 self.breaks(f"P3: {wrong}")
             return
         silent = watched.before is State.UNHEALTHY and self._was_silent(server)
