@@ -137,7 +137,9 @@ class Fleet:
 
     def status(self, spec: ModelSpec) -> Status:
         instance = self._instances.get(spec.id)
-        status = replace(instance.status, spec=spec) if instance else _never_started(spec)
+        status = instance.status if instance else _never_started(spec)
+        if status.spec is not spec:  # the server before a change has not gone yet
+            status = replace(status, spec=spec)
         if (why := self.unknown.get(spec.runtime)) is not None:
             status = replace(status, failure=Failure(why, self.journal.now()))
         fetch = self._fetches.get(spec.id)

@@ -438,6 +438,9 @@ class World:
         if self.devices is not None:
             rooms.check(self.devices, self.runtime, self.fleet, self.breaks)
         for watched in self.watched.values():
+            if watched.state in DOWN and not watched.waiting and not watched.holding:
+                self._check_orphan(watched)
+                continue
             self._see_adopted(watched)
             self._see_placed(watched)
             if (deadline := self._deadline(watched)) is not None and now > deadline + ROUNDING_S:
