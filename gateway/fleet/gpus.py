@@ -19,7 +19,7 @@ from gateway.errors import NoCapacity, StartFailed
 from gateway.fleet.placement import NOWHERE, Demand, Place, described, misfit, place, unlimited
 from gateway.fleet.refusals import BUSY_GPUS_RETRY_S
 from gateway.fleet.returning import Returning
-from gateway.fleet.scheduling import Claim, Decision, Phase, Resident, Snapshot, Usage, decide, patience_s
+from gateway.fleet.scheduling import Claim, Decision, Phase, Resident, Snapshot, Usage, decide, in_vain, patience_s
 from gateway.fleet.sharing import launch_at
 from gateway.runtimes.base import Launch
 from gateway.runtimes.inventory import Inventory
@@ -119,6 +119,18 @@ class Gpus:
             if self._waiting.get(model) is waiting:  # it leaves without them
                 del self._waiting[model]
                 self.changed()
+
+    def refuse_in_vain(self, spec: ModelSpec) -> None:
+        """Return if a model that is down may hope for GPUs.
+
+        Raises:
+            NoCapacity: pinned models hold all that would do, so that a start would be of no use.
+        """
+        demand = demand_of(spec)
+        if demand.count and self.devices is not None and not misfit(demand, self.devices):
+            residents = [self._resident(model, held) for model, held in self._held.items()]
+            if why := in_vain(demand, self.devices, residents):
+                raise _in_vain(spec.id, why)
 
     def hold(self, name: str, found: Place, tenant: Tenant | None = None) -> None:
         """Note the GPUs of a server that was found running; whose it is, if it is a model's."""
@@ -307,10 +319,13 @@ class Gpus:
     def _give_up(self, model: str, why: str) -> None:
         waiting = self._waiting.pop(model)
         if not waiting.placed.done():
-            next_step = "Stop a model (POST /models/ID/stop), or tell of more GPUs with GATEWAY_GPUS"
-            words = f"{model} {why}. {next_step}."
-            waiting.placed.set_exception(NoCapacity(words, retry_after_s=BUSY_GPUS_RETRY_S))
+            waiting.placed.set_exception(_in_vain(model, why))
 
 
 def _leaving(model: str, held: Place) -> Resident:
     return Resident(model, held, Phase.LEAVING, 0, 0, pinned=False, since=0.0, last_use_at=0.0, cost_s=0.0)
+
+
+def _in_vain(model: str, why: str) -> NoCapacity:
+    next_step = "Stop a model (POST /models/ID/stop), or tell of more GPUs with GATEWAY_GPUS"
+    return NoCapacity(f"{model} {why}. {next_step}.", retry_after_s=BUSY_GPUS_RETRY_S)

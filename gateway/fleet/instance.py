@@ -444,6 +444,8 @@ class Instance:
         self._refuse_when_closing()
         self._refuse_when_unhealthy()
         self._refuse_while_cooling()
+        if self._state in DOWN:
+            self._gpus.refuse_in_vain(self.spec)
         if not admitted and self._queue.requests >= queue_room(
             self._state, self.spec.max_queue, self.spec.max_concurrency
         ):
@@ -565,9 +567,10 @@ class Instance:
         return place
 
     def _kept_long_enough(self, life: Life) -> None:
-        life.kept = self._wanted = False
-        self._last_use = self._loop.time()
-        self._rearm()
+        if life.kept:
+            life.kept = self._wanted = False
+            self._last_use = self._loop.time()
+            self._rearm()
 
     def _place_of(self, found: Found) -> Place:
         return Place(found.gpus, self.spec.gpu_memory_bytes)

@@ -191,6 +191,14 @@ def decide(snapshot: Snapshot, rules: Rules = OURS) -> Decision:
     return table.decision()
 
 
+def in_vain(demand: Demand, devices: Sequence[Device], residents: Iterable[Resident]) -> str | None:
+    """Return why a demand can never be met while pinned models hold what they hold; None if it can."""
+    pinned = [each for each in residents if each.pinned and each.phase is not Phase.LEAVING]
+    if place(demand, devices, [each.place for each in pinned]) is not None:
+        return None
+    return f"needs {_demanded(demand)}, and pinned models hold what it could have: {_holders(pinned)}"
+
+
 class _Table:
     """One decision in the making: what has been given, promised and taken, claim by claim."""
 
@@ -221,7 +229,7 @@ class _Table:
         elif (found := self._fit(claim.demand, taken)) is not None:
             self.placed[claim.model] = self.promised[claim.model] = found
             self.starting |= dict.fromkeys(found.gpus, claim.model)
-        elif words := self._in_vain(claim):
+        elif words := in_vain(claim.demand, self.devices, self.residents):
             self.hopeless[claim.model] = self.waits[claim.model] = words
         else:
             held = [each for each in self.residents if _is_held(each, claim)]
@@ -232,13 +240,6 @@ class _Table:
             for each in held:
                 if each.model not in self.evicted:
                     self.held.setdefault(each.model, claim.model)
-
-    def _in_vain(self, claim: Claim) -> str | None:
-        """Return why a claim can never be met while pinned models hold what they hold; None if it can."""
-        pinned = [each for each in self.residents if each.pinned and each.phase is not Phase.LEAVING]
-        if place(claim.demand, self.devices, [each.place for each in pinned]) is not None:
-            return None
-        return f"needs {_demanded(claim.demand)}, and pinned models hold what it could have: {_holders(pinned)}"
 
     def _make_room(self, claim: Claim, *, aged: bool) -> None:
         """Have residents go for a claim, or held once it is aged, if enough of them are due; else tell when."""
