@@ -554,8 +554,10 @@ class Instance:
     async def _place(self, life: Life) -> Place:
         """Wait for GPUs; the bounds of the start begin when it has them.
 
-        Whoever waits for it is bounded until then, and an operator's wish counts for as long as a start may take.
+        Whoever waits for it is bounded until then, and an operator's wish counts for as long as a start may take; and
+        again once it has them.
         """
+        kept = life.kept
         try:
             async with asyncio.timeout(self.spec.start_timeout_s):
                 place = await self._gpus.take(self)
@@ -563,7 +565,9 @@ class Instance:
             self._kept_long_enough(life)
             place = await self._gpus.take(self)
         life.has_place()
+        life.kept = life.kept or kept
         self._bound_all()
+        self._rearm()
         return place
 
     def _kept_long_enough(self, life: Life) -> None:
