@@ -31,7 +31,7 @@ def test_each_model_sees_exactly_the_gpus_it_was_given(tmp_path: Path) -> None:
 
     with OwnEngine(tmp_path, gpu_hook=True) as engine, site(tmp_path, engine.url) as place:
         models = {
-            name: place.model(hf_name=f"org/{name}", gpus=gpus)
+            name: place.model(hf_name=f"org/{name}", gpus=gpus, pinned=name in "ab")
             for name, gpus in {"a": 1, "b": 1, "c": 1, "named": ["1"], "none": 0}.items()
         }
         with serving(place, GPUS, all_of=models) as gateway:

@@ -149,9 +149,16 @@ class World:
             task.cancel()
         if dying:
             await asyncio.wait(dying)
+        self._hear_no_more()
         for name in self.runtime.servers:
             self.runtime.newest(name).listener = Deaf()
         await self._come_again(specs, down_s)
+
+    def _hear_no_more(self) -> None:
+        """Take note of what had ended in this very tick: whoever was to hear of it is dead."""
+        for instance in self.fleet._instances.values():
+            if instance._life and instance._life.serve.done() and not instance._life.serve.cancelled():
+                instance._life.serve.exception()
 
     async def _leave(self, specs: list[ModelSpec], down_s: float) -> None:
         await self._begun()
