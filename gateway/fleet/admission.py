@@ -52,17 +52,25 @@ def queue_room(state: State, max_queue: int, slots: int) -> int:
 
 
 def wait_ends_at(
-    state: State, bounds: Bounds, *, asked_at: float, now: float, max_wait_s: float | None, for_gpus: bool = False
+    state: State,
+    bounds: Bounds,
+    *,
+    asked_at: float,
+    now: float,
+    max_wait_s: float | None,
+    for_gpus: bool = False,
+    spent_s: float = 0.0,
 ) -> float:
     """Return when a caller who waits for a lease is to be refused.
 
-    A model that runs bounds the wait by its queue's time-out, counted from the caller's arrival or from
-    the moment it became ready; one that waits `for_gpus` likewise. One whose start is under way is bounded by that
-    (it has deadlines of its own). What the caller is willing to wait bounds all but the wait for one that runs.
+    A model that runs bounds the wait by its queue's time-out, counted from the caller's arrival or from the moment it
+    became ready; one that waits `for_gpus` likewise. `spent_s` of it was used up before, under an earlier server. One
+    whose start is under way is bounded by that (it has deadlines of its own). What the caller is willing to wait
+    bounds all but the wait for one that runs.
     """
     latest = asked_at + bounds.longest_wait_s
     if state in SERVING or for_gpus:
-        latest = min(now + bounds.queue_timeout_s, latest)
+        latest = min(now + max(bounds.queue_timeout_s - spent_s, 0.0), latest)
     return latest if max_wait_s is None or state in SERVING else min(asked_at + max_wait_s, latest)
 
 

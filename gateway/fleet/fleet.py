@@ -17,12 +17,11 @@ from gateway.fleet.changes import Changes, changes_between
 from gateway.fleet.experience import Experience
 from gateway.fleet.fetch import Fetch
 from gateway.fleet.figures import FiguresOf, silent
-from gateway.fleet.gpus import Gpus
+from gateway.fleet.gpus import Gpus, place_of
 from gateway.fleet.health import Health, Probe, Rest, rest
 from gateway.fleet.identity import fingerprint, same_server, server_name
 from gateway.fleet.instance import Entry, Instance
 from gateway.fleet.journal import Journal
-from gateway.fleet.placement import Place
 from gateway.fleet.status import Failure, Status
 from gateway.lifecycle import State
 from gateway.runtimes.base import Found, Runtime
@@ -279,7 +278,7 @@ class Fleet:
         if not (found and errand):
             return
         errand.cancel()
-        self.gpus.give_back(found.name)
+        self.gpus.give_back(_stranger(spec.runtime, found.name))
         instance = self._instance_of(spec)
         if instance.status.state is State.STOPPED:
             instance.discard(found)
@@ -338,13 +337,13 @@ class Fleet:
         """Adopt a server that was found, if it is still what the catalog asks for; or else return its removal."""
         spec = self._named(found.name)
         if spec is None or spec.runtime != runtime:
-            self.gpus.hold(found.name, Place(found.gpus))
+            self.gpus.hold(_stranger(runtime, found.name), place_of(found))
             errand = self._errand(self._remove(runtime, found.name), f"remove {found.name}")
             self._strangers[runtime, found.name] = found, errand
             return errand
         if (known := self._instances.get(spec.id)) and known.status.state is not State.STOPPED:
             return None  # it comes from another runtime; its next start removes what is here of that name
-        if found.runs and self._fits(spec, found) and self.gpus.has_room(Place(found.gpus, spec.gpu_memory_bytes)):
+        if found.runs and self._fits(spec, found) and self.gpus.has_room(place_of(found)):
             self._instance_of(spec).adopt(found)
             return None
         return self._instance_of(spec).discard(found)
@@ -358,7 +357,7 @@ class Fleet:
                 log.warning("%s: not removed yet: %s", name, error.detail)
                 await asyncio.sleep(LOOK_AGAIN_S)
             else:
-                self.gpus.give_back(name)
+                self.gpus.give_back(_stranger(runtime, name))
                 self._strangers.pop((runtime, name), None)
                 log.info("%s: removed, because no model of the catalog has it", name)
                 return
@@ -453,6 +452,11 @@ class Fleet:
             cause, fix = "; ".join(deferred(spec)), "Ask for a model that this version runs; GET /models lists them."
             raise StartFailed(f"{spec.id} cannot be run: {cause}. {fix}", cause=cause, fix=fix)
         return engine, runtime
+
+
+def _stranger(runtime: str, name: str) -> str:
+    """Return what the GPUs' ledger calls a server that no model of the catalog has: none of them can be called so."""
+    return f"{name} on {runtime}"
 
 
 def _never_started(spec: ModelSpec) -> Status:

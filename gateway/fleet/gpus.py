@@ -21,7 +21,7 @@ from gateway.fleet.refusals import BUSY_GPUS_RETRY_S
 from gateway.fleet.returning import Returning
 from gateway.fleet.scheduling import Claim, Decision, Phase, Resident, Snapshot, Usage, decide, in_vain, patience_s
 from gateway.fleet.sharing import launch_at
-from gateway.runtimes.base import Launch
+from gateway.runtimes.base import Found, Launch
 from gateway.runtimes.inventory import Inventory
 
 log = logging.getLogger(__name__)
@@ -44,6 +44,8 @@ class Occupancy:
     """When the first of those who wait for it came."""
     cost_s: float
     usage: Usage
+    owes: bool
+    """Whether some still wait for it who did so when it became ready."""
 
 
 class Tenant(Protocol):
@@ -73,6 +75,11 @@ class _Waiting:
 def demand_of(spec: ModelSpec) -> Demand:
     """Return what a model asks for; a server that others run asks for nothing."""
     return Demand(0 if spec.runtime == "external" else spec.gpus, spec.gpu_memory_bytes)
+
+
+def place_of(found: Found) -> Place:
+    """Return what a server holds that was found running."""
+    return Place(found.gpus, found.gpu_memory_bytes)
 
 
 class Gpus:
@@ -132,8 +139,22 @@ class Gpus:
             if why := in_vain(demand, self.devices, residents):
                 raise _in_vain(spec.id, why)
 
+    def starts_beside(self, model: str) -> bool:
+        """Say whether a server that shares a GPU with this model's is starting: it measures what is free there."""
+        mine = self._held.get(model, NOWHERE)
+        if mine.memory_bytes is None:
+            return False
+        beside = (name for name, held in self._held.items() if name != model and set(held.gpus) & set(mine.gpus))
+        return any(name in self._tenants and self._phase_of(name) is Phase.STARTING for name in beside)
+
+    def _phase_of(self, model: str) -> Phase:
+        return self._tenants[model].occupancy().phase
+
     def hold(self, name: str, found: Place, tenant: Tenant | None = None) -> None:
-        """Note the GPUs of a server that was found running; whose it is, if it is a model's."""
+        """Note the GPUs of a server that was found running; whose it is, if it is a model's.
+
+        A `name` that is nobody's must be none that a model can have.
+        """
         if found.gpus:
             self._held[name] = found
         if tenant:
@@ -151,7 +172,7 @@ class Gpus:
         Raises:
             NoCapacity: other programs use what this model has reserved.
         """
-        others = self._others(model)
+        others = [*self._others(model), *(held for _, held in self._returning.values())]
         memory = await self._memory.before_start(found, others) if self._memory and found.gpus else {}
         return launch_at(found, launch, engine, devices=self.devices or (), others=others, memory=memory)
 
@@ -282,6 +303,7 @@ class Gpus:
             cost_s=now.cost_s,
             held_for=self._holds.get(model),
             usage=now.usage,
+            owes=now.owes,
         )
 
     def _claim(self, tenant: Tenant) -> Claim:

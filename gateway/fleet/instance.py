@@ -31,7 +31,7 @@ from gateway.fleet.admission import (
 from gateway.fleet.estimates import Estimate, in_turn
 from gateway.fleet.experience import Experience, Past
 from gateway.fleet.figures import Figures, Silent
-from gateway.fleet.gpus import Gpus, Occupancy, demand_of
+from gateway.fleet.gpus import Gpus, Occupancy, demand_of, place_of
 from gateway.fleet.health import Health
 from gateway.fleet.identity import launch_of, same_server, server_name
 from gateway.fleet.journal import Journal
@@ -57,7 +57,14 @@ CLOCK_S = 0.001
 """A timer may fire this much before its time."""
 SERVED_LONG_S = 60.0
 """A server that was ready for this long forgives the failures before it."""
-_PHASES = dict.fromkeys(STARTING_UP, Phase.STARTING) | dict.fromkeys(SERVING, Phase.UP)
+IDLE = "idle"
+BESIDE_S = 5.0
+"""When an idle server is looked at again that must not go while another starts on its GPU."""
+_PHASES = {
+    **dict.fromkeys(STARTING_UP, Phase.STARTING),
+    **dict.fromkeys(SERVING, Phase.UP),
+    **dict.fromkeys(DOWN, Phase.STUCK),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,7 +244,7 @@ class Instance:
         What it has left of `start_timeout` it has for that, but no less than a server that fell silent would have.
         Only for a model that was never started.
         """
-        self._gpus.hold(self.spec.id, self._place_of(found), self)
+        self._gpus.hold(self.spec.id, place_of(found), self)
         life = self._begin(adopted=True)
         self._move(Event.ADOPT, "found running")
         self._run(life, found)
@@ -247,7 +254,7 @@ class Instance:
 
         The task that is returned ends when that is over, however it ended; it is not to be cancelled.
         """
-        self._gpus.hold(self.spec.id, self._place_of(found), self)
+        self._gpus.hold(self.spec.id, place_of(found), self)
         life = self._begin(adopted=True)
         self._move(Event.ADOPT, "found")
         self._run(life, found)
@@ -281,16 +288,17 @@ class Instance:
 
     def occupancy(self) -> Occupancy:
         """Return how it uses its GPUs, or wants them."""
-        oldest = next(iter(self._queue), None)
+        oldest, ready_at = self._queue.oldest, self._life.ready_at if self._life else None
         return Occupancy(
             phase=_PHASES.get(self._state, Phase.LEAVING),
             in_flight=self._in_flight,
             queued=self._queue.requests,
-            since=self._life.ready_at if self._life and self._life.ready_at is not None else self._since,
+            since=self._since if ready_at is None else ready_at,
             last_use_at=self._last_use,
             asked_at=min(oldest.asked_at, self._since) if oldest else self._since,
             cost_s=self._past.cost_s,
             usage=self._usage,
+            owes=bool(oldest and ready_at is not None and oldest.asked_at <= ready_at),
         )
 
     def waits(self) -> None:
@@ -367,13 +375,15 @@ class Instance:
             self._bound(ticket)
 
     def _bound(self, ticket: Ticket) -> None:
+        now, for_gpus = self._loop.time(), self._waits_for_gpus
         when = wait_ends_at(
             self._state,
             self._bounds,
             asked_at=ticket.asked_at,
-            now=self._loop.time(),
+            now=now,
             max_wait_s=ticket.max_wait_s,
-            for_gpus=self._waits_for_gpus,
+            for_gpus=for_gpus,
+            spent_s=ticket.spend(now, goes_on=for_gpus or self._state in SERVING),
         )
         ticket.wait_until(when)
 
@@ -576,9 +586,6 @@ class Instance:
             self._last_use = self._loop.time()
             self._rearm()
 
-    def _place_of(self, found: Found) -> Place:
-        return Place(found.gpus, self.spec.gpu_memory_bytes)
-
     async def _adopt(self, life: Life, found: Found) -> Handle:
         """Take over what was found. Its bounds begin when its runtime says where it is: not knowing is not dead."""
         while True:
@@ -661,7 +668,7 @@ class Instance:
         # to try again costs nothing where nothing is started, and a provider's long outage is not to be outlasted
         forgiven = self._served_long(life) or self.spec.runtime == "external"
         self._failure = Failure(error, self._journal.now())
-        if isinstance(error, NoCapacity):  # which says nothing of this model
+        if isinstance(error, NoCapacity) and not life.placed:  # which says nothing of this model
             return
         self._failures = 1 if forgiven else self._failures + 1
         self._cool_until = self._loop.time() + pause_after_failure_s(self._failures, served=life.served)
@@ -828,7 +835,7 @@ class Instance:
             case State.READY if not self._in_flight and not self._queue:
                 idle_s = self.spec.idle_timeout_s
                 keep = idle_s is None or self.spec.pinned
-                return None if keep or idle_s is None else (self._last_use + idle_s, "idle")
+                return None if keep or idle_s is None else (self._last_use + idle_s, IDLE)
             case State.DRAINING:
                 return (self._since + self.spec.drain_timeout_s, "drain_timeout")
             case State.FAILED if self._left and not self._closing:
@@ -848,5 +855,7 @@ class Instance:
     def _time_is_up(self, life: Life | None, reason: str) -> None:
         if self._left and not self._life:
             self._clear_again()
+        elif reason == IDLE and self._gpus.starts_beside(self.spec.id):
+            self._timer = self._loop.call_later(BESIDE_S, self._time_is_up, life, reason)
         elif life and life is self._life:
             self._end(life, reason)

@@ -24,6 +24,17 @@ class Ticket:
     asked_at: float
     wants_lease: bool
     max_wait_s: float | None
+    spent_s: float = 0.0
+    """How much of the queue's time-out it has used up so far."""
+    spends_since: float | None = None
+    """Since when it uses it up, if it does now: while the model runs, or waits for GPUs."""
+
+    def spend(self, now: float, *, goes_on: bool) -> float:
+        """Return how much of the queue's time-out is used up by `now`, and note whether it is from now on."""
+        if self.spends_since is not None:
+            self.spent_s += now - self.spends_since
+        self.spends_since = now if goes_on else None
+        return self.spent_s
 
     def wait_until(self, when: float) -> None:
         if not self.bound.expired():
@@ -41,6 +52,11 @@ class Queue:
 
     def __iter__(self) -> Iterator[Ticket]:
         return iter(list(self._tickets))
+
+    @property
+    def oldest(self) -> Ticket | None:
+        """Return the first one that waits for a lease."""
+        return next((ticket for ticket in self._tickets if ticket.wants_lease), None)
 
     @property
     def requests(self) -> int:

@@ -29,6 +29,12 @@ DOUBT = 2.0
 """An idle server goes early if it is expected back no sooner than after this many times the claim's patience."""
 WORTH = 4.0
 """A claim's patience is at most this many times what its own start takes: what loads in a moment waits for a moment."""
+TURN_S = 120.0
+"""How long a server serves those who waited for its start, at most, before it is held for others."""
+MOST_EXAMINED = 16
+"""So many claims at once have room made for them; those behind them get what is free."""
+LINGER = 0.5
+"""An idle server is waited for at most this part of what it takes to start it again: it may never be asked for."""
 LEAST_PATIENCE = 0.25
 """The part of its patience that a claim has however long its own start takes."""
 LEARNING = 0.25
@@ -41,6 +47,7 @@ class Phase(StrEnum):
     STARTING = auto()  # it loads
     UP = auto()  # it takes requests
     LEAVING = auto()  # its memory comes back by itself
+    STUCK = auto()  # it is not known whether its server is gone
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +109,8 @@ class Resident:
     """What it takes to start it again, measured or estimated."""
     held_for: str | None = None
     """The claim for which the last decision held it."""
+    owes: bool = False
+    """Whether some still wait for it who did so when it became ready."""
     usage: Usage = Usage()
 
 
@@ -209,6 +218,8 @@ class _Table:
         self.starting = {
             gpu: each.model for each in self.residents if each.phase is Phase.STARTING for gpu in each.place.gpus
         }
+        self.leaving = {gpu for each in self.residents if each.phase is Phase.LEAVING for gpu in each.place.gpus}
+        self.avoided: list[Place] = []
         self.promised: dict[str, Place] = {}
         self.placed: dict[str, Place] = {}
         self.evicted: dict[str, str] = {}
@@ -223,36 +234,64 @@ class _Table:
 
     def serve(self, claim: Claim) -> None:
         """Place a claim, or make room for it, or say why it waits."""
-        taken = [each.place for each in self.residents] + [Place((gpu,)) for gpu in self.starting]
         if words := misfit(claim.demand, self.devices):
             self.hopeless[claim.model] = self.waits[claim.model] = words
-        elif (found := self._fit(claim.demand, taken)) is not None:
+        elif (found := self._fit(claim.demand, self._taken())) is not None:
             self.placed[claim.model] = self.promised[claim.model] = found
             self.starting |= dict.fromkeys(found.gpus, claim.model)
         elif words := in_vain(claim.demand, self.devices, self.residents):
             self.hopeless[claim.model] = self.waits[claim.model] = words
+        elif len(self.waits) >= MOST_EXAMINED:
+            self.waits[claim.model] = f"waits for {_demanded(claim.demand)}, behind {len(self.waits)} others"
         else:
-            held = [each for each in self.residents if _is_held(each, claim)]
-            if (found := self._fit_without((), claim.demand)) is not None:
-                self._promise(claim, found)
-            else:
-                self._make_room(claim, aged=bool(held) or self.now >= claim.hold_at)
-            for each in held:
-                if each.model not in self.evicted:
-                    self.held.setdefault(each.model, claim.model)
+            self._wait(claim)
+
+    def _taken(self) -> list[Place]:
+        """Return what nobody can be placed on now: what is held, and GPUs whose free memory is not settled.
+
+        A server that shares a GPU measures what is free there as it loads, so nothing else may come or go meanwhile.
+        """
+        return [each.place for each in self.residents] + [Place((gpu,)) for gpu in self.leaving.union(self.starting)]
+
+    def _wait(self, claim: Claim) -> None:
+        held = [each for each in self.residents if _is_held(each, claim)]
+        aged = bool(held) or self.now >= claim.hold_at
+        found = self._fit_without((), claim.demand)
+        if found is None:
+            self._make_room(claim, aged=aged)
+        elif not (aged and self._make_room_elsewhere(claim)):
+            self._promise(claim, found)
+            self.looks.append(claim.hold_at)
+        for each in held:
+            if each.model not in self.evicted:
+                self.held.setdefault(each.model, claim.model)
+
+    def _make_room_elsewhere(self, claim: Claim) -> bool:
+        """Have residents go on GPUs where nothing starts, which may take long, for a claim that has waited enough."""
+        self.avoided = [Place((gpu,)) for gpu in self.starting]
+        try:
+            victims = self._fewest(claim, self._due(claim, aged=True)) if self.avoided else None
+            if victims is not None:
+                self._send_away(victims, claim)
+            return victims is not None
+        finally:
+            self.avoided = []
 
     def _make_room(self, claim: Claim, *, aged: bool) -> None:
         """Have residents go for a claim, or held once it is aged, if enough of them are due; else tell when."""
-        staying = [each for each in self.residents if each.model not in self.going and not each.pinned]
-        due_at = {each.model: self._due_at(each, claim, aged=aged) for each in staying}
-        due = [each for each in staying if due_at[each.model] <= self.now]
-        if (victims := self._fewest(claim, due)) is not None:
+        if (victims := self._fewest(claim, self._due(claim, aged=aged))) is not None:
             self._send_away(victims, claim)
             return
-        self.looks += [*due_at.values(), claim.hold_at]
+        self.looks += [*(self._due_at(each, claim, aged=aged) for each in self._staying()), claim.hold_at]
         self.waits[claim.model] = self._words(claim, aged=aged)
         if aged:
-            self._reserve(claim, staying)
+            self._reserve(claim, self._staying())
+
+    def _staying(self) -> list[Resident]:
+        return [each for each in self.residents if each.model not in self.going and not each.pinned]
+
+    def _due(self, claim: Claim, *, aged: bool) -> list[Resident]:
+        return [each for each in self._staying() if self._due_at(each, claim, aged=aged) <= self.now]
 
     def _due_at(self, each: Resident, claim: Claim, *, aged: bool) -> float:
         if each.phase is not Phase.UP or ((each.in_flight or each.queued) and not aged):
@@ -261,8 +300,11 @@ class _Table:
             return math.inf  # a server that measures its memory as it loads would take for its own what comes free
         if _is_held(each, claim):
             return self.now
-        rested_at = each.since + self.rules.residency_s(each)
-        return rested_at if aged else max(rested_at, self.rules.due_at(each, claim))
+        rest_s = self.rules.residency_s(each)
+        if aged:
+            return each.since + max(min(rest_s, claim.patience_s), TURN_S if each.owes else 0.0)
+        expected_back = min(self.rules.due_at(each, claim), claim.asked_at + LINGER * each.cost_s)
+        return max(each.since + rest_s, expected_back)
 
     def _starting_beside(self, each: Resident) -> bool:
         return any(gpu in self.starting for gpu in each.place.gpus)
@@ -323,7 +365,7 @@ class _Table:
 
     def _fit_without(self, victims: Collection[Resident], demand: Demand) -> Place | None:
         gone = self.going.union(each.model for each in victims)
-        return self._fit(demand, [each.place for each in self.residents if each.model not in gone])
+        return self._fit(demand, [*self.avoided, *(each.place for each in self.residents if each.model not in gone)])
 
     def _fit(self, demand: Demand, taken: Sequence[Place]) -> Place | None:
         return place(demand, self.devices, [*taken, *self.promised.values()])
@@ -359,6 +401,10 @@ class _Table:
             return "is pinned"
         if each.phase is Phase.STARTING:
             return "is starting"
+        if each.phase is Phase.STUCK:
+            return "may not be gone yet"
+        if each.owes:
+            return "serves those who waited for it"
         if self.now < each.since + self.rules.residency_s(each):
             return "has only just started"
         if aged:

@@ -27,7 +27,11 @@ def launch_at(
     Raises:
         NoCapacity: other programs use what this model has reserved.
     """
-    return replace(engine.placed(launch, shares(place, devices, others, memory)), gpus=place.gpus)
+    return replace(
+        engine.placed(launch, shares(place, devices, others, memory)),
+        gpus=place.gpus,
+        gpu_memory_bytes=place.memory_bytes,
+    )
 
 
 def shares(

@@ -69,6 +69,8 @@ class Launch:
     """The id of the model it serves."""
     gpus: tuple[str, ...] = ()
     """The ids of the GPUs that it gets: these and no others."""
+    gpu_memory_bytes: int | None = None
+    """What it takes of each of them; None: all of it."""
     fingerprint: str = ""
     """The same for two launches that would make the same server. A server that outlives the gateway keeps it."""
 
@@ -112,6 +114,8 @@ class Found:
     made_at: float
     gpus: tuple[str, ...]
     runs: bool
+    gpu_memory_bytes: int | None = None
+    """What it takes of each of its GPUs; None: all of it."""
 
 
 class Listener(Protocol):

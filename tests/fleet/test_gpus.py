@@ -43,7 +43,9 @@ class Obedient:
         return place
 
     def occupancy(self) -> Occupancy:
-        return Occupancy(self.phase, self.in_flight, 0, self.since, self.last_use_at, self.asked_at, 1.0, self.usage)
+        return Occupancy(
+            self.phase, self.in_flight, 0, self.since, self.last_use_at, self.asked_at, 1.0, self.usage, owes=False
+        )
 
     def waits(self) -> None:
         self.told.append("waits")

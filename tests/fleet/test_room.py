@@ -9,8 +9,9 @@ from typing import Any
 from gateway.fleet.placement import GIB, Device
 from gateway.fleet.status import Status
 from gateway.lifecycle import State
+from gateway.runtimes.base import Launch
 from tests.fleet.scenes import Scene, play, spec
-from tests.simulator.servers import Manners
+from tests.simulator.servers import Deaf, Manners, Server
 from tests.simulator.world import World
 
 ONE_GPU = [Device("0", 24 * GIB)]
@@ -58,14 +59,13 @@ def test_a_busy_model_finishes_what_it_has_and_those_who_queue_for_it_are_served
         await asyncio.sleep(1)
         other = on.ask("b")
         await asyncio.sleep(200)
-        late = on.ask("a")
-        await asyncio.sleep(1)
 
         assert on.status("a").held_for == "b"
-        assert on.status("a").queued == 1
         assert (on.status("b").state, on.status("b").waits_for is not None) == (State.STARTING, True)
         assert await other == "NO_CAPACITY"  # after its 300 s, and not before
-        again = on.ask("b")
+        again, late = on.ask("b"), on.ask("a")
+        await asyncio.sleep(1)
+        assert on.status("a").queued == 1
         assert await long == "answered", "nothing that runs is cut"
         assert await again == "answered"
         assert await late == "answered"
@@ -154,5 +154,80 @@ def test_a_server_whose_end_is_not_known_keeps_its_gpus() -> None:
         assert on.status("a").gpus == ("0",)
         assert on.status("b").gpus == ()
         assert await waiting == "answered"
+
+    play(scene)
+
+
+def test_a_model_whose_memory_others_use_rests_and_does_not_turn_others_out_again_and_again() -> None:
+    async def scene() -> None:
+        on = Shared("a", "b", a={"args": {"memory": "taken by others"}})
+        for _ in range(60):
+            on.ask("a")
+            on.ask("b")
+            await asyncio.sleep(10)
+
+        assert on.world.outcomes.get("answered", 0) >= 50
+        assert sum("makes room for a" in move for move in on.moves("b")) <= 6, "pauses grow"
+
+    play(scene)
+
+
+def test_the_queues_time_out_is_spent_once_however_often_the_model_is_switched() -> None:
+    async def scene() -> None:
+        keys = {"queue_timeout": 60.0, "max_concurrency": 1}
+        on = Shared(*"abcd", a=keys, b=keys, c=keys, d=keys)
+        loop = asyncio.get_running_loop()
+        asked = [on.ask(name, work_s=10.0) for name in "abcd" for _ in range(10)]
+
+        await asyncio.wait(asked)
+
+        assert loop.time() < 60 + 4 * 10 + 30, "60 s of waiting, and the starts between them"
+        assert set(on.world.outcomes) == {"answered", "NO_CAPACITY"}
+        assert on.world.outcomes["answered"] >= 5
+
+    play(scene)
+
+
+def test_a_server_that_is_nobodys_and_a_model_of_its_name_have_gpus_of_their_own() -> None:
+    async def scene() -> None:
+        on = Shared("tgi-a", devices=[Device("0", 24 * GIB), Device("1", 24 * GIB)])
+        stranger = Launch("tgi-a", gpus=("0",))
+        on.world.runtime.servers["tgi-a"] = [Server("tgi-a", Manners(leaves_s=9.0), Deaf(), stranger)]
+        await on.world.fleet.begin()
+
+        assert await on.ask("tgi-a") == "answered"
+        assert on.status("tgi-a").gpus == ("1",)
+
+    play(scene)
+
+
+def test_a_server_of_an_older_entry_keeps_what_it_takes_until_it_is_gone() -> None:
+    async def scene() -> None:
+        on = Shared("a", "b", a={"gpu_memory": "3GiB"}, b={"gpu_memory": "20GiB"})
+        older = Launch("tgi-a", gpus=("0",), fingerprint="another")
+        on.world.runtime.servers["tgi-a"] = [Server("tgi-a", Manners(leaves_s=9.0), Deaf(), older)]
+        await on.world.fleet.begin()
+        waiting = on.ask("b")
+        await asyncio.sleep(5)
+
+        assert on.status("b").gpus == ()
+        assert await waiting == "answered"
+
+    play(scene)
+
+
+def test_an_idle_server_does_not_go_while_another_measures_the_gpu_that_they_share() -> None:
+    async def scene() -> None:
+        on = Shared("a", "c", a={"gpu_memory": "10GiB", "idle_timeout": 20.0}, c={"gpu_memory": "10GiB"})
+        on.world.runtime.next_manners = [WELL, Manners(make_s=1.0, load_s=60.0)]
+        assert await on.ask("a") == "answered"
+        loading = on.ask("c")
+        await asyncio.sleep(40)
+
+        assert on.status("c").state is State.LOADING
+        assert on.status("a").state is State.READY
+        assert await loading == "answered"
+        await asyncio.sleep(30)
+        assert on.status("a").state is State.STOPPED
 
     play(scene)

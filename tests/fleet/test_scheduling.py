@@ -12,7 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.fleet.placement import GIB, Demand, Device, Place, free_bytes, misfit, place
-from gateway.fleet.scheduling import RESIDENCY, Claim, Decision, Phase, Resident, Snapshot, Usage, decide
+from gateway.fleet.scheduling import (
+    LINGER,
+    RESIDENCY,
+    TURN_S,
+    Claim,
+    Decision,
+    Phase,
+    Resident,
+    Snapshot,
+    Usage,
+    decide,
+)
 
 NOW = 10_000.0
 LONG_AGO = 1_000.0
@@ -261,6 +272,49 @@ def test_a_model_without_gpus_is_placed_at_once() -> None:
     assert decided([], [], [claim("b", Demand(0))]).placed == {"b": Place(())}
 
 
+def test_nobody_is_promised_a_gpu_that_may_never_come_free() -> None:
+    stuck, idle = resident("a", "0", phase=Phase.STUCK), resident("b", "1")
+
+    assert decided(gpus(2), [stuck, idle], [claim("c")]).evicted == {"b": "c"}
+
+
+def test_an_aged_claim_does_not_wait_for_a_start_beside_which_it_would_fit_if_others_can_go() -> None:
+    loading = resident("s", "0", phase=Phase.STARTING, place=Place(("0",), 4 * GIB))
+    idle = resident("b", "1", place=Place(("1",), 20 * GIB))
+    young, aged = claim("c", share(8)), claim("c", share(8), age_s=PATIENCE_S)
+
+    assert decided(gpus(2), [loading, idle], [young]).evicted == {}
+    assert decided(gpus(2), [loading, idle], [aged]).evicted == {"b": "c"}
+
+
+def test_nothing_is_placed_beside_a_share_that_is_leaving() -> None:
+    leaving = resident("a", "0", phase=Phase.LEAVING, place=Place(("0",), 10 * GIB))
+
+    assert decided(gpus(1), [leaving], [claim("c", share(8))]).placed == {}
+
+
+def test_a_server_that_took_very_long_to_start_does_not_stay_for_that_long() -> None:
+    slow = resident("a", since=NOW - PATIENCE_S, cost_s=1500.0)
+
+    assert decided(gpus(1), [slow], [claim("b", age_s=PATIENCE_S)]).evicted == {"a": "b"}
+
+
+def test_a_server_serves_those_who_waited_for_it_before_it_is_held_for_others() -> None:
+    facts: dict[str, Any] = {"in_flight": 4, "queued": 9, "cost_s": 10.0, "owes": True}
+    aged = claim("b", age_s=PATIENCE_S)
+
+    assert decided(gpus(1), [resident("a", since=NOW - 60, **facts)], [aged]).held == {}
+    assert decided(gpus(1), [resident("a", since=NOW - TURN_S, **facts)], [aged]).held == {"a": "b"}
+    assert decided(gpus(1), [resident("a", since=NOW - 60, **facts | {"owes": False})], [aged]).held == {"a": "b"}
+
+
+def test_an_idle_server_is_waited_for_no_longer_than_is_in_proportion_to_its_start() -> None:
+    used = resident("a", cost_s=30.0, last_use_at=NOW - 5, usage=used_every(5.0, last_at=NOW - 5))
+
+    assert decided(gpus(1), [used], [claim("b", age_s=LINGER * 30 - 1)]).evicted == {}
+    assert decided(gpus(1), [used], [claim("b", age_s=LINGER * 30)]).evicted == {"a": "b"}
+
+
 def test_usage_tells_clockwork_from_chance() -> None:
     clockwork, chance, rng = Usage(), Usage(), random.Random(1)
     at = 0.0
@@ -314,7 +368,7 @@ def snapshots(draw: st.DrawFn) -> Snapshot:
 @st.composite
 def residents_at(draw: st.DrawFn, model: str, found: Place) -> Resident:
     last_at = NOW - draw(SECONDS)
-    phase = draw(st.sampled_from([Phase.UP, Phase.UP, Phase.UP, Phase.STARTING, Phase.LEAVING]))
+    phase = draw(st.sampled_from([Phase.UP, Phase.UP, Phase.UP, Phase.STARTING, Phase.LEAVING, Phase.STUCK]))
     usage = Usage(last_at, draw(st.sampled_from([math.inf, 1.0, 20.0, 90.0, 500.0])), draw(st.sampled_from([0.0, 1.0])))
     return Resident(
         model,
@@ -327,7 +381,8 @@ def residents_at(draw: st.DrawFn, model: str, found: Place) -> Resident:
         last_at,
         draw(SECONDS),
         draw(st.sampled_from([None, None, "claim-0", "claim-1", "claim-gone"])) if phase is Phase.UP else None,
-        usage if draw(st.booleans()) else Usage(),
+        owes=draw(st.booleans()),
+        usage=usage if draw(st.booleans()) else Usage(),
     )
 
 
@@ -355,16 +410,17 @@ def test_no_busy_no_pinned_and_no_new_one_goes(snapshot: Snapshot) -> None:
     decision = decide(snapshot)
     known = {each.model: each for each in snapshot.residents}
     aged = {each.model for each in snapshot.claims if snapshot.now >= each.hold_at}
+    patience_s = {each.model: each.patience_s for each in snapshot.claims}
 
     for model, of in decision.evicted.items():
         each = known[model]
         assert (each.phase, each.in_flight, each.pinned) == (Phase.UP, 0, False)
         assert not each.queued or of in aged or any(other.held_for == of for other in snapshot.residents)
-        assert each.held_for == of or each.since + RESIDENCY * each.cost_s <= snapshot.now
+        assert each.held_for == of or each.since + min(RESIDENCY * each.cost_s, patience_s[of]) <= snapshot.now
     for model, of in decision.held.items():
         each = known[model]
         assert (each.phase, each.pinned) == (Phase.UP, False)
-        assert each.held_for == of or each.since + RESIDENCY * each.cost_s <= snapshot.now
+        assert each.held_for == of or each.since + min(RESIDENCY * each.cost_s, patience_s[of]) <= snapshot.now
     assert not decision.held.keys() & decision.evicted.keys()
 
 

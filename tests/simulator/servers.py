@@ -12,12 +12,14 @@ from typing import ClassVar
 from gateway.catalog import ModelSpec
 from gateway.devices import Share
 from gateway.engines.base import Api, Call, Decoder, Diagnosis
-from gateway.errors import GatewayError, RuntimeUnavailable, StartFailed, Unsupported
+from gateway.errors import GatewayError, NoCapacity, RuntimeUnavailable, StartFailed, Unsupported
 from gateway.fleet.health import Answer
 from gateway.generation import GenerationRequest, PromptToken
 from gateway.runtimes.base import Exit, Found, Handle, Launch, Listener, Progress
 
 NEVER = math.inf
+TAKEN_BY_OTHERS = "('memory', 'taken by others')"
+"""In the command of a model whose reservation others than ours use: `args: {memory: taken by others}`."""
 GPU_MEMORY = "GPU_MEMORY"
 """What a server takes of each of its GPUs, if it does not take all of it."""
 
@@ -167,7 +169,10 @@ class BadMannersRuntime:
         if self.silent_after_find_s:
             self.fall_silent(self.silent_after_find_s)
         left = [servers[-1] for servers in self.servers.values() if not servers[-1].removed]
-        return [Found(each.name, each.fingerprint, each.made_at, each.gpus, each.alive) for each in left]
+        return [
+            Found(each.name, each.fingerprint, each.made_at, each.gpus, each.alive, each.gpu_memory_bytes)
+            for each in left
+        ]
 
     async def adopt(self, found: Found, listener: Listener) -> Handle:
         await self._answer()
@@ -328,6 +333,8 @@ class SimulatedEngine:
         return Launch(name, command=tuple(map(str, spec.args.items())), env=env)
 
     def placed(self, launch: Launch, shares: Sequence[Share]) -> Launch:
+        if TAKEN_BY_OTHERS in launch.command:
+            raise NoCapacity("other programs have the memory")
         return launch
 
     def download(self, spec: ModelSpec, name: str) -> Launch | None:

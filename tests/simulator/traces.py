@@ -42,11 +42,11 @@ from dataclasses import dataclass, field
 from random import Random
 from statistics import mean
 
+from gateway.fleet.experience import DEFAULT_COST_S
 from gateway.fleet.placement import GIB, Demand, Device, Place
 from gateway.fleet.scheduling import OURS, Claim, Decision, Phase, Resident, Rules, Snapshot, Usage, decide, patience_s
 
 WAIT_BOUND_S = 120.0
-FIRST_GUESS_S = 60.0
 STOP_S = 4.0
 SLOTS = 4
 LOAD_VARIES = (0.9, 1.1)
@@ -222,7 +222,7 @@ class Server:
     in_flight: int = 0
     since: float = 0.0
     last_use_at: float = 0.0
-    cost_s: float = FIRST_GUESS_S
+    cost_s: float = DEFAULT_COST_S
     held_for: str | None = None
     usage: Usage = field(default_factory=Usage)
 
@@ -241,6 +241,7 @@ class Server:
             cost_s=self.cost_s,
             held_for=self.held_for,
             usage=self.usage,
+            owes=bool(self.queue) and self.queue[0].at <= self.since,
         )
 
 

@@ -17,7 +17,7 @@ from gateway.fleet.fleet import Fleet
 from gateway.fleet.gpus import Gpus
 from gateway.fleet.health import CHECK_TIMEOUT_S, RECOVERY_REST_S
 from gateway.fleet.identity import fingerprint, server_name
-from gateway.fleet.instance import CLEAR_AGAIN_S, Instance
+from gateway.fleet.instance import BESIDE_S, CLEAR_AGAIN_S, Instance
 from gateway.fleet.journal import Journal
 from gateway.fleet.life import Lease
 from gateway.fleet.placement import Device
@@ -69,6 +69,8 @@ class Watched:
     last_waiter_left: float = 0.0
     promised_until: float = 0.0
     kept: bool = False
+    start_s: float = 0.0  # the bounds of the start that is under way, which a changed catalog does not touch
+    stall_s: float = 0.0
     placed: bool = True
     placed_at: float = 0.0
     forced: bool = False
@@ -204,7 +206,7 @@ class World:
         """The bounds of a start begin when it has its GPUs; who waits for it is bounded otherwise until then."""
         if watched.state is State.STARTING and not watched.placed and self.fleet.gpus.of(watched.spec.id):
             watched.placed, watched.placed_at = True, self.loop.time()
-            watched.hard_stop_at = watched.placed_at + watched.spec.start_timeout_s
+            watched.hard_stop_at = watched.placed_at + watched.start_s
 
     def _fits(self, spec: ModelSpec, server: Server) -> bool:
         return server.fingerprint == fingerprint(SimulatedEngine(), spec)
@@ -418,12 +420,10 @@ class World:
             watched.serving_since = watched.last_use = now
         if watched.state in DOWN:
             self._witness_removal(watched)
+        if watched.before in DOWN:
+            watched.start_s, watched.stall_s = watched.spec.start_timeout_s, watched.spec.stall_timeout_s
         if watched.state is State.STARTING:
-            if not (watched.asked_for or watched.spec.preload):
-                self.breaks(f"{watched.spec.id} was stopped, and is started though nobody asked for it")
-            watched.hard_stop_at = now + watched.spec.start_timeout_s
-            watched.placed = not watched.spec.gpus
-            watched.forced = watched.stop_asked = False
+            self._witness_start(watched)
         if watched.state is State.READY:
             watched.kept = False
         if watched.adopting and data["reason"].startswith("RUNTIME_UNAVAILABLE"):
@@ -433,6 +433,13 @@ class World:
             watched.kept = watched.kept and watched.stop_asked  # a failed start has had its chance; a restart goes on
         if watched.state is State.STOPPING and watched.before in (State.READY, State.UNHEALTHY):
             self._witness_cause(watched, data["reason"])
+
+    def _witness_start(self, watched: Watched) -> None:
+        if not (watched.asked_for or watched.spec.preload):
+            self.breaks(f"{watched.spec.id} was stopped, and is started though nobody asked for it")
+        watched.hard_stop_at = watched.since + watched.start_s
+        watched.placed = not watched.spec.gpus
+        watched.forced = watched.stop_asked = False
 
     def check(self) -> None:
         """After every step: no lease is lost (P4), no state outlives its deadline (P5), no unwanted start goes on."""
@@ -469,6 +476,8 @@ class World:
             if waiter.wants_lease and now > self._waits_until(watched, waiter) + ROUNDING_S:
                 self.breaks(f"P7: a request for {spec.id} waits since {waiter.asked_at:.3f}")
         idle = watched.state is State.READY and not watched.holding and not watched.waiting and not spec.pinned
+        if self.fleet.gpus.starts_beside(spec.id):
+            watched.last_use = max(watched.last_use, now - (spec.idle_timeout_s or 0.0) + BESIDE_S)
         if idle and spec.idle_timeout_s is not None and now > watched.last_use + spec.idle_timeout_s + ROUNDING_S:
             self.breaks(f"{spec.id} is idle since {watched.last_use:.3f}, and still runs")
 
@@ -502,7 +511,7 @@ class World:
                 return None
             case State.STARTING | State.LOADING:
                 last_sign = max(watched.since, watched.placed_at, self.runtime.last_sign.get(f"tgi-{spec.id}", 0.0))
-                return min(watched.hard_stop_at, last_sign + spec.stall_timeout_s)
+                return min(watched.hard_stop_at, last_sign + watched.stall_s)
             case State.UNHEALTHY:
                 return watched.since + spec.unhealthy_timeout_s
             case State.DRAINING:
@@ -517,7 +526,7 @@ class World:
         kept_until = 0.0
         if kept and not watched.placed:  # a wish counts for as long as a start may take
             began = watched.since if watched.state is State.STARTING else watched.before_since
-            kept, kept_until = False, began + watched.spec.start_timeout_s
+            kept, kept_until = False, began + watched.start_s
         if watched.waiting or kept:
             return float("inf")
         return max(watched.last_waiter_left, watched.promised_until, kept_until) + watched.spec.abandon_after_s
@@ -569,7 +578,7 @@ class World:
         self._promised(watched, error)
         if error.code in COME_BACK and not error.retry_after_s:
             self.breaks(f"P7: {error.code} without Retry-After")
-        hopeless = "pinned" in error.detail
+        hopeless = "pinned" in error.detail or "other programs" in error.detail
         if error.code == "NO_CAPACITY" and not hopeless and now - began < spec.queue_timeout_s - ROUNDING_S:
             self.breaks(f"P7: a request for {spec.id} is refused before its time")
 

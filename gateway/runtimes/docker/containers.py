@@ -17,6 +17,7 @@ FINGERPRINT = "tgi-gateway.fingerprint"
 GENERATION = "tgi-gateway.generation"
 """Random for each start, so that a start whose answer was lost finds what it made."""
 GPUS = "tgi-gateway.gpus"
+GPU_MEMORY = "tgi-gateway.gpu-memory"
 PORT = "tgi-gateway.port"
 """Where the server listens inside; empty if it serves nobody."""
 

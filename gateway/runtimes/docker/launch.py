@@ -13,7 +13,7 @@ from docker.types import DeviceRequest, LogConfig
 from docker.types import Mount as EngineMount
 
 from gateway.runtimes.base import Container, Launch, Mount
-from gateway.runtimes.docker.containers import FINGERPRINT, GENERATION, GPUS, MODEL, NAME, OWNER, PORT
+from gateway.runtimes.docker.containers import FINGERPRINT, GENERATION, GPU_MEMORY, GPUS, MODEL, NAME, OWNER, PORT
 from gateway.runtimes.docker.images import Image
 from gateway.runtimes.docker.place import Place, host_name
 from gateway.runtimes.docker.ports import HOST
@@ -68,6 +68,7 @@ class Plan:
             FINGERPRINT: self.launch.fingerprint,
             GENERATION: self.generation,
             GPUS: ",".join(self.launch.gpus),
+            GPU_MEMORY: str(self.launch.gpu_memory_bytes or ""),
             PORT: str(self.container.port or ""),
         }
 

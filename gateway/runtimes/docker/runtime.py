@@ -17,7 +17,18 @@ from gateway.errors import RuntimeUnavailable, StartFailed
 from gateway.runtimes.base import Exit, Found, Handle, Launch, Listener
 from gateway.runtimes.docker import images
 from gateway.runtimes.docker.container_log import CATCH_UP_S, ContainerLog
-from gateway.runtimes.docker.containers import FINGERPRINT, GENERATION, GPUS, NAME, OWNER, PORT, RUNS, Seen, look
+from gateway.runtimes.docker.containers import (
+    FINGERPRINT,
+    GENERATION,
+    GPU_MEMORY,
+    GPUS,
+    NAME,
+    OWNER,
+    PORT,
+    RUNS,
+    Seen,
+    look,
+)
 from gateway.runtimes.docker.engine import PATIENCE_S, TIMEOUT_S, Engine, Refused
 from gateway.runtimes.docker.failures import foreign, how_it_ended, is_port_taken, not_started
 from gateway.runtimes.docker.launch import SECRETS, Plan, secrets_archive
@@ -371,13 +382,14 @@ class _Server:
 def found_in(listed: dict[str, Any]) -> Found:
     """Read what the engine lists of one container."""
     labels = listed["Labels"]
-    gpus = labels.get(GPUS, "")
+    gpus, memory = labels.get(GPUS, ""), labels.get(GPU_MEMORY, "")
     return Found(
         name=labels.get(NAME) or _plain_name(listed),
         fingerprint=labels.get(FINGERPRINT, ""),
         made_at=_made_at(listed),
         gpus=tuple(gpus.split(",")) if gpus else (),
         runs=listed.get("State") in RUNS,
+        gpu_memory_bytes=int(memory) if memory.isdecimal() else None,
     )
 
 
