@@ -138,7 +138,14 @@ def test_a_stream_that_ends_at_its_limit_has_the_last_token_in_the_final_frame()
     assert last["details"] == {"finish_reason": "length", "generated_tokens": 2, "seed": None, "input_length": 5}
 
 
-@pytest.mark.parametrize(("end", "token_id"), [([TokenEvent(2, "", -0.1)], 2), ([], -1)])
+@pytest.mark.parametrize(
+    ("end", "token_id"),
+    [
+        ([TokenEvent(2, "", -0.1)], 2),
+        ([TokenEvent(2, "", -0.1, token="</s>", special=True)], 2),
+        ([], -1),
+    ],
+)
 def test_a_stream_that_the_model_ends_ends_with_its_special_token(end: list[TokenEvent], token_id: int) -> None:
     answer = reply(stream=True, max_new_tokens=9)
 
@@ -187,7 +194,7 @@ def test_what_was_held_back_comes_with_the_end_and_clients_can_add_it_up() -> No
 
     sent = frames(answer.event(PARIS), answer.end(Finished("eos", 2, 5, "!")))
 
-    assert "".join(frame["token"]["text"] for frame in sent if not frame["token"]["special"]) == " Paris!"
+    assert "".join(frame["token"]["text"] for frame in sent) == " Paris!"
     assert sent[-1]["generated_text"] == " Paris!"
 
 

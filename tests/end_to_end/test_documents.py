@@ -84,7 +84,7 @@ def test_a_command_of_the_readme_works(gateway: Gateway, example: str) -> None:
         ["bash", "-ec", command],
         env={**os.environ, "GATEWAY_URL": gateway.url},
         cwd=ROOT,
-        input="What is the capital of France?\n",  # for the one that talks with a model
+        input="Hi, who are you?\n",  # for the one that talks with a model
         capture_output=True,
         text=True,
         timeout=60,
