@@ -223,7 +223,7 @@ def test_the_status_has_the_documented_fields(gateway: Gateway) -> None:
 def test_the_gateways_status_and_info_are_the_default_models_and_its_own(gateway: Gateway) -> None:
     status, info = gateway.get("/status").json(), gateway.get("/info").json()
 
-    assert {"service", "model", "system", "gpus"} == status.keys()
+    assert {"service", "model", "system", "gpus", "catalog_error"} == status.keys()
     assert status["model"]["name"] == EMBEDDED["hf_name"]
     assert info["models"] == ["m", "cold", "garbage", "container"]
     assert info["gpus"] == status["gpus"]
