@@ -356,6 +356,7 @@ def test_a_container_is_hardened_published_on_loopback_only_and_kept_by_nobody(b
                 "tgi-gateway.model": "m",
                 "tgi-gateway.fingerprint": "f",
                 "tgi-gateway.gpus": "",
+                "tgi-gateway.gpu-memory": "",
                 "tgi-gateway.port": "80",
             }
 
