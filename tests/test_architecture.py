@@ -18,7 +18,7 @@ FLOORS = [
         "gateway.machine",
         "gateway.devices",
     ],
-    ["gateway.catalog", "gateway.generation", "gateway.departure", "gateway.outcome"],
+    ["gateway.catalog", "gateway.generation", "gateway.departure", "gateway.outcome", "gateway.waiting"],
     [
         "gateway.catalog_file",
         "gateway.catalog_schema",
