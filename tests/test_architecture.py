@@ -17,6 +17,7 @@ FLOORS = [
         "gateway.gguf",
         "gateway.machine",
         "gateway.devices",
+        "gateway.aside",
     ],
     ["gateway.catalog", "gateway.generation", "gateway.departure", "gateway.outcome", "gateway.waiting"],
     [
@@ -57,6 +58,7 @@ ALONE = {
     "gateway.gguf",
     "gateway.machine",
     "gateway.devices",
+    "gateway.aside",
 }
 """These import nothing of the package: programs and values that stand by themselves."""
 SIDE_BY_SIDE = {"gateway.fleet", "gateway.api", "gateway.engines", "gateway.runtimes"}

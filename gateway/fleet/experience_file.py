@@ -13,12 +13,12 @@ import stat
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from gateway.aside import aside
 from gateway.fleet.estimates import KEPT, LONGEST_NAME, LONGEST_S, MOST_PHASES
 from gateway.fleet.experience import KEPT_MODELS, Experience, Key, Record
 
@@ -151,7 +151,7 @@ class ExperienceFile:
         """Return what `work` returns, or None and a warning if it does not."""
         try:
             async with asyncio.timeout(self._patience_s):
-                return await _in_a_thread(work)
+                return await aside(work, "experience")
         except Unusable as error:
             why = str(error)
         except TimeoutError:
@@ -225,24 +225,3 @@ def _content(descriptor: int) -> bytes:
 
 def _unusable(error: OSError) -> Unusable:
     return Unusable(error.strerror or type(error).__name__)
-
-
-async def _in_a_thread(work: Callable[[], T]) -> T:
-    """Return what `work` returns, or raise what it raises. The gateway's end does not wait for its thread."""
-    answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-
-    def run() -> None:
-        try:
-            tell: Callable[[], None] = partial(answer.set_result, work())
-        except Exception as error:  # whoever waits for the answer gets it
-            tell = partial(answer.set_exception, error)
-        with suppress(RuntimeError):  # the loop has ended, and nobody waits
-            answer.get_loop().call_soon_threadsafe(_tell, answer, tell)
-
-    threading.Thread(target=run, name="experience", daemon=True).start()
-    return await answer
-
-
-def _tell(answer: asyncio.Future[T], tell: Callable[[], None]) -> None:
-    if not answer.done():
-        tell()
