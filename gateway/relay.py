@@ -13,7 +13,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, ExitStack, aclosing, asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from itertools import zip_longest
@@ -32,7 +32,7 @@ from gateway.fleet.status import Status
 from gateway.generation import Finished, GenerationRequest, GenerationResult, PromptToken, collect
 from gateway.lifecycle import State
 from gateway.outcome import LEFT, OK, note
-from gateway.waiting import standing
+from gateway.waiting import standing, waits
 from gateway.writers import Choices, Sink, StreamWriter, Tokens, WholeWriter, Writer
 
 log = logging.getLogger(__name__)
@@ -182,15 +182,22 @@ class Errand(Generic[Result]):
 
     @asynccontextmanager
     async def _lease(self) -> AsyncIterator[Lease]:
-        """Wait for a lease and hold it. A wait for a model that is not up does not count against who asks."""
-        request = standing()
-        if _is_cold(self.instance.status):
+        """Wait for a lease and hold it. A wait for a model that is not up does not count against who asks.
+
+        Raises: as `Instance.lease`; QueueFull also if too many wait for models in all.
+        """
+        request, status, admitted = standing(), self.instance.status, self.admission.granted
+        if _is_cold(status):
             request.rests()
-        async with self.instance.lease(max_wait_s=self._max_wait_s, admitted=self.admission.granted) as lease:
-            with request.works():
-                self.admission.granted = True
-                self.instance.figures.waited(time.monotonic() - self._asked_at)
-                yield lease
+        with ExitStack() as waiting:
+            if not admitted and (_is_cold(status) or _is_busy(status)):
+                waiting.enter_context(waits())
+            async with self.instance.lease(max_wait_s=self._max_wait_s, admitted=admitted) as lease:
+                waiting.close()
+                with request.works():
+                    self.admission.granted = True
+                    self.instance.figures.waited(time.monotonic() - self._asked_at)
+                    yield lease
 
     def _begins(self) -> None:
         self.instance.figures.first_token(time.monotonic() - self._asked_at)
@@ -365,6 +372,10 @@ class Tokenization(Errand["tuple[PromptToken, ...]"]):
 def _is_cold(status: Status) -> bool:
     """Say whether a model grants no lease before something has started, or has gone and started again."""
     return status.state is not State.READY or status.held_for is not None
+
+
+def _is_busy(status: Status) -> bool:
+    return bool(status.queued) or status.in_flight >= status.spec.max_concurrency
 
 
 class Relay(Response):

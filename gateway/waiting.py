@@ -1,14 +1,18 @@
-"""A request's wait for its model, which does not count against the limits of the one who asks.
+"""A request's wait for its model: it does not count against the limits of who asks, and is one of a bounded number.
 
 Whoever counts requests puts a `Standing` into the request's context; the errands in which the request calls models'
-servers say there when they wait for a cold model and when they hold a lease.
+servers say there when they wait for a cold model and when they hold a lease. The gateway's `Room` is there likewise.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+
+from gateway.errors import QueueFull
+
+FULL_RETRY_S = 5.0
 
 
 class Standing:
@@ -60,3 +64,49 @@ _OF_REQUEST: ContextVar[Standing | None] = ContextVar("standing", default=None)
 def standing() -> Standing:
     """Return the one of the request that is being answered; one that counts for nobody if nobody counts."""
     return _OF_REQUEST.get() or Standing()
+
+
+class Room:
+    """Where all wait who wait for a model, whichever it is: at most so many."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._waiting = 0
+
+    @contextmanager
+    def given(self) -> Iterator[None]:
+        """Have what is inside, and the tasks that it makes, wait in this room."""
+        token = _ROOM.set(self)
+        try:
+            yield
+        finally:
+            _ROOM.reset(token)
+
+    @contextmanager
+    def waits(self) -> Iterator[None]:
+        """Count what is inside as one who waits.
+
+        Raises:
+            QueueFull: there is no room.
+        """
+        if self._waiting >= self._most:
+            words = f"{self._most:,} requests wait for models already (GATEWAY_MAX_WAITING); send this one again later."
+            raise QueueFull(words, retry_after_s=FULL_RETRY_S)
+        self._waiting += 1
+        try:
+            yield
+        finally:
+            self._waiting -= 1
+
+
+_ROOM: ContextVar[Room | None] = ContextVar("room", default=None)
+
+
+def waits() -> AbstractContextManager[None]:
+    """Return what counts its inside as one who waits, in the room of the request that is being answered, if any.
+
+    Raises:
+        QueueFull: as it is entered, if there is no room.
+    """
+    room = _ROOM.get()
+    return room.waits() if room else nullcontext()
