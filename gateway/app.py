@@ -28,7 +28,7 @@ from gateway.api.generate import generate_router
 from gateway.api.inference import inference_router
 from gateway.api.llm_service import llm_service_router
 from gateway.api.metrics import Counted, metrics_router
-from gateway.api.middleware import BodyLimit, Lingering, LoopbackOnly, PlainPaths, PlainRefusal, RequestLog
+from gateway.api.middleware import BodyLimit, Lingering, LoopbackOnly, PlainPaths, PlainRefusal, RequestLog, Waiting
 from gateway.api.models import models_router
 from gateway.api.openai import openai_router
 from gateway.api.overview import overview_router
@@ -60,6 +60,7 @@ from gateway.runtimes.nvml import Nvml
 from gateway.runtimes.process import ProcessRuntime
 from gateway.settings import Settings, check_exposure, load_settings, unknown_variables
 from gateway.upstream import AiohttpClient
+from gateway.waiting import Room
 
 log = logging.getLogger(__name__)
 
@@ -186,6 +187,7 @@ def compose(settings: Settings, catalog: Catalog, load: Callable[[bytes], Catalo
         app.include_router(router)
     # the last one added comes first
     app.add_middleware(BodyLimit, most_bytes=settings.max_body_bytes, closing=lambda: fleet.closing)
+    app.add_middleware(Waiting, room=Room(settings.max_waiting))
     if keys is not None:
         app.add_middleware(Authorization, keys=keys)
     app.add_middleware(PlainPaths)

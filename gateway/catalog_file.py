@@ -5,8 +5,10 @@ A complaint names the file, the model, the key and the rule, and never the value
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterable, Mapping
+import stat
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -34,12 +36,12 @@ def load_catalog(path: Path, environ: Mapping[str, str], content: bytes | None =
 
 
 def read_catalog(path: Path) -> bytes:
-    """Return what the file holds.
+    """Return what the file holds. Never waits for somebody to write into it, as a pipe would have us do.
 
     Raises:
-        CatalogError: it cannot be read, or is too large.
+        CatalogError: it cannot be read, is too large, or is no regular file.
     """
-    return _Reading(path, {}).content()
+    return _Reading(path, {}).regular_content()
 
 
 class _Fault(NamedTuple):
@@ -70,10 +72,17 @@ class _Reading:
             raise self._error()
         return Catalog(path=self._path, default_model=default_model, models=models)
 
+    def regular_content(self) -> bytes:
+        """Return what the file holds if it is a regular one, or raise CatalogError."""
+        return self._told(lambda: _read(self._path, opener=_open_regular))
+
     def content(self) -> bytes:
         """Return what the file holds, or raise CatalogError."""
+        return self._told(lambda: _read(self._path) if self._content is None else self._content)
+
+    def _told(self, read: Callable[[], bytes]) -> bytes:
         try:
-            return _read(self._path) if self._content is None else self._content
+            return read()
         except ValueError as error:
             self._note("", "", str(error))
             raise self._error() from None
@@ -263,10 +272,18 @@ class _Nodes:
             first.setdefault(key.value, line)
 
 
-def _read(path: Path) -> bytes:
+def _open_regular(path: str, flags: int) -> int:
+    descriptor = os.open(path, flags | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(0, "it is no regular file")
+    return descriptor
+
+
+def _read(path: Path, opener: Callable[[str, int], int] | None = None) -> bytes:
     """Return the file's bytes, or raise ValueError in words."""
     try:
-        with path.open("rb") as file:
+        with open(path, "rb", opener=opener) as file:
             content = file.read(_LARGEST_FILE_BYTES + 1)
         if len(content) > _LARGEST_FILE_BYTES:
             raise ValueError(f"is larger than {_LARGEST_FILE_BYTES} bytes")

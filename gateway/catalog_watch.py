@@ -9,15 +9,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
+from gateway.aside import aside
 from gateway.catalog import Catalog
 from gateway.catalog_file import read_catalog
+from gateway.catalog_values import shown
 from gateway.errors import CatalogError
 
 LOOK_EVERY_S = 1.0
+PATIENCE_S = 20.0
+"""How long it may take to read the file, or to make a catalog of it."""
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -33,17 +40,45 @@ class Source(Protocol):
 
 
 class CatalogFile:
-    """A file, read and parsed beside the event loop: a slow disk or a long catalog holds up no stream."""
+    """A file, read and parsed beside the event loop: a slow disk or a long catalog holds up no stream.
 
-    def __init__(self, path: Path, load: Callable[[bytes], Catalog]) -> None:
+    One that hangs holds up nothing else either: it is told of after `patience_s`, and it is asked by one thread only.
+    """
+
+    def __init__(self, path: Path, load: Callable[[bytes], Catalog], *, patience_s: float = PATIENCE_S) -> None:
         self._path = path
         self._load = load
+        self._patience_s = patience_s
+        self._busy = threading.Lock()
 
     async def read(self) -> bytes:
-        return await asyncio.to_thread(read_catalog, self._path)
+        return await self._bounded(lambda: read_catalog(self._path))
 
     async def load(self, content: bytes) -> Catalog:
-        return await asyncio.to_thread(self._load, content)
+        return await self._bounded(lambda: self._load(content))
+
+    async def _bounded(self, work: Callable[[], T]) -> T:
+        """Return what `work` returns.
+
+        Raises:
+            CatalogError: the disk does not answer, or what `work` raises.
+        """
+        try:
+            async with asyncio.timeout(self._patience_s):
+                return await aside(lambda: self._alone(work), "catalog")
+        except TimeoutError:
+            raise self._silent() from None
+
+    def _alone(self, work: Callable[[], T]) -> T:
+        if not self._busy.acquire(blocking=False):
+            raise self._silent()
+        try:
+            return work()
+        finally:
+            self._busy.release()
+
+    def _silent(self) -> CatalogError:
+        return CatalogError([f"{shown(str(self._path), 4096)}: cannot be read: the disk does not answer"])
 
 
 Found = bytes | tuple[str, ...]

@@ -12,8 +12,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, aclosing, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, ExitStack, aclosing, asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from itertools import zip_longest
@@ -28,8 +28,11 @@ from gateway.engines.keys import without_key
 from gateway.errors import GatewayError, GenerationFailed, GenerationTimeout, ModelNotLoaded, UpstreamFailed
 from gateway.fleet.instance import Instance
 from gateway.fleet.life import Lease
+from gateway.fleet.status import Status
 from gateway.generation import Finished, GenerationRequest, GenerationResult, PromptToken, collect
+from gateway.lifecycle import State
 from gateway.outcome import LEFT, OK, note
+from gateway.waiting import standing, waits
 from gateway.writers import Choices, Sink, StreamWriter, Tokens, WholeWriter, Writer
 
 log = logging.getLogger(__name__)
@@ -165,10 +168,7 @@ class Errand(Generic[Result]):
     async def _attempt(self, interrupt: Interrupt, *, streamed: bool) -> Result:
         """Hold a lease for as long as the server works on the call."""
         timeout_s = self.instance.spec.generation_timeout_s
-        lease_to_come = self.instance.lease(max_wait_s=self._max_wait_s, admitted=self.admission.granted)
-        async with lease_to_come as lease:
-            self.admission.granted = True
-            self.instance.figures.waited(time.monotonic() - self._asked_at)
+        async with self._lease() as lease:
             lease.on_cut = interrupt.fire
             self.spec = self.instance.spec
             if self.instance.engine is not self._engine:
@@ -179,6 +179,25 @@ class Errand(Generic[Result]):
                     return await self._send(lease, pace)
             except TimeoutError:
                 raise self._too_slow(timeout_s, streamed=streamed) from None
+
+    @asynccontextmanager
+    async def _lease(self) -> AsyncIterator[Lease]:
+        """Wait for a lease and hold it. A wait for a model that is not up does not count against who asks.
+
+        Raises: as `Instance.lease`; QueueFull also if too many wait for models in all.
+        """
+        request, status, admitted = standing(), self.instance.status, self.admission.granted
+        if _is_cold(status):
+            request.rests()
+        with ExitStack() as waiting:
+            if not admitted and (_is_cold(status) or _is_busy(status)):
+                waiting.enter_context(waits())
+            async with self.instance.lease(max_wait_s=self._max_wait_s, admitted=admitted) as lease:
+                waiting.close()
+                with request.works():
+                    self.admission.granted = True
+                    self.instance.figures.waited(time.monotonic() - self._asked_at)
+                    yield lease
 
     def _begins(self) -> None:
         self.instance.figures.first_token(time.monotonic() - self._asked_at)
@@ -348,6 +367,15 @@ class Tokenization(Errand["tuple[PromptToken, ...]"]):
         if answer.status != 200:
             raise await self.refusal(answer)
         return self.instance.engine.tokens(self._request, await start_of(answer, MOST_TOKENS_BYTES))
+
+
+def _is_cold(status: Status) -> bool:
+    """Say whether a model grants no lease before something has started, or has gone and started again."""
+    return status.state is not State.READY or status.held_for is not None
+
+
+def _is_busy(status: Status) -> bool:
+    return bool(status.queued) or status.in_flight >= status.spec.max_concurrency
 
 
 class Relay(Response):

@@ -91,6 +91,8 @@ class Settings(BaseSettings):
     """Serve other machines without keys all the same."""
     max_body_bytes: Bytes = Field(default=2_000_000, validation_alias="GATEWAY_MAX_BODY")
     """The largest request body."""
+    max_waiting: int = Field(default=10_000, ge=1)
+    """How many requests may wait for models, whichever; each model's `max_queue` bounds its own."""
     gpus: Annotated[Mapping[str, int] | None, BeforeValidator(_gpu_memory)] = None
     """Memory in bytes of each GPU by its id, where it cannot be asked for."""
     state_dir: Path | None = None

@@ -17,8 +17,9 @@ FLOORS = [
         "gateway.gguf",
         "gateway.machine",
         "gateway.devices",
+        "gateway.aside",
     ],
-    ["gateway.catalog", "gateway.generation", "gateway.departure", "gateway.outcome"],
+    ["gateway.catalog", "gateway.generation", "gateway.departure", "gateway.outcome", "gateway.waiting"],
     [
         "gateway.catalog_file",
         "gateway.catalog_schema",
@@ -57,6 +58,7 @@ ALONE = {
     "gateway.gguf",
     "gateway.machine",
     "gateway.devices",
+    "gateway.aside",
 }
 """These import nothing of the package: programs and values that stand by themselves."""
 SIDE_BY_SIDE = {"gateway.fleet", "gateway.api", "gateway.engines", "gateway.runtimes"}

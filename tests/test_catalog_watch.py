@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
@@ -196,6 +197,45 @@ def test_one_that_cannot_be_read_is_told_of(file: Path) -> None:
         assert len(looks.refused) == 3
 
     watched(file, scene)
+
+
+def test_a_pipe_in_its_place_is_told_of_and_holds_up_nothing(file: Path) -> None:
+    async def scene(looks: Looks) -> None:
+        content = file.read_bytes()
+        file.unlink()
+        os.mkfifo(file)
+        await looks.look(3)
+        assert ["no regular file" in each for (each,) in looks.refused] == [True]
+        file.unlink()
+        file.write_bytes(content)
+        await looks.look(2)
+        assert looks.models == [["one"], ["one"]]
+
+    watched(file, scene)
+
+
+def test_a_disk_that_hangs_is_told_of_once_and_asked_by_one_thread(file: Path) -> None:
+    answers, asked = threading.Event(), []
+
+    def load(content: bytes) -> Catalog:
+        asked.append(content)
+        answers.wait()
+        return Catalog(path=file, models={})
+
+    async def play() -> None:
+        looks = Looks(CatalogFile(file, load, patience_s=0.05))
+        await looks.look(5)
+        assert ["the disk does not answer" in each for (each,) in looks.refused] == [True, True]
+        looks.task.cancel()
+        await asyncio.wait([looks.task])
+
+    try:
+        asyncio.run(play())
+    finally:
+        answers.set()
+        for thread in [thread for thread in threading.enumerate() if thread.name == "catalog"]:
+            thread.join(20)
+    assert len(asked) == 1
 
 
 def test_a_bad_file_is_refused_with_every_complaint_and_mended_by_the_next_save(file: Path) -> None:

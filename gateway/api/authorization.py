@@ -16,6 +16,7 @@ from gateway.api import problems
 from gateway.api.rights import right_for
 from gateway.errors import Forbidden, RateLimited, Unauthorized
 from gateway.keys import Key, Right, holder_of
+from gateway.waiting import Standing
 
 MINUTE_S = 60.0
 REFUSED = {"www-authenticate": "Bearer", "connection": "close"}
@@ -35,18 +36,20 @@ class Allowance:
 
     @contextmanager
     def request(self) -> Iterator[None]:
-        """Count what is inside as one request.
+        """Count what is inside as one request, but while it waits for a model that is not up yet: that costs nobody.
+
+        Only who comes is refused. So after a cold start more may be at work for a while than the key allows.
 
         Raises:
             RateLimited: it would be one too many; it was not counted.
         """
         self._check_concurrency()
         self._check_rate()
-        self._under_way += 1
-        try:
+        with Standing(self._count).request():
             yield
-        finally:
-            self._under_way -= 1
+
+    def _count(self, change: int) -> None:
+        self._under_way += change
 
     def _check_concurrency(self) -> None:
         most = self.key.max_concurrency
@@ -71,7 +74,7 @@ class Authorization:
     """Asks every request for its key, but at the addresses that are open to all.
 
     It must see the path that the router sees. A request counts for its key until the application is done with it: for a
-    generation whose caller leaves, that is at once.
+    generation whose caller leaves, that is at once. Its wait for a cold model does not count (`Allowance.request`).
     """
 
     def __init__(self, app: ASGIApp, keys: Sequence[Key], clock: Callable[[], float] = time.monotonic) -> None:

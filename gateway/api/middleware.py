@@ -19,6 +19,7 @@ from gateway.api import problems
 from gateway.departure import interruptible
 from gateway.errors import BodyTimeout, BodyTooLarge, GatewayError
 from gateway.fleet.refusals import shutting_down
+from gateway.waiting import Room
 
 log = logging.getLogger("gateway.access")
 
@@ -95,6 +96,18 @@ def _facts(scope: Scope, status: int | str, took_ms: float) -> dict[str, object]
     """Return the same for machines: what a log in JSON says of a request, field by field."""
     known = {name: scope["state"][name] for name in ("request_id", "key", "model") if name in scope["state"]}
     return {"method": scope["method"], "path": scope["path"], "status": status, "took_ms": round(took_ms, 1), **known}
+
+
+class Waiting:
+    """Has all requests wait for their models in one room."""
+
+    def __init__(self, app: ASGIApp, room: Room) -> None:
+        self._app = app
+        self._room = room
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._room.given():
+            await self._app(scope, receive, send)
 
 
 class _Exchange:

@@ -9,16 +9,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import secrets
 import stat
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from gateway.aside import aside
 from gateway.fleet.estimates import KEPT, LONGEST_NAME, LONGEST_S, MOST_PHASES
 from gateway.fleet.experience import KEPT_MODELS, Experience, Key, Record
 
@@ -151,7 +152,7 @@ class ExperienceFile:
         """Return what `work` returns, or None and a warning if it does not."""
         try:
             async with asyncio.timeout(self._patience_s):
-                return await _in_a_thread(work)
+                return await aside(work, "experience")
         except Unusable as error:
             why = str(error)
         except TimeoutError:
@@ -204,13 +205,17 @@ class ExperienceFile:
         return True
 
     def _replace(self, content: bytes) -> None:
-        new = self.path.with_suffix(".new")
-        descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(descriptor)
-        new.replace(self.path)
+        new = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}")  # another gateway may write at once
+        descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(descriptor)
+            new.replace(self.path)
+        except BaseException:
+            new.unlink(missing_ok=True)
+            raise
 
 
 def _content(descriptor: int) -> bytes:
@@ -225,24 +230,3 @@ def _content(descriptor: int) -> bytes:
 
 def _unusable(error: OSError) -> Unusable:
     return Unusable(error.strerror or type(error).__name__)
-
-
-async def _in_a_thread(work: Callable[[], T]) -> T:
-    """Return what `work` returns, or raise what it raises. The gateway's end does not wait for its thread."""
-    answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-
-    def run() -> None:
-        try:
-            tell: Callable[[], None] = partial(answer.set_result, work())
-        except Exception as error:  # whoever waits for the answer gets it
-            tell = partial(answer.set_exception, error)
-        with suppress(RuntimeError):  # the loop has ended, and nobody waits
-            answer.get_loop().call_soon_threadsafe(_tell, answer, tell)
-
-    threading.Thread(target=run, name="experience", daemon=True).start()
-    return await answer
-
-
-def _tell(answer: asyncio.Future[T], tell: Callable[[], None]) -> None:
-    if not answer.done():
-        tell()

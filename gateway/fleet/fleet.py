@@ -29,6 +29,8 @@ from gateway.runtimes.base import Found, Runtime
 FIRST_LOOK_S = 10.0
 """How long the gateway's start waits for a runtime to say what runs there."""
 LOOK_AGAIN_S = 2.0
+ASK_AGAIN_S = 15.0
+"""When it is asked again whether what was left of a removed model is gone."""
 STRANGER_GRACE_S = 10.0
 """How long a server of ours that the catalog knows nothing of may take to leave."""
 
@@ -254,6 +256,7 @@ class Fleet:
         self._call_off_fetch(spec)
         if instance := self._instances.get(spec.id):
             instance.remove()
+            self._errand(self._forget(spec, instance), f"forget {spec.id}")
 
     def _change_model(self, spec: ModelSpec, before: ModelSpec | None) -> None:
         """Let a model go on by its new entry, and start it if that says so, or mends it."""
@@ -263,10 +266,21 @@ class Fleet:
         instance = self._instances.get(spec.id)
         had_failed = instance is not None and instance.status.state is State.FAILED
         if instance:
+            instance.figures = self._figures(spec.id)  # those of a model that was gone may be forgotten
             instance.change(self._entry(spec))
         newly_preloaded = spec.preload and not (before and before.preload)
         if newly_preloaded or (had_failed and (spec.preload or spec.pinned)):
             self._preload([spec])
+
+    async def _forget(self, spec: ModelSpec, instance: Instance) -> None:
+        """Drop a removed model when nothing is left of it; until then it is the one that goes on, should it be back."""
+        while spec.id not in self.catalog.models and self._instances.get(spec.id) is instance:
+            try:
+                await instance.stop()
+            except ModelNotRunning:
+                del self._instances[spec.id]
+            except GatewayError:  # it is not known whether its server is gone
+                await asyncio.sleep(ASK_AGAIN_S)
 
     def _call_off_fetch(self, spec: ModelSpec) -> None:
         if errand := self._fetching.get(spec.id):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
@@ -307,3 +308,12 @@ def test_the_checkpoint_that_serve_was_given_stays_the_default(tmp_path: Path) -
     catalog.save(without="b")
     with pytest.raises(CatalogError, match="--checkpoint: there is no model 'b'"):
         catalog_with(catalog.path, {}, "b")
+
+
+def test_a_pipe_in_place_of_the_catalog_is_told_of_and_the_gateway_ends_when_asked(tmp_path: Path) -> None:
+    idle = {"engine": "openai", "runtime": "external", "url": "http://127.0.0.1:9"}
+    with serving(tmp_path, m=idle) as gateway:
+        (tmp_path / "models.yaml").unlink()
+        os.mkfifo(tmp_path / "models.yaml")
+        wait_until(lambda: any("no regular file" in line for line in list(gateway.log)))
+        assert gateway.get("/models/m").status_code == 200

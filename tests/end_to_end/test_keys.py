@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -16,7 +18,7 @@ from tests.end_to_end.addresses import ADDRESSES, STREAMS, Address, Caller, mode
 from tests.end_to_end.gateway import Gateway, serving
 from tests.numbered_server import Numbers
 from tests.runtimes.processes import wait_until
-from tests.scripted_server import ScriptedServer, scripted
+from tests.scripted_server import WELL, Conversation, ScriptedServer, refused, scripted
 from tests.tgi_double.process import Double
 
 THEIRS, OURS, HUB = "sk-their-own-0123456789", "gw_our-own-0123456789", "hf_our-own-0123456789"
@@ -189,6 +191,54 @@ def narrow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Gateway, 
         model = {"engine": "tgi", "hf_name": "x", "runtime": "external", "url": double.url}
         with serving(folder, {"GATEWAY_API_KEYS_FILE": str(folder / "keys.jsonl")}, m=model) as gateway:
             yield gateway, key
+
+
+def test_a_cold_start_does_not_count_against_the_keys_limit_and_work_does(tmp_path: Path) -> None:
+    file = tmp_path / "keys.jsonl"
+    one, other = add_key(file, "one", ["generate"], max_concurrency=1), add_key(file, "other", ["generate"])
+
+    def ask_everywhere(server: ScriptedServer, port: int, go_on: Callable[[], object]) -> list[str]:
+        models = {"m": {"engine": "tgi", "hf_name": "x", "runtime": "external", "url": f"http://127.0.0.1:{port}"}}
+        with (
+            serving(tmp_path, {"GATEWAY_API_KEYS_FILE": str(file)}, **models) as gateway,
+            ThreadPoolExecutor(len(ADDRESSES)) as callers,
+        ):
+
+            def ask(address: Address) -> httpx.Response:
+                return gateway.post(address.path.format(model="m"), address.body("m", "caller-1 counts", 3), **shown)
+
+            def until_there_are(calls: int, where: str) -> None:
+                wait_until(lambda: gateway.get("/models/m", **bearer(other)).json()[where] == calls)
+
+            shown, asked, waiting = bearer(one), 0, []
+            for address in ADDRESSES:
+                waiting.append(callers.submit(ask, address))
+                asked += address.asks
+                until_there_are(asked, "queued")
+            assert gateway.get("/models/m", **shown).status_code == 200
+            server.well = WELL
+            until_there_are(asked, "in_flight")
+            too_many = [ask(ADDRESSES[0]), gateway.get("/models/m", **shown)]
+            assert [(each.status_code, each.json()["error_code"]) for each in too_many] == [(429, "RATE_LIMITED")] * 2
+            go_on()
+            answers = [address.text_of(each.result().text) for address, each in zip(ADDRESSES, waiting, strict=True)]
+            wait_until(lambda: gateway.get("/models/m", **shown).status_code == 200)
+            return answers
+
+    async def scene() -> list[str]:
+        may_go_on = asyncio.Event()
+        numbers, loop = Numbers(), asyncio.get_running_loop()
+
+        async def script(conversation: Conversation) -> None:
+            await may_go_on.wait()
+            await numbers(conversation)
+
+        async with scripted(script) as (server, port):
+            server.well = refused(503, "loading")
+            go_on = partial(loop.call_soon_threadsafe, may_go_on.set)
+            return await asyncio.to_thread(ask_everywhere, server, port, go_on)
+
+    assert asyncio.run(scene()) == [" 1.1 1.2 1.3"] * len(ADDRESSES)
 
 
 # ---- pages in a browser ----------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from gateway.catalog import Catalog, ModelSpec
 from gateway.errors import CatalogError, GatewayError, UnknownModel
 from gateway.fleet.changes import changes_between
 from gateway.fleet.fetch import Fetch
+from gateway.fleet.figures import FiguresOf, Silent, silent
 from gateway.fleet.fleet import Fleet
 from gateway.fleet.health import Answer
 from gateway.fleet.journal import Journal
@@ -267,6 +268,73 @@ def test_a_model_that_comes_back_while_it_leaves_never_has_two_servers() -> None
     play(scene)
 
 
+def test_a_removed_model_is_forgotten_when_nothing_is_left_of_it() -> None:
+    async def scene() -> None:
+        one = await Edited().begun()
+        await one.ready()
+        instance, running = one.instance, one.ask(30)
+        await one.after(1)
+
+        one.take(OTHER)
+        await one.after(10)
+        one.take(OTHER, one.spec)
+        assert one.instance is instance  # its request is under way
+        one.take(OTHER)
+        assert await running == "answered"
+        await one.after(10)
+        one.take(OTHER, one.spec)
+        assert one.instance is not instance
+        assert await one.ask() == "answered"
+
+    play(scene)
+
+
+def test_a_removed_model_of_which_something_is_perhaps_left_is_not_forgotten() -> None:
+    async def scene() -> None:
+        here, _ = two_runtimes()
+        fleet = fleet_of({"docker": here}, tgi(stop_grace=10), OTHER)
+        await fleet.begin()
+        await fleet.get(tgi()).start()
+        instance = fleet.get(tgi())
+        here.fall_silent(100)
+
+        fleet.change(catalog_of([OTHER]))
+        await asyncio.sleep(60)
+        fleet.change(catalog_of([OTHER, tgi()]))
+        assert fleet.get(tgi()) is instance
+        fleet.change(catalog_of([OTHER]))
+        await asyncio.sleep(100)
+        assert not here.alive("tgi-m")
+        fleet.change(catalog_of([OTHER, tgi()]))
+        assert fleet.get(tgi()) is not instance
+        await fleet.aclose()
+
+    play(scene)
+
+
+def test_a_model_that_comes_back_is_counted_by_figures_that_are_not_forgotten() -> None:
+    async def scene() -> None:
+        here, _ = two_runtimes()
+        made: list[Silent] = []
+
+        def figures(_: str) -> Silent:
+            made.append(Silent())
+            return made[-1]
+
+        fleet = fleet_of({"docker": here}, tgi(), OTHER, figures=figures)
+        await fleet.begin()
+        instance = fleet.get(tgi())
+        await instance.start()
+        async with instance.lease():
+            fleet.change(catalog_of([OTHER]))
+            fleet.change(catalog_of([OTHER, tgi()]))
+            assert fleet.get(tgi()) is instance
+            assert instance.figures is made[1]
+        await fleet.aclose()
+
+    play(scene)
+
+
 def test_an_added_model_is_there_at_once_and_preloaded_if_it_says_so() -> None:
     async def scene() -> None:
         one = await Edited().begun()
@@ -398,11 +466,17 @@ class ProbeOfAll:
         return None
 
 
-def fleet_of(runtimes: Mapping[str, Any], *specs: ModelSpec, engine: SimulatedEngine | None = None) -> Fleet:
+def fleet_of(
+    runtimes: Mapping[str, Any],
+    *specs: ModelSpec,
+    engine: SimulatedEngine | None = None,
+    figures: FiguresOf = silent,
+) -> Fleet:
     simulated = [each for each in runtimes.values() if isinstance(each, BadMannersRuntime)]
     engines = dict.fromkeys(("tgi", "llamacpp"), engine or SimulatedEngine())
     journal = Journal(asyncio.get_running_loop().time)
-    return Fleet(catalog_of(specs), engines, runtimes, ProbeOfAll(*simulated), journal, keep_servers=False)
+    probe = ProbeOfAll(*simulated)
+    return Fleet(catalog_of(specs), engines, runtimes, probe, journal, figures=figures, keep_servers=False)
 
 
 def tgi(**keys: Any) -> ModelSpec:

@@ -8,6 +8,7 @@ import logging
 import os
 import threading
 from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -201,13 +202,30 @@ def test_a_file_that_cannot_be_used_is_a_warning_and_is_replaced(
     assert kept(tmp_path) == {KEY: RECORD}
 
 
-def test_what_a_crash_left_half_written_is_not_read_and_is_replaced(tmp_path: Path) -> None:
-    kept(tmp_path, learns)
-    file_of(tmp_path).with_suffix(".new").write_bytes(written({KEY: OTHER})[:50])
+def test_two_who_write_at_once_write_two_whole_files(tmp_path: Path) -> None:
+    alike = [{Key(str(number), str(writer), ""): RECORD for number in range(200)} for writer in range(8)]
+    files = [ExperienceFile(tmp_path, "default") for _ in alike]
+    seen = set()
 
-    assert kept(tmp_path) == {KEY: RECORD}
-    kept(tmp_path, learns)
-    assert kept(tmp_path) == {KEY: RECORD}
+    def write(number: int) -> None:
+        for _ in range(20):
+            files[number].save(alike[number])
+            seen.add(alike.index(files[number].load()))  # which raises for half a file, and for a mixture
+
+    with ThreadPoolExecutor(len(files)) as writers:
+        list(writers.map(write, range(len(files))))
+
+    assert seen <= set(range(len(files)))
+    assert list(tmp_path.iterdir()) == [file_of(tmp_path)]
+
+
+def test_a_file_that_cannot_take_its_place_is_removed(tmp_path: Path) -> None:
+    file_of(tmp_path).mkdir()
+
+    with pytest.raises(Unusable):
+        ExperienceFile(tmp_path, "default").save({KEY: RECORD})
+
+    assert list(tmp_path.iterdir()) == [file_of(tmp_path)]
 
 
 @pytest.mark.parametrize("kind", ["no folder", "a file as its folder", "a folder in its place", "a pipe in its place"])

@@ -1,0 +1,112 @@
+"""A request's wait for its model: it does not count against the limits of who asks, and is one of a bounded number.
+
+Whoever counts requests puts a `Standing` into the request's context; the errands in which the request calls models'
+servers say there when they wait for a cold model and when they hold a lease. The gateway's `Room` is there likewise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+
+from gateway.errors import QueueFull
+
+FULL_RETRY_S = 5.0
+
+
+class Standing:
+    """Whether a request is at work. It is from its arrival on, but while it waits for a model that is not up yet.
+
+    `count` is told of each change: 1 when it is at work, -1 when it is not any more.
+    """
+
+    def __init__(self, count: Callable[[int], None] = lambda _: None) -> None:
+        self._count = count
+        self._at_work = False
+        self._leases = 0
+
+    @contextmanager
+    def request(self) -> Iterator[None]:
+        """Have what is inside, and the tasks that it makes, know this as theirs."""
+        token = _OF_REQUEST.set(self)
+        self._set(at_work=True)
+        try:
+            yield
+        finally:
+            self._set(at_work=False)
+            _OF_REQUEST.reset(token)
+
+    def rests(self) -> None:
+        """Say that a part of the request waits for a cold model; it rests if no other part holds a lease."""
+        if not self._leases:
+            self._set(at_work=False)
+
+    @contextmanager
+    def works(self) -> Iterator[None]:
+        """Say that what is inside holds a lease. Nobody is refused here: the request was admitted."""
+        self._leases += 1
+        self._set(at_work=True)
+        try:
+            yield
+        finally:
+            self._leases -= 1
+
+    def _set(self, *, at_work: bool) -> None:
+        if at_work is not self._at_work:
+            self._at_work = at_work
+            self._count(1 if at_work else -1)
+
+
+_OF_REQUEST: ContextVar[Standing | None] = ContextVar("standing", default=None)
+
+
+def standing() -> Standing:
+    """Return the one of the request that is being answered; one that counts for nobody if nobody counts."""
+    return _OF_REQUEST.get() or Standing()
+
+
+class Room:
+    """Where all wait who wait for a model, whichever it is: at most so many."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._waiting = 0
+
+    @contextmanager
+    def given(self) -> Iterator[None]:
+        """Have what is inside, and the tasks that it makes, wait in this room."""
+        token = _ROOM.set(self)
+        try:
+            yield
+        finally:
+            _ROOM.reset(token)
+
+    @contextmanager
+    def waits(self) -> Iterator[None]:
+        """Count what is inside as one who waits.
+
+        Raises:
+            QueueFull: there is no room.
+        """
+        if self._waiting >= self._most:
+            words = f"{self._most:,} requests wait for models already (GATEWAY_MAX_WAITING); send this one again later."
+            raise QueueFull(words, retry_after_s=FULL_RETRY_S)
+        self._waiting += 1
+        try:
+            yield
+        finally:
+            self._waiting -= 1
+
+
+_ROOM: ContextVar[Room | None] = ContextVar("room", default=None)
+
+
+def waits() -> AbstractContextManager[None]:
+    """Return what counts its inside as one who waits, in the room of the request that is being answered, if any.
+
+    Raises:
+        QueueFull: as it is entered, if there is no room.
+    """
+    room = _ROOM.get()
+    return room.waits() if room else nullcontext()
