@@ -136,6 +136,11 @@ class Model(TypedDict):
     queued: int
     idle_seconds: float | None
     port: int | None
+    gpus: NotRequired[list[str]]
+    waits_for: NotRequired[str | None]
+    """Why it has no GPUs yet, while it waits for some."""
+    held_for: NotRequired[str | None]
+    """The model that gets its GPUs as soon as what it works on has ended."""
     last_error: LastError | None
 
 
@@ -351,6 +356,7 @@ def _address(model_id: str) -> str:
 
 _MODELS = _Call("GET", "/models")
 _HEALTH = _Call("GET", "/health")
+_STATUS = _Call("GET", "/status")
 
 
 @dataclass(frozen=True, slots=True)
@@ -631,6 +637,10 @@ class InferenceClient:
     def health(self) -> Health:
         return cast(Health, self._ask(_HEALTH))
 
+    def status(self) -> Mapping[str, Any]:
+        """Return what `GET /status` says of the gateway, its GPUs and its catalog."""
+        return cast("Mapping[str, Any]", self._ask(_STATUS))
+
     def close(self) -> None:
         self._http.close()
 
@@ -707,6 +717,9 @@ class AsyncInferenceClient:
 
     async def health(self) -> Health:
         return cast(Health, await self._ask(_HEALTH))
+
+    async def status(self) -> Mapping[str, Any]:
+        return cast("Mapping[str, Any]", await self._ask(_STATUS))
 
     async def aclose(self) -> None:
         await self._http.aclose()

@@ -46,18 +46,35 @@ def models(url: str, as_json: bool) -> None:
     """
     with InferenceClient(url, api_key=api_key()) as client:
         found = client.models()
-    if as_json:
-        echo_json({"models": found})
-        return
-    echo_text(table([["MODEL", "STATE", "ENGINE", "RUNTIME", "BUSY", "QUEUED", "ABOUT"], *map(_row, found)]))
+        if as_json:
+            echo_json({"models": found})
+            return
+        complaints = _catalog_error(client)
+    echo_text(table([["MODEL", "STATE", "ENGINE", "RUNTIME", "GPUS", "BUSY", "QUEUED", "ABOUT"], *map(_row, found)]))
+    if complaints:
+        more = f" (and {len(complaints) - 1} more)" if complaints[1:] else ""
+        click.echo(harmless(f"The changed catalog is not in force: {complaints[0]}{more}"), err=True)
+
+
+def _catalog_error(client: InferenceClient) -> list[str]:
+    """Return what is wrong with the gateway's catalog as it is now; nothing if this key may not know."""
+    with suppress(ClientError):
+        found = client.status().get("catalog_error")
+        return [str(complaint) for complaint in found] if isinstance(found, list) else []
+    return []
 
 
 def _row(model: Model) -> list[str]:
     counts = [str(model["in_flight"]), str(model["queued"])]
-    return [model["id"], model["state"], model["engine"], model["runtime"], *counts, _about_model(model)]
+    gpus = ",".join(model.get("gpus") or ()) or "-"
+    return [model["id"], model["state"], model["engine"], model["runtime"], gpus, *counts, _about_model(model)]
 
 
 def _about_model(model: Model) -> str:
+    if waits_for := model.get("waits_for"):
+        return waits_for
+    if held_for := model.get("held_for"):
+        return f"makes room for {held_for} when its requests have ended"
     if model["progress"]:
         return how_far(model["progress"])
     if model["last_error"] and model["state"] == "failed":

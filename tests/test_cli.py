@@ -533,22 +533,52 @@ def test_models_are_a_table(gateway: respx.MockRouter) -> None:
         model("e", "ready", last_error=failed),
         model("f", "loading", progress=warming),
         model("g", "loading", progress={**loading, "eta_s": 150.0}),
+        model("h", "ready", gpus=["0", "1"], held_for="i", waits_for=None),
+        model("i", "starting", gpus=[], held_for=None, waits_for="waits for h", progress=warming),
     ]
     gateway.get("/models").respond(json={"models": told})
+    gateway.get("/status").respond(json={"catalog_error": None})
 
     rows = [re.split(r"  +", line) for line in run("models").stdout.splitlines()]
 
     assert rows == [
-        ["MODEL", "STATE", "ENGINE", "RUNTIME", "BUSY", "QUEUED", "ABOUT"],
-        ["a", "ready", "llamacpp", "process", "2", "7"],
-        ["b", "loading", "llamacpp", "process", "0", "0", "loading 3/5 shards"],
-        ["c", "starting", "llamacpp", "process", "0", "0", "pulling 71/98 MB"],
-        ["d", "failed", "llamacpp", "process", "0", "0", "It ended: no memory."],
-        ["e", "ready", "llamacpp", "process", "0", "0"],
-        ["f", "loading", "llamacpp", "process", "0", "0", "warming up, about 40 s left"],
-        ["g", "loading", "llamacpp", "process", "0", "0", "loading 3/5 shards, about 3 min left"],
+        ["MODEL", "STATE", "ENGINE", "RUNTIME", "GPUS", "BUSY", "QUEUED", "ABOUT"],
+        ["a", "ready", "llamacpp", "process", "-", "2", "7"],
+        ["b", "loading", "llamacpp", "process", "-", "0", "0", "loading 3/5 shards"],
+        ["c", "starting", "llamacpp", "process", "-", "0", "0", "pulling 71/98 MB"],
+        ["d", "failed", "llamacpp", "process", "-", "0", "0", "It ended: no memory."],
+        ["e", "ready", "llamacpp", "process", "-", "0", "0"],
+        ["f", "loading", "llamacpp", "process", "-", "0", "0", "warming up, about 40 s left"],
+        ["g", "loading", "llamacpp", "process", "-", "0", "0", "loading 3/5 shards, about 3 min left"],
+        ["h", "ready", "llamacpp", "process", "0,1", "0", "0", "makes room for i when its requests have ended"],
+        ["i", "starting", "llamacpp", "process", "-", "0", "0", "waits for h"],
     ]
     assert json.loads(run("models", "--json").stdout) == {"models": told}
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        (httpx.Response(200, json={"catalog_error": None}), ""),
+        (httpx.Response(200, json={}), ""),
+        (httpx.Response(403, json={"error_code": "FORBIDDEN", "detail": "no"}), ""),
+        (httpx.Response(200, json={"catalog_error": ["m: no"]}), "The changed catalog is not in force: m: no\n"),
+        (
+            httpx.Response(200, json={"catalog_error": ["m: \x1b", "n", "o"]}),
+            "The changed catalog is not in force: m: \N{REPLACEMENT CHARACTER} (and 2 more)\n",
+        ),
+    ],
+)
+def test_models_says_in_one_line_that_a_changed_catalog_is_wrong(
+    gateway: respx.MockRouter, status: httpx.Response, words: str
+) -> None:
+    gateway.get("/models").respond(json={"models": [model("a", "ready")]})
+    gateway.get("/status").mock(status)
+
+    result = run("models")
+
+    assert (result.exit_code, result.stderr) == (0, words)
+    assert result.stdout.startswith("MODEL")
 
 
 def test_a_refusal_shows_the_evidence(gateway: respx.MockRouter) -> None:

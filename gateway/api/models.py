@@ -49,7 +49,12 @@ class Progress(BaseModel):
 
 
 class Model(BaseModel):
-    """One model of the catalog, and what is known of it now. `waits_for`: why it has no GPUs yet, while it waits."""
+    """One model of the catalog, and what is known of it now.
+
+    `waits_for`: why it has no GPUs yet, while it waits.
+
+    `held_for`: the model that gets its GPUs as soon as what it works on has ended; until then it takes nothing new.
+    """
 
     id: str
     name: str
@@ -65,6 +70,7 @@ class Model(BaseModel):
     port: int | None
     gpus: list[str]
     waits_for: str | None
+    held_for: str | None
     last_error: LastError | None
 
 
@@ -190,6 +196,7 @@ def model_json(status: Status) -> dict[str, Any]:
         "port": status.handle.port if status.handle else None,
         "gpus": list(status.gpus),
         "waits_for": status.waits_for,
+        "held_for": status.held_for,
         "last_error": _last_error(status.failure, status.retry_after_s),
     }
 

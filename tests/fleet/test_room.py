@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Iterable
 from typing import Any
 
+from gateway.api.models import model_json
 from gateway.fleet.placement import GIB, Device
 from gateway.fleet.status import Status
 from gateway.lifecycle import State
@@ -60,7 +61,8 @@ def test_a_busy_model_finishes_what_it_has_and_those_who_queue_for_it_are_served
         other = on.ask("b")
         await asyncio.sleep(200)
 
-        assert on.status("a").held_for == "b"
+        assert on.status("a").held_for == model_json(on.status("a"))["held_for"] == "b"
+        assert model_json(on.status("b"))["waits_for"] == on.status("b").waits_for
         assert (on.status("b").state, on.status("b").waits_for is not None) == (State.STARTING, True)
         assert await other == "NO_CAPACITY"  # after its 300 s, and not before
         again, late = on.ask("b"), on.ask("a")
