@@ -103,6 +103,8 @@ class Resident:
     held_for: str | None = None
     """The claim for which the last decision held it."""
     usage: Usage = Usage()
+    of: str = ""
+    """The model that it is a replica of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +119,8 @@ class Claim:
     """What its start takes, measured or estimated."""
     patience_s: float
     """How long it may take until it serves: it has others held back so early that its own start fits in."""
+    of: str = ""
+    """The model that it is a replica of: one replica never makes room for another."""
 
     @property
     def hold_at(self) -> float:
@@ -242,7 +246,8 @@ class _Table:
 
     def _make_room(self, claim: Claim, *, aged: bool) -> None:
         """Have residents go for a claim, or held once it is aged, if enough of them are due; else tell when."""
-        staying = [each for each in self.residents if each.model not in self.going and not each.pinned]
+        movable = [each for each in self.residents if not each.pinned and not _are_replicas(each, claim)]
+        staying = [each for each in movable if each.model not in self.going]
         due_at = {each.model: self._due_at(each, claim, aged=aged) for each in staying}
         due = [each for each in staying if due_at[each.model] <= self.now]
         if (victims := self._fewest(claim, due)) is not None:
@@ -367,6 +372,10 @@ class _Table:
 
 def _is_held(resident: Resident, claim: Claim) -> bool:
     return resident.held_for == claim.model and resident.phase is Phase.UP and not resident.pinned
+
+
+def _are_replicas(resident: Resident, claim: Claim) -> bool:
+    return bool(claim.of) and resident.of == claim.of
 
 
 def _demanded(demand: Demand) -> str:
