@@ -309,9 +309,11 @@ class Instance:
             self._lead_down(CHANGED)
 
     def send_away(self, count: int) -> None:
-        """Let those who have waited the longest for a lease go to another replica."""
+        """Let those who have waited the longest for a lease go to another replica. A start that they began goes on."""
         if not count:
             return
+        if self._life:
+            self._life.kept = True
         self._queue.send_away(count)
         self._last_use = self._loop.time()
         self._rearm()
