@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -37,7 +37,7 @@ from gateway.fleet.identity import launch_of, same_server, server_key, server_na
 from gateway.fleet.journal import Journal
 from gateway.fleet.life import Lease, Life, Paused
 from gateway.fleet.placement import Place
-from gateway.fleet.queue import Among, Grant, Queue, Ticket
+from gateway.fleet.queue import Among, Grant, Queue, SentAway, Ticket
 from gateway.fleet.scheduling import Phase, Usage
 from gateway.fleet.status import Failure, Status, describe
 from gateway.lifecycle import DOWN, MADE, SERVING, STARTING_UP, Event, State, after
@@ -73,6 +73,10 @@ class Entry:
     """Whether its server goes on when the gateway ends."""
 
 
+Elsewhere = Callable[[float | None, float], AbstractAsyncContextManager[Lease]]
+"""Leases any of a model's replicas, for a caller who waits for so long at most, and came at this time."""
+
+
 def _nothing() -> None:
     pass
 
@@ -100,6 +104,8 @@ class Instance:
         self.name = server_name(spec, replica)
         self.on_free_slot: Callable[[], None] = _nothing
         """Told when nobody queues here and one more could be served; the other replicas' queues may be longer."""
+        self.elsewhere: Elsewhere
+        """How who came when there was no other replica gets to one; there is one by the time that he is sent away."""
         self.figures: Figures = Silent()
         self.engine = engine
         self._runtime = runtime
@@ -189,17 +195,32 @@ class Instance:
             SentAway: only `among` others: one of them has a slot free.
         """
         self._usage = self._usage.asked(self._loop.time())
-        lease: Grant | None = self._grant_at_once()
+        came_at = self._loop.time()
+        lease = self._grant_at_once()
         if not lease:
             self._refuse_newcomer(among, admitted=admitted)
-            lease = await self._wait(lease=True, max_wait_s=max_wait_s, among=among)
-        assert isinstance(lease, Lease)  # a ticket for a lease is never granted anything else
+            lease = await self._lease_in_turn(max_wait_s, among)
+        if not lease:
+            async with self.elsewhere(max_wait_s, came_at) as lease:
+                yield lease
+            return
         try:
             if lease.error:  # cut in the very tick in which it was granted
                 raise lease.error
             yield lease
         finally:
             self._give_back(lease)
+
+    async def _lease_in_turn(self, max_wait_s: float | None, among: Among | None) -> Lease | None:
+        """Wait for a lease; return None if another one is to serve a caller who came when there was no other."""
+        try:
+            lease = await self._wait(lease=True, max_wait_s=max_wait_s, among=among)
+        except SentAway:
+            if among:
+                raise
+            return None
+        assert isinstance(lease, Lease)  # a ticket for a lease is never granted anything else
+        return lease
 
     async def start(self, *, wait: bool = True) -> Handle | None:
         """Start the model if it is down, cooling down or not; return its handle once it is ready.
@@ -390,7 +411,7 @@ class Instance:
         came_at = among.came_at if among else self._loop.time()
         try:
             async with asyncio.timeout(None) as bound:
-                ticket = Ticket(self._loop.create_future(), bound, came_at, lease, max_wait_s, among is not None)
+                ticket = Ticket(self._loop.create_future(), bound, came_at, lease, max_wait_s)
                 self._queue.join(ticket)
                 try:
                     self._enqueued(ticket)

@@ -36,8 +36,6 @@ class Ticket:
     asked_at: float
     wants_lease: bool
     max_wait_s: float | None
-    may_leave: bool = False
-    """Whether its caller knows other replicas, and can be sent away to them."""
 
     def wait_until(self, when: float) -> None:
         if not self.bound.expired():
@@ -83,7 +81,7 @@ class Queue:
 
     def send_away(self, count: int) -> None:
         """Let those who have waited the longest for a lease ask again, elsewhere."""
-        for ticket in [ticket for ticket in self._tickets if ticket.wants_lease and ticket.may_leave][:count]:
+        for ticket in [ticket for ticket in self._tickets if ticket.wants_lease][:count]:
             self._tickets.remove(ticket)
             if not ticket.granted.done():
                 ticket.granted.set_exception(SentAway())

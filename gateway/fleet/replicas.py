@@ -167,11 +167,20 @@ class Replicas:
 
         Raises: as `Instance.lease`, but for SentAway.
         """
-        async with AsyncExitStack() as held:
-            yield await self._granted(held, max_wait_s, admitted=admitted)
+        async with self._lease_any(max_wait_s, self._loop.time(), admitted=admitted) as lease:
+            yield lease
 
-    async def _granted(self, held: AsyncExitStack, max_wait_s: float | None, *, admitted: bool) -> Lease:
-        came_at, had_failed = self._loop.time(), False
+    @asynccontextmanager
+    async def _lease_any(
+        self, max_wait_s: float | None, came_at: float, *, admitted: bool = True
+    ) -> AsyncIterator[Lease]:
+        async with AsyncExitStack() as held:
+            yield await self._granted(held, max_wait_s, came_at, admitted=admitted)
+
+    async def _granted(
+        self, held: AsyncExitStack, max_wait_s: float | None, came_at: float, *, admitted: bool
+    ) -> Lease:
+        had_failed = False
         while True:
             one = self._choose()
             queued_elsewhere = sum(other.queued for other in self._wanted()) - one.queued
@@ -250,7 +259,7 @@ class Replicas:
             one.send_away(one.queued)
             one.remove()
         for one in self._members if len(self._members) > 1 else ():
-            one.on_free_slot = self._spread
+            one.on_free_slot, one.elsewhere = self._spread, self._lease_any
 
     def _spread(self) -> None:
         """Have those who queue come to where slots are free, from the longest queue first."""
