@@ -273,6 +273,7 @@ class Fleet:
         model = self._models.get(spec.id)
         had_failed = model is not None and any(one.status.state is State.FAILED for one in model.members)
         if model:
+            _warn_of_idle_keys(spec)
             model.change(lambda: self._entry(spec), spec.replicas)
         self._take_back(spec)
         newly_preloaded = spec.preload and not (before and before.preload and before.replicas >= spec.replicas)
@@ -439,6 +440,7 @@ class Fleet:
 
     def _model(self, spec: ModelSpec) -> Replicas:
         if spec.id not in self._models:
+            _warn_of_idle_keys(spec)
             self._models[spec.id] = Replicas(partial(self._make, spec.id), spec.replicas)
         return self._models[spec.id]
 
@@ -470,8 +472,6 @@ class Fleet:
 
     def _entry(self, spec: ModelSpec) -> Entry:
         engine, runtime = self._parts(spec)
-        for words in deferred(spec):
-            log.warning("%s: %s", server_name(spec), words)
         health = Health(
             engine,
             self._probe,
@@ -489,6 +489,11 @@ class Fleet:
             cause, fix = "; ".join(deferred(spec)), "Ask for a model that this version runs; GET /models lists them."
             raise StartFailed(f"{spec.id} cannot be run: {cause}. {fix}", cause=cause, fix=fix)
         return engine, runtime
+
+
+def _warn_of_idle_keys(spec: ModelSpec) -> None:
+    for words in deferred(spec):
+        log.warning("%s: %s", server_name(spec), words)
 
 
 def _never_started(spec: ModelSpec) -> Status:

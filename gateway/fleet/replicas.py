@@ -246,6 +246,8 @@ class Replicas:
         for one in self._members[:count]:
             one.change(entry())
         self._resize(count)
+        if any(one.queued for one in self._wanted()):
+            self._choose()  # who queues already may need one more as a newcomer would
 
     def remove(self) -> None:
         """Refuse everybody, drain and stop."""
