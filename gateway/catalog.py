@@ -237,16 +237,24 @@ def contradictions(said: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "runtime", "must be process: engine llamacpp runs as a child of the gateway"
     if engine == "openai":
         yield from _of_openai(runtime, said.get("args"))
-    if runtime == "external" and said.get("url") is None:
-        yield "url", "is missing: runtime external needs the address of the server that already runs"
-    if runtime in ("docker", "process") and said.get("url") is not None:
-        yield "url", f"is for runtime external only, and this model's runtime is {runtime}"
+    yield from _of_address(runtime, said)
     template = said.get("chat_template")
     if template is not None and isinstance(engine, str) and engine in _TEMPLATE_OF:
         yield "chat_template", _TEMPLATE_OF[engine]
     elif isinstance(template, str) and template and "{{" not in template and "{%" not in template:
         yield "chat_template", "must be the text of a Jinja template, with {{ or {% in it: paste it, not a name or file"
     yield from _beyond_the_context(said)
+
+
+def _of_address(runtime: object, said: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield what is wrong about the one address of a server that others run."""
+    url, replicas = said.get("url"), said.get("replicas")
+    if runtime == "external" and url is None:
+        yield "url", "is missing: runtime external needs the address of the server that already runs"
+    if runtime == "external" and isinstance(replicas, int) and replicas > 1:
+        yield "replicas", "must be 1 with runtime external: its `url` is one server; add a model for each other one"
+    if runtime in ("docker", "process") and url is not None:
+        yield "url", f"is for runtime external only, and this model's runtime is {runtime}"
 
 
 def _of_openai(runtime: object, args: object) -> Iterator[tuple[str, str]]:
@@ -281,11 +289,7 @@ def _beyond_the_context(said: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def deferred(spec: ModelSpec) -> list[str]:
     """Return, in words, what `spec` asks for that this version reads but cannot do yet."""
-    missing = []
-    if spec.replicas > 1:
-        missing.append(f"replicas: {spec.replicas} comes with a later version: this one runs one server per model")
-    missing += [f"{key.removesuffix('_bytes')} has no effect on a model that {where}" for key, where in _idle(spec)]
-    return missing
+    return [f"{key.removesuffix('_bytes')} has no effect on a model that {where}" for key, where in _idle(spec)]
 
 
 def _idle(spec: ModelSpec) -> Iterator[tuple[str, str]]:

@@ -336,8 +336,9 @@ def _restart(model_id: str) -> _Call:
     return _Call("POST", f"{_address(model_id)}/restart", patient=True)
 
 
-def _log(model_id: str, lines: int, follow: bool) -> _Call:
+def _log(model_id: str, lines: int, follow: bool, replica: int) -> _Call:
     query = {"lines": str(lines)} | ({"follow": "true"} if follow else {})
+    query |= {"replica": str(replica)} if replica else {}
     return _Call("GET", f"{_address(model_id)}/logs", query=query, patient=follow)
 
 
@@ -618,9 +619,9 @@ class InferenceClient:
     def restart(self, id: str) -> Started:  # noqa: A002
         return cast(Started, self._ask(_restart(id)))
 
-    def logs(self, id: str, lines: int = 200, follow: bool = False) -> Generator[str]:  # noqa: A002
-        """Yield the last lines of a model's server; with `follow` go on until it ends."""
-        return self._read(_log(id, lines, follow), _Lines())
+    def logs(self, id: str, lines: int = 200, follow: bool = False, replica: int = 0) -> Generator[str]:  # noqa: A002
+        """Yield the last lines of a model's server, or that of a `replica`; with `follow` go on until it ends."""
+        return self._read(_log(id, lines, follow, replica), _Lines())
 
     def pull(self, id: str) -> Generator[str]:  # noqa: A002
         """Fetch a model's image and weights without starting it; yield lines that say how far that has come.
@@ -706,8 +707,14 @@ class AsyncInferenceClient:
     async def restart(self, id: str) -> Started:  # noqa: A002
         return cast(Started, await self._ask(_restart(id)))
 
-    def logs(self, id: str, lines: int = 200, follow: bool = False) -> AsyncGenerator[str]:  # noqa: A002
-        return self._read(_log(id, lines, follow), _Lines())
+    def logs(
+        self,
+        id: str,  # noqa: A002
+        lines: int = 200,
+        follow: bool = False,
+        replica: int = 0,
+    ) -> AsyncGenerator[str]:
+        return self._read(_log(id, lines, follow, replica), _Lines())
 
     def pull(self, id: str) -> AsyncGenerator[str]:  # noqa: A002
         return self._read(_pull(id), _PullLines(self._gateway.url))

@@ -22,7 +22,7 @@ from gateway.departure import Departed, until_departure
 from gateway.engines.base import Call
 from gateway.engines.keys import begun_key, hidden, without_key
 from gateway.errors import GatewayError, GenerationFailed, ModelNotLoaded, UpstreamFailed
-from gateway.fleet.instance import Instance
+from gateway.fleet.replicas import Served
 from gateway.lifecycle import SERVING
 from gateway.outcome import LEFT, OK, note
 from gateway.relay import Answer, Broken, Client, ConnectFailed, Errand, Pace, start_of
@@ -97,7 +97,7 @@ class Passage(Errand["Whole | None"]):
 
     def __init__(
         self,
-        instance: Instance,
+        instance: Served,
         call: Call,
         client: Client,
         manner: Manner,
@@ -116,7 +116,7 @@ class Passage(Errand["Whole | None"]):
         self._told = Told()
 
     def call(self, secret: str) -> Call:
-        return self.instance.engine.forward(self.instance.spec, self._call, secret)
+        return self.engine.forward(self.spec, self._call, secret)
 
     async def read(self, answer: Answer, pace: Pace) -> Whole | None:
         """Pass a stream on as it comes, and return None; or return the answer once it is whole."""
@@ -183,7 +183,7 @@ class Passage(Errand["Whole | None"]):
         """Return what it means that a server answers like this where a stream was awaited, and has begun."""
         if whole.status == 200:
             return UpstreamFailed("The model's server answered with something that is no stream.")
-        return without_key(self.instance.engine.refusal(whole.status, whole.body), self.spec)
+        return without_key(self.engine.refusal(whole.status, whole.body), self.spec)
 
 
 class PutThrough(Response):
@@ -229,7 +229,7 @@ class PutThrough(Response):
             await stream.fail(error, self._passage.manner.failure(error))
 
 
-async def look(instance: Instance, call: Call, client: Client, *, request_id: str) -> Whole:
+async def look(instance: Served, call: Call, client: Client, *, request_id: str) -> Whole:
     """Return what a model's server answers to a call that takes no lease: it neither wakes nor keeps the model.
 
     Raises:

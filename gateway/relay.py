@@ -26,8 +26,8 @@ from gateway.departure import Departed, Interrupt, interruptible, until_departur
 from gateway.engines.base import Call
 from gateway.engines.keys import without_key
 from gateway.errors import GatewayError, GenerationFailed, GenerationTimeout, ModelNotLoaded, UpstreamFailed
-from gateway.fleet.instance import Instance
 from gateway.fleet.life import Lease
+from gateway.fleet.replicas import Served
 from gateway.fleet.status import Status
 from gateway.generation import Finished, GenerationRequest, GenerationResult, PromptToken, collect
 from gateway.lifecycle import State
@@ -96,7 +96,7 @@ class Admission:
 class Errand(Generic[Result]):
     """A call to a model's server under a lease, and within its bounds. Used once."""
 
-    def __init__(self, instance: Instance, client: Client, *, request_id: str, max_wait_s: float | None = None) -> None:
+    def __init__(self, instance: Served, client: Client, *, request_id: str, max_wait_s: float | None = None) -> None:
         self.instance = instance
         self.admission = Admission()
         """Its own, or that of the request that it is a part of."""
@@ -106,7 +106,8 @@ class Errand(Generic[Result]):
         self._asked_at = 0.0
         self.spec = instance.spec
         """The model as the catalog had it when the lease was granted: with the key that was sent, say."""
-        self._engine = instance.engine
+        self.engine = instance.engine
+        """The engine of the server that the lease is for; before there is one, that which the catalog names."""
 
     def call(self, secret: str) -> Call:
         """Return what is sent."""
@@ -167,11 +168,11 @@ class Errand(Generic[Result]):
 
     async def _attempt(self, interrupt: Interrupt, *, streamed: bool) -> Result:
         """Hold a lease for as long as the server works on the call."""
-        timeout_s = self.instance.spec.generation_timeout_s
         async with self._lease() as lease:
+            timeout_s = lease.spec.generation_timeout_s
             lease.on_cut = interrupt.fire
-            self.spec = self.instance.spec
-            if self.instance.engine is not self._engine:
+            before, self.spec, self.engine = self.engine, lease.spec, lease.engine
+            if self.engine is not before:
                 self.engine_changed()
             try:
                 async with asyncio.timeout(timeout_s) as bound:
@@ -223,7 +224,7 @@ class Errand(Generic[Result]):
 
     async def refusal(self, answer: Answer) -> GatewayError:
         """Return the error that the answer stands for; where waiting helps, the server's word on how long counts."""
-        error = self.instance.engine.refusal(answer.status, await start_of(answer, REFUSAL_BYTES))
+        error = self.engine.refusal(answer.status, await start_of(answer, REFUSAL_BYTES))
         if error.retry_after_s is not None and answer.retry_after_s is not None:
             error.retry_after_s = answer.retry_after_s
         return error
@@ -247,7 +248,7 @@ class Exchange(Errand[Finished]):
 
     def __init__(
         self,
-        instance: Instance,
+        instance: Served,
         request: GenerationRequest,
         client: Client,
         *,
@@ -265,7 +266,7 @@ class Exchange(Errand[Finished]):
         self._sink: Sink = Tokens()
 
     def engine_changed(self) -> None:
-        self.instance.engine.check(self.instance.spec, self._request)
+        self.engine.check(self.spec, self._request)
 
     async def whole(self) -> GenerationResult:
         """Return the whole answer. To cancel it closes the connection to the server at once.
@@ -291,13 +292,13 @@ class Exchange(Errand[Finished]):
         return finished
 
     def call(self, secret: str) -> Call:
-        return self.instance.engine.call(self.instance.spec, self._request, secret)
+        return self.engine.call(self.spec, self._request, secret)
 
     async def read(self, answer: Answer, pace: Pace) -> Finished:
         """Take events up to the end of the answer; what a server may still send after it is not waited for."""
         if answer.status != 200:
             raise await self.refusal(answer)
-        decoder = self.instance.engine.decoder(self._request)
+        decoder = self.engine.decoder(self._request)
         async with aclosing(answer.chunks()) as chunks:
             async for chunk in chunks:
                 events = decoder.feed(chunk)
@@ -318,13 +319,12 @@ class Exchange(Errand[Finished]):
 
     async def _count(self, lease: Lease) -> int:
         """Return how many tokens the prompt has; 0 if the server does not say."""
-        engine = self.instance.engine
         async with asyncio.timeout(COUNT_S):
-            call = engine.tokenize(self.instance.spec, self._request, lease.secret)
+            call = self.engine.tokenize(self.spec, self._request, lease.secret)
             async with self._client.send(lease.handle.base_url, call, self._tags) as answer:
                 if answer.status != 200:
                     return 0
-                return len(engine.tokens(self._request, await start_of(answer, MOST_TOKENS_BYTES)))
+                return len(self.engine.tokens(self._request, await start_of(answer, MOST_TOKENS_BYTES)))
 
 
 class Tokenization(Errand["tuple[PromptToken, ...]"]):
@@ -332,7 +332,7 @@ class Tokenization(Errand["tuple[PromptToken, ...]"]):
 
     def __init__(
         self,
-        instance: Instance,
+        instance: Served,
         request: GenerationRequest,
         client: Client,
         *,
@@ -361,12 +361,12 @@ class Tokenization(Errand["tuple[PromptToken, ...]"]):
             return await self.carry_out(interrupt, streamed=False)
 
     def call(self, secret: str) -> Call:
-        return self.instance.engine.tokenize(self.instance.spec, self._request, secret)
+        return self.engine.tokenize(self.spec, self._request, secret)
 
     async def read(self, answer: Answer, pace: Pace) -> tuple[PromptToken, ...]:  # noqa: ARG002 - it comes at once
         if answer.status != 200:
             raise await self.refusal(answer)
-        return self.instance.engine.tokens(self._request, await start_of(answer, MOST_TOKENS_BYTES))
+        return self.engine.tokens(self._request, await start_of(answer, MOST_TOKENS_BYTES))
 
 
 def _is_cold(status: Status) -> bool:

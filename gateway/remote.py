@@ -192,8 +192,9 @@ def _report_stops(ends: Mapping[str, ClientError | None], as_json: bool) -> None
 @click.argument("model_id", metavar="ID")
 @click.option("--follow", "-f", is_flag=True, help="Go on with new lines until the server ends.")
 @click.option("--lines", "-n", type=click.IntRange(1, 10_000), default=200, show_default=True, help="How many lines.")
+@click.option("--replica", type=click.IntRange(0), default=0, help="Which of a model's replicas, from 0 up.")
 @url_option
-def logs(model_id: str, follow: bool, lines: int, url: str) -> None:
+def logs(model_id: str, follow: bool, lines: int, replica: int, url: str) -> None:
     """Print what a model's server has written.
 
     That is its newest server, also when it has ended already.
@@ -204,7 +205,7 @@ def logs(model_id: str, follow: bool, lines: int, url: str) -> None:
       gateway logs smollm2-135m --follow
     """
     with InferenceClient(url, api_key=api_key()) as client:
-        for line in client.logs(model_id, lines=lines, follow=follow):
+        for line in client.logs(model_id, lines=lines, follow=follow, replica=replica):
             echo_text(line)
 
 

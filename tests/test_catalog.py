@@ -479,13 +479,13 @@ def test_values_as_a_person_writes_them(tmp_path: Path) -> None:
 def test_interpolation(tmp_path: Path) -> None:
     environ = {"KEY": SECRET, "EMPTY": "", "N": "2", "FLAG": "true", "T": "0.5"}
     keys = (
-        'runtime: external, url: "http://${HOST:-localhost}:${PORT:-80}/", api_key: "${KEY}", replicas: "${N}", '
+        'runtime: external, url: "http://${HOST:-localhost}:${PORT:-80}/", api_key: "${KEY}", max_queue: "${N}", '
         'preload: "${FLAG}", gpus: "${N}", name: "a${EMPTY}b ${EMPTY:-c} $${KEY} $HOME", '
         'parameters: {temperature: "${T}"}, env: {A: "${EMPTY}"}'
     )
     spec = one(tmp_path, keys, environ)
 
-    assert (spec.url, spec.replicas, spec.preload, spec.gpus) == ("http://localhost:80", 2, True, 2)
+    assert (spec.url, spec.max_queue, spec.preload, spec.gpus) == ("http://localhost:80", 2, True, 2)
     assert (spec.name, spec.parameters, spec.env) == ("ab c ${KEY} $HOME", {"temperature": 0.5}, {"A": ""})
     assert spec.api_key is not None
     assert spec.api_key.get_secret_value() == SECRET
@@ -653,6 +653,14 @@ def test_containers_of_replicas_have_names_of_their_own(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("engine", ["tgi, runtime: external", "openai"])
+def test_a_server_that_others_run_has_no_replicas(tmp_path: Path, engine: str) -> None:
+    text = f"models: {{a: {{hf_name: x, engine: {engine}, url: 'http://h:1', replicas: 2}}}}"
+    rule = "must be 1 with runtime external: its `url` is one server; add a model for each other one"
+
+    assert complaints(tmp_path, text) == [f"models.yaml: a: replicas: {rule}"]
+
+
 def test_specs_made_in_python() -> None:
     spec = ModelSpec(id="m", engine="llamacpp", weights=Path("/m.gguf"), start_timeout_s=0.5, idle_timeout_s=None)
 
@@ -685,10 +693,7 @@ def test_catalogs_made_in_python() -> None:
             "hf_name: m, runtime: external, url: 'http://h:1', image: x, gpus: 1, args: {port: 1}",
             [f"{key} has no effect on a model that already runs elsewhere" for key in ("image", "gpus", "args")],
         ),
-        (
-            "engine: llamacpp, weights: m, replicas: 2",
-            ["replicas: 2 comes with a later version: this one runs one server per model"],
-        ),
+        ("engine: llamacpp, weights: m, replicas: 2", []),
     ],
 )
 def test_deferred(tmp_path: Path, keys: str, words: list[str]) -> None:
@@ -811,7 +816,6 @@ def check(folders: pytest.TempPathFactory, content: bytes) -> None:
     [
         ("memory: 1GiB", "memory has no effect on a model that runs as a process"),
         ("image: x", "image has no effect on a model that runs as a process"),
-        ("replicas: 2", "replicas: 2 comes with a later version: this one runs one server per model"),
     ],
 )
 def test_what_has_no_effect_yet_says_so(tmp_path: Path, keys: str, words: str) -> None:

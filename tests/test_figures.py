@@ -16,9 +16,9 @@ from gateway.api.metrics import Counted, api_of, gpus_of
 from gateway.catalog import ModelSpec
 from gateway.figures import Figures, Gpu
 from gateway.fleet.gpus import Gpus
-from gateway.fleet.journal import Journal
+from gateway.fleet.journal import Entry, Journal
 from gateway.fleet.placement import Device, Place
-from gateway.fleet.starts import PHASES, phase_of
+from gateway.fleet.starts import PHASES, Moves, Started, Stopped, phase_of
 from gateway.fleet.status import Status
 from gateway.lifecycle import State
 from gateway.outcome import note, outcome_of
@@ -151,6 +151,27 @@ def test_each_start_is_counted_for_itself() -> None:
 
     assert counted["gateway_starts_total result=ok"] == counted["gateway_start_duration_seconds_count"] == 2
     assert counted["gateway_start_duration_seconds_sum"] == 10
+
+
+def test_replicas_start_side_by_side_and_count_as_starts_of_their_model() -> None:
+    clock = Clock()
+    moves = Moves(clock)
+
+    def heard(replica: int, before: State, to: State) -> Started | Stopped | None:
+        about = {"model": "m", "from": before.value, "to": to.value, "reason": "request"}
+        return moves.heard(Entry(1, "state", {**about, **({"replica": replica} if replica else {})}))
+
+    clock.now = 0.0
+    heard(0, State.STOPPED, State.STARTING)
+    clock.now = 4.0
+    heard(1, State.STOPPED, State.STARTING)
+    clock.now = 10.0
+    first, second = heard(0, State.LOADING, State.READY), heard(1, State.LOADING, State.READY)
+
+    assert isinstance(first, Started)
+    assert isinstance(second, Started)
+    assert (first.model, first.took_s) == ("m", 10.0)
+    assert (second.model, second.took_s) == ("m", 6.0)
 
 
 def test_a_server_that_was_found_was_not_started() -> None:

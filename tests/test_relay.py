@@ -131,7 +131,9 @@ async def stage(script: Script, *other_ports: int, **keys: Any) -> AsyncIterator
             await asyncio.sleep(0.005)
         url = f"http://127.0.0.1:{serving.servers[0].sockets[0].getsockname()[1]}"
         try:
-            yield Stage(fleet.get(model), server, runtime, url)
+            instance = fleet.get(model)
+            assert isinstance(instance, Instance)
+            yield Stage(instance, server, runtime, url)
         finally:
             await fleet.aclose()
             serving.should_exit = True

@@ -10,7 +10,7 @@ from fastapi.exceptions import RequestValidationError
 
 from gateway.api.middleware import request_id_of
 from gateway.catalog import Catalog, ModelSpec
-from gateway.fleet.instance import Instance
+from gateway.fleet.replicas import Served
 from gateway.generation import GenerationRequest
 from gateway.relay import Client, Exchange
 
@@ -43,7 +43,7 @@ def within_context(spec: ModelSpec, asked: int | None, *field: str) -> None:
 
 
 def exchange(
-    instance: Instance, wanted: GenerationRequest, client: Client, request: Request, prefer: str | None
+    instance: Served, wanted: GenerationRequest, client: Client, request: Request, prefer: str | None
 ) -> Exchange:
     """Return the exchange that answers `request`, and have the log name its model.
 

@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from gateway.api.problems import documented
 from gateway.api.streams import LineStream
-from gateway.errors import GatewayError
+from gateway.errors import GatewayError, NotFound
 from gateway.fleet.fleet import Fleet
 from gateway.fleet.identity import server_name
 from gateway.fleet.status import Failure, Status, described
@@ -48,12 +48,25 @@ class Progress(BaseModel):
     eta_s: float | None
 
 
+class Replica(BaseModel):
+    """One of a model's servers."""
+
+    container_name: str
+    state: str
+    in_flight: int
+    queued: int
+    port: int | None
+    gpus: list[str]
+
+
 class Model(BaseModel):
     """One model of the catalog, and what is known of it now.
 
     `waits_for`: why it has no GPUs yet, while it waits.
 
     `held_for`: the model that gets its GPUs as soon as what it works on has ended; until then it takes nothing new.
+
+    Of several replicas, `state` is that of the one that serves best, and all numbers are sums.
     """
 
     id: str
@@ -72,6 +85,7 @@ class Model(BaseModel):
     waits_for: str | None
     held_for: str | None
     last_error: LastError | None
+    replicas: list[Replica]
 
 
 class Models(BaseModel):
@@ -170,10 +184,16 @@ def models_router(fleet: Fleet) -> APIRouter:
         model_id: str,
         lines: Annotated[int, Query(ge=1, le=MOST_LINES)] = 200,
         follow: bool = False,
+        replica: Annotated[int, Query(ge=0)] = 0,
     ) -> Response:
-        """Return the last lines of the newest server's output as text; `follow=true` goes on until it ends."""
+        """Return the last lines of the newest server's output as text; `follow=true` goes on until it ends.
+
+        Of a model with several replicas, `replica` tells which, from 0 up.
+        """
         spec = fleet.catalog.by_id(model_id)
-        output = fleet.runtime_of(spec).logs(server_name(spec), lines=lines, follow=follow)
+        if replica >= spec.replicas:
+            raise NotFound(f"{spec.id} has replicas 0 to {spec.replicas - 1}; there is no {replica}.")
+        output = fleet.runtime_of(spec).logs(server_name(spec, replica), lines=lines, follow=follow)
         return LineStream(_terminated(output), "text/plain; charset=utf-8", until=fleet.closing)
 
     return router
@@ -198,6 +218,18 @@ def model_json(status: Status) -> dict[str, Any]:
         "waits_for": status.waits_for,
         "held_for": status.held_for,
         "last_error": _last_error(status.failure, status.retry_after_s),
+        "replicas": [_replica_json(replica) for replica in status.replicas or (status,)],
+    }
+
+
+def _replica_json(status: Status) -> dict[str, Any]:
+    return {
+        "container_name": status.name,
+        "state": status.state.value,
+        "in_flight": status.in_flight,
+        "queued": status.queued,
+        "port": status.handle.port if status.handle else None,
+        "gpus": list(status.gpus),
     }
 
 

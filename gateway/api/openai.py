@@ -25,7 +25,7 @@ from gateway.dialects.openai_completions import Completion, CompletionBody, Comp
 from gateway.dialects.openai_put_through import Renaming
 from gateway.engines.base import Call
 from gateway.fleet.fleet import Fleet
-from gateway.fleet.instance import Instance
+from gateway.fleet.replicas import Served
 from gateway.fleet.status import Status
 from gateway.passage import Passage, PutThrough
 from gateway.relay import Client, Relay
@@ -116,7 +116,7 @@ def openai_router(fleet: Fleet, client: Client) -> APIRouter:
 
 
 def chat(
-    instance: Instance,
+    instance: Served,
     client: Client,
     request: Request,
     body: ChatCompletionBody,
@@ -137,7 +137,7 @@ def chat(
 
 
 def completion(
-    instance: Instance,
+    instance: Served,
     client: Client,
     request: Request,
     body: CompletionBody,
@@ -153,12 +153,12 @@ def completion(
     return Relay([exchange(instance, each, client, request, prefer) for each in wanted], choices)
 
 
-def _within_context(instance: Instance, body: SampledBody) -> None:
+def _within_context(instance: Served, body: SampledBody) -> None:
     for field in ("max_tokens", "max_completion_tokens"):
         within_context(instance.spec, getattr(body, field), field)
 
 
-def _heading(kind: str, instance: Instance, body: SampledBody, *, as_tgi: bool) -> Heading:
+def _heading(kind: str, instance: Served, body: SampledBody, *, as_tgi: bool) -> Heading:
     name = body.model or instance.spec.id
     fingerprint = f"tgi-gateway-{instance.spec.engine}" if as_tgi else None
     return Heading(f"{kind}-{secrets.token_hex(12)}", int(time.time()), name, fingerprint)
@@ -167,7 +167,7 @@ def _heading(kind: str, instance: Instance, body: SampledBody, *, as_tgi: bool) 
 # ---- answers that are put through ----
 
 
-def speaks_openai(instance: Instance) -> bool:
+def speaks_openai(instance: Served) -> bool:
     """Say whether callers of the model may be put through: its server conforms, and nothing is to be added."""
     spec = instance.spec
     return instance.engine.speaks == "openai" and not spec.parameters and not spec.overrides
@@ -186,7 +186,7 @@ def _refuse_blank(said: Any) -> None:
 
 
 def put_through(
-    instance: Instance, client: Client, request: Request, sent: bytes, asked: Addressed, prefer: str | None
+    instance: Served, client: Client, request: Request, sent: bytes, asked: Addressed, prefer: str | None
 ) -> PutThrough:
     """Return the server's own answer to what the caller sent, but for the model's name."""
     call = Call(get_route_path(request.scope), sent, {"Content-Type": "application/json"})

@@ -153,7 +153,7 @@ class Reports:
 
     def device(self, spec: ModelSpec) -> str | None:
         """Return where a model computes: `cpu`, `cuda:0`, or None where the gateway cannot know."""
-        if gpus := self._fleet.gpus.of(spec.id):
+        if gpus := self._fleet.status(spec).gpus:
             return ",".join(f"cuda:{gpu}" for gpu in gpus)
         if spec.engine == "llamacpp":
             alone = "cpu" if self._fleet.gpus.devices is None else None
@@ -181,9 +181,8 @@ class Reports:
         )
 
     def _system(self, spec: ModelSpec | None) -> System:
-        gpus = self._fleet.gpus
-        own = gpus.of(spec.id) if spec else ()
-        first = next(iter(own or [device.id for device in gpus.devices or ()]), None)
+        own = self._fleet.status(spec).gpus if spec else ()
+        first = next(iter(own or [device.id for device in self._fleet.gpus.devices or ()]), None)
         return System(
             gpu_available=first is not None,
             gpu_name=self._gpu_names.get(first) if first else None,

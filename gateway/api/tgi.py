@@ -43,7 +43,7 @@ from gateway.dialects.tgi import (
 from gateway.engines.base import Call
 from gateway.errors import InvalidRequest, ModelNotLoaded, NotFound, UpstreamFailed
 from gateway.fleet.fleet import Fleet
-from gateway.fleet.instance import Instance
+from gateway.fleet.replicas import Served
 from gateway.lifecycle import State
 from gateway.passage import Passage, PutThrough, Whole, look
 from gateway.relay import Client, Relay, Tokenization, Worked
@@ -242,7 +242,7 @@ def _unhealthy() -> Response:
 # ---- putting through ------------------------------------------------------------------------------------------------
 
 
-def speaks_tgi(instance: Instance) -> bool:
+def speaks_tgi(instance: Served) -> bool:
     """Say whether callers of the model may be put through: its server is a TGI, and nothing is to be added."""
     spec = instance.spec
     return instance.engine.speaks == "tgi" and not spec.parameters and not spec.overrides
@@ -269,7 +269,7 @@ def _route_class(fleet: Fleet, client: Client) -> type[APIRoute]:
     return TgiRoute
 
 
-async def _put_through(instance: Instance, client: Client, request: Request, path: str) -> Response:
+async def _put_through(instance: Served, client: Client, request: Request, path: str) -> Response:
     """Return the server's own answer to what the caller sent. A query stays here: TGI has none, and it may hold keys.
 
     Raises:
@@ -304,7 +304,7 @@ def _is_streamed(path: str, sent: bytes) -> bool:
     return isinstance(body, dict) and body.get("stream") is True
 
 
-async def _looked_up(instance: Instance, client: Client, request: Request, path: str) -> Response:
+async def _looked_up(instance: Served, client: Client, request: Request, path: str) -> Response:
     """Return the server's own answer to a question that does not wake it.
 
     Raises:

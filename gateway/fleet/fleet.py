@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Iterable, Mapping
+from collections.abc import Coroutine, Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from gateway.catalog import Catalog, ModelSpec, deferred
@@ -19,9 +20,10 @@ from gateway.fleet.fetch import Fetch
 from gateway.fleet.figures import FiguresOf, silent
 from gateway.fleet.gpus import Gpus, place_of
 from gateway.fleet.health import Health, Probe, Rest, rest
-from gateway.fleet.identity import fingerprint, same_server, server_name
+from gateway.fleet.identity import fingerprint, same_server, server_key, server_name
 from gateway.fleet.instance import Entry, Instance
 from gateway.fleet.journal import Journal
+from gateway.fleet.replicas import Replicas, Served, as_one
 from gateway.fleet.status import Failure, Status
 from gateway.lifecycle import State
 from gateway.runtimes.base import Found, Runtime
@@ -38,7 +40,10 @@ log = logging.getLogger(__name__)
 
 
 class Fleet:
-    """One `Instance` for each model of the catalog, made when it is first asked for. Lives on one event loop."""
+    """One `Instance` for each replica of each model of the catalog, made when the model is first asked for.
+
+    Lives on one event loop.
+    """
 
     def __init__(
         self,
@@ -75,8 +80,8 @@ class Fleet:
         self._fetches: dict[str, Fetch] = {}
         self._fetching: dict[str, asyncio.Task[None]] = {}
         self._rest = rest
-        self._instance = instance
-        self._instances: dict[str, Instance] = {}
+        self._instance_type = instance
+        self._models: dict[str, Replicas] = {}
         self._closing: asyncio.Future[None] | None = None
 
     @property
@@ -86,8 +91,8 @@ class Fleet:
             self._closing = asyncio.get_running_loop().create_future()
         return self._closing
 
-    def get(self, spec: ModelSpec) -> Instance:
-        """Return the one instance of this model.
+    def get(self, spec: ModelSpec) -> Served:
+        """Return the one instance of this model, or its replicas.
 
         Raises:
             UnknownModel: the catalog had it when it was looked up, and has it no more.
@@ -97,14 +102,14 @@ class Fleet:
         if (known := self.catalog.models.get(spec.id)) is None:
             raise refusals.removed(spec)
         self._refuse_while_unknown(known)
-        return self._instance_of(known)
+        return self._model(known).served
 
     def _refuse_while_unknown(self, spec: ModelSpec) -> None:
         if (why := self.unknown.get(spec.runtime)) is not None:
             raise refusals.again(why, why.retry_after_s or LOOK_AGAIN_S)
 
-    def running(self, spec: ModelSpec) -> Instance:
-        """Return the instance of a model that was started before, to stop it.
+    def running(self, spec: ModelSpec) -> Served:
+        """Return a model that was started before, to stop it.
 
         Raises:
             ModelNotRunning: it never was, or others run its server.
@@ -113,9 +118,9 @@ class Fleet:
         self._refuse_while_unknown(spec)
         if spec.runtime == "external":
             raise refusals.not_ours(spec)
-        if spec.id not in self._instances:
+        if spec.id not in self._models:
             raise ModelNotRunning(f"{spec.id} is not running; there is nothing to stop.")
-        return self._instances[spec.id]
+        return self._models[spec.id].served
 
     async def stop(self, spec: ModelSpec, *, force: bool = False) -> None:
         """Stop a model as `Instance.stop` does, and call its download off, if one is under way.
@@ -137,8 +142,8 @@ class Fleet:
         return [self.status(spec) for spec in self.catalog.models.values()]
 
     def status(self, spec: ModelSpec) -> Status:
-        instance = self._instances.get(spec.id)
-        status = instance.status if instance else _never_started(spec)
+        model = self._models.get(spec.id)
+        status = model.status if model else _never_started(spec)
         if status.spec is not spec:  # the server before a change has not gone yet
             status = replace(status, spec=spec)
         if (why := self.unknown.get(spec.runtime)) is not None:
@@ -180,9 +185,14 @@ class Fleet:
 
         What becomes of each is decided at once; that its server drains and goes takes its time, and so does the start
         of another one. A model that is added again while its former server leaves goes on as the same model.
+
+        Raises:
+            CatalogError: a server would have the name of one that still runs, and is another model's.
         """
         if self.closing.done():
             return
+        if contended := list(self._contended(catalog)):
+            raise CatalogError([f"{catalog.path.name}: {words}" for words in contended])
         before, self.catalog = self.catalog.models, catalog
         changes = changes_between(before, catalog.models)
         self._tell(changes)
@@ -203,7 +213,7 @@ class Fleet:
     @property
     def longest_drain_s(self) -> float:
         """The most that any model may take to finish its requests."""
-        specs = [*self.catalog.models.values(), *(instance.spec for instance in self._instances.values())]
+        specs = [*self.catalog.models.values(), *(instance.spec for instance in self._instances())]
         return max((spec.drain_timeout_s for spec in specs), default=0.0)
 
     def runtime_of(self, spec: ModelSpec) -> Runtime:
@@ -221,7 +231,7 @@ class Fleet:
         """Refuse all further requests, and let what runs finish within its drain limit, or (`force`) cut it off."""
         if not self.closing.done():
             self.closing.set_result(None)
-        for instance in self._instances.values():
+        for instance in self._instances():
             instance.close(force=force)
         self.gpus.close()
         self.journal.close()
@@ -232,7 +242,7 @@ class Fleet:
         for errand in self._errands:
             errand.cancel()
         await asyncio.gather(*self._errands, return_exceptions=True)
-        await asyncio.gather(*(instance.aclose() for instance in self._instances.values()))
+        await asyncio.gather(*(instance.aclose() for instance in self._instances()))
         await self.gpus.aclose()
 
     # What a changed catalog touches
@@ -254,31 +264,44 @@ class Fleet:
 
     def _remove_model(self, spec: ModelSpec) -> None:
         self._call_off_fetch(spec)
-        if instance := self._instances.get(spec.id):
-            instance.remove()
-            self._errand(self._forget(spec, instance), f"forget {spec.id}")
+        if model := self._models.get(spec.id):
+            model.remove()
+            self._errand(self._forget(spec, model), f"forget {spec.id}")
 
     def _change_model(self, spec: ModelSpec, before: ModelSpec | None) -> None:
         """Let a model go on by its new entry, and start it if that says so, or mends it."""
         if before and not same_server(self._engines[before.engine], before, spec):
             self._call_off_fetch(before)
+        model = self._models.get(spec.id)
+        had_failed = model is not None and any(one.status.state is State.FAILED for one in model.members)
+        if model:
+            _warn_of_idle_keys(spec)
+            for one in model.members:
+                one.figures = self._figures(spec.id)  # those of a model that was gone may be forgotten
+            model.change(lambda: self._entry(spec), spec.replicas)
         self._take_back(spec)
-        instance = self._instances.get(spec.id)
-        had_failed = instance is not None and instance.status.state is State.FAILED
-        if instance:
-            instance.figures = self._figures(spec.id)  # those of a model that was gone may be forgotten
-            instance.change(self._entry(spec))
-        newly_preloaded = spec.preload and not (before and before.preload)
+        newly_preloaded = spec.preload and not (before and before.preload and before.replicas >= spec.replicas)
         if newly_preloaded or (had_failed and (spec.preload or spec.pinned)):
             self._preload([spec])
 
-    async def _forget(self, spec: ModelSpec, instance: Instance) -> None:
+    def _contended(self, catalog: Catalog) -> Iterator[str]:
+        """Yield in words which servers would have the name of one that another model still has."""
+        running = {one.key: one.spec.id for one in self._instances() if one.runs}
+        for spec in catalog.models.values():
+            for key in (server_key(spec, replica) for replica in range(spec.replicas)):
+                if (owner := running.get(key, spec.id)) != spec.id:
+                    yield (
+                        f"{spec.id}: the server tgi-{key} of the model {owner} is still there: leave this out, and "
+                        "save the file with it again when that is gone"
+                    )
+
+    async def _forget(self, spec: ModelSpec, model: Replicas) -> None:
         """Drop a removed model when nothing is left of it; until then it is the one that goes on, should it be back."""
-        while spec.id not in self.catalog.models and self._instances.get(spec.id) is instance:
+        while spec.id not in self.catalog.models and self._models.get(spec.id) is model:
             try:
-                await instance.stop()
+                await model.stop()
             except ModelNotRunning:
-                del self._instances[spec.id]
+                del self._models[spec.id]
             except GatewayError:  # it is not known whether its server is gone
                 await asyncio.sleep(ASK_AGAIN_S)
 
@@ -288,14 +311,15 @@ class Fleet:
 
     def _take_back(self, spec: ModelSpec) -> None:
         """Let a model whose server is being removed as nobody's see to that itself, so that a start waits for it."""
-        found, errand = self._strangers.pop((spec.runtime, server_name(spec)), (None, None))
-        if not (found and errand):
-            return
-        errand.cancel()
-        self.gpus.give_back(_stranger(spec.runtime, found.name))
-        instance = self._instance_of(spec)
-        if instance.status.state is State.STOPPED:
-            instance.discard(found)
+        for replica in range(spec.replicas):
+            found, errand = self._strangers.pop((spec.runtime, server_name(spec, replica)), (None, None))
+            if not (found and errand):
+                continue
+            errand.cancel()
+            self.gpus.give_back(_stranger(spec.runtime, found.name))
+            instance = self._instance(spec, replica)
+            if instance.status.state is State.STOPPED:
+                instance.discard(found)
 
     # What an earlier life has left
 
@@ -349,18 +373,18 @@ class Fleet:
 
     def _settle(self, runtime: str, found: Found) -> asyncio.Task[None] | None:
         """Adopt a server that was found, if it is still what the catalog asks for; or else return its removal."""
-        spec = self._named(found.name)
+        spec, replica = self._named(found.name)
         if spec is None or spec.runtime != runtime:
             self.gpus.hold(_stranger(runtime, found.name), place_of(found))
             errand = self._errand(self._remove(runtime, found.name), f"remove {found.name}")
             self._strangers[runtime, found.name] = found, errand
             return errand
-        if (known := self._instances.get(spec.id)) and known.status.state is not State.STOPPED:
+        if self._instance(spec, replica).status.state is not State.STOPPED:
             return None  # it comes from another runtime; its next start removes what is here of that name
         if found.runs and self._fits(spec, found) and self.gpus.has_room(place_of(found)):
-            self._instance_of(spec).adopt(found)
+            self._instance(spec, replica).adopt(found)
             return None
-        return self._instance_of(spec).discard(found)
+        return self._instance(spec, replica).discard(found)
 
     async def _remove(self, runtime: str, name: str) -> None:
         """Remove a server that no model of the catalog has, and try until it is gone."""
@@ -382,8 +406,13 @@ class Fleet:
             await asyncio.wait(leaving)
         self._preload(spec for spec in self.catalog.models.values() if spec.preload and spec.runtime == runtime)
 
-    def _named(self, name: str) -> ModelSpec | None:
-        return next((spec for spec in self.catalog.models.values() if server_name(spec) == name), None)
+    def _named(self, name: str) -> tuple[ModelSpec | None, int]:
+        """Return whose server has this name, and which of its replicas it is."""
+        for spec in self.catalog.models.values():
+            for replica in range(spec.replicas):
+                if server_name(spec, replica) == name:
+                    return spec, replica
+        return None, 0
 
     def _fits(self, spec: ModelSpec, found: Found) -> bool:
         try:
@@ -423,14 +452,23 @@ class Fleet:
 
     # Making instances
 
-    def _instance_of(self, spec: ModelSpec) -> Instance:
-        if spec.id not in self._instances:
-            self._instances[spec.id] = self._make(spec)
-        return self._instances[spec.id]
+    def _model(self, spec: ModelSpec) -> Replicas:
+        if spec.id not in self._models:
+            _warn_of_idle_keys(spec)
+            self._models[spec.id] = Replicas(partial(self._make, spec.id), spec.replicas)
+        return self._models[spec.id]
 
-    def _make(self, spec: ModelSpec) -> Instance:
+    def _instance(self, spec: ModelSpec, replica: int) -> Instance:
+        return self._model(spec).members[replica]
+
+    def _instances(self) -> Iterator[Instance]:
+        for model in self._models.values():
+            yield from model.members
+
+    def _make(self, model: str, replica: int) -> Instance:
+        spec = self.catalog.models[model]
         entry = self._entry(spec)
-        instance = self._instance(
+        instance = self._instance_type(
             spec,
             entry.engine,
             entry.runtime,
@@ -439,6 +477,7 @@ class Fleet:
             self.gpus,
             outlives=entry.outlives,
             past=entry.past,
+            replica=replica,
         )
         instance.figures = self._figures(spec.id)
         if self.closing.done():
@@ -447,8 +486,6 @@ class Fleet:
 
     def _entry(self, spec: ModelSpec) -> Entry:
         engine, runtime = self._parts(spec)
-        for words in deferred(spec):
-            log.warning("%s: %s", server_name(spec), words)
         health = Health(
             engine,
             self._probe,
@@ -473,5 +510,12 @@ def _stranger(runtime: str, name: str) -> str:
     return f"{name} on {runtime}"
 
 
+def _warn_of_idle_keys(spec: ModelSpec) -> None:
+    for words in deferred(spec):
+        log.warning("%s: %s", server_name(spec), words)
+
+
 def _never_started(spec: ModelSpec) -> Status:
-    return Status(spec, server_name(spec), State.STOPPED, 0.0, 0, 0, None, None, None, None, None, None)
+    names = [server_name(spec, replica) for replica in range(spec.replicas)]
+    down = [Status(spec, name, State.STOPPED, 0.0, 0, 0, None, None, None, None, None, None) for name in names]
+    return as_one(down) if len(down) > 1 else down[0]

@@ -49,9 +49,13 @@ class Occupancy:
 
 
 class Tenant(Protocol):
-    """A model, as the GPUs see it. Nothing in here waits."""
+    """A server of a model, as the GPUs see it. Nothing in here waits."""
 
     spec: ModelSpec
+
+    @property
+    def key(self) -> str:
+        """What it is known by here: the model's id, with a number for all replicas but the first."""
 
     def occupancy(self) -> Occupancy: ...
 
@@ -111,7 +115,7 @@ class Gpus:
             StartFailed: there are no such GPUs, were all of them free; says which there are.
             NoCapacity: those who hold them never let go of them.
         """
-        model, demand = tenant.spec.id, demand_of(tenant.spec)
+        model, demand = tenant.key, demand_of(tenant.spec)
         self._tenants[model] = tenant
         if model in self._held:
             return self._held[model]
@@ -304,12 +308,13 @@ class Gpus:
             held_for=self._holds.get(model),
             usage=now.usage,
             owes=now.owes,
+            of=tenant.spec.id,
         )
 
     def _claim(self, tenant: Tenant) -> Claim:
         now, spec = tenant.occupancy(), tenant.spec
         patience = patience_s(now.cost_s, min(PATIENCE_S, spec.queue_timeout_s / 2))
-        return Claim(spec.id, demand_of(spec), now.asked_at, now.queued, now.cost_s, patience)
+        return Claim(tenant.key, demand_of(spec), now.asked_at, now.queued, now.cost_s, patience, of=spec.id)
 
     def _explain(self, decision: Decision) -> None:
         for model, why in decision.waits.items():

@@ -12,18 +12,23 @@ from gateway.errors import StartFailed
 from gateway.runtimes.base import Launch
 
 
-def server_name(spec: ModelSpec) -> str:
-    """Return what the server of a model is called on every runtime."""
-    return f"tgi-{spec.id}"
+def server_key(spec: ModelSpec, replica: int = 0) -> str:
+    """Return what tells one server of a model from all others: no other model may have it as its id."""
+    return f"{spec.id}-{replica}" if replica else spec.id
 
 
-def launch_of(engine: Engine, spec: ModelSpec, secret: str) -> Launch:
-    """Return what to run for a model, with its fingerprint.
+def server_name(spec: ModelSpec, replica: int = 0) -> str:
+    """Return what a server of a model is called on every runtime."""
+    return f"tgi-{server_key(spec, replica)}"
+
+
+def launch_of(engine: Engine, spec: ModelSpec, secret: str, replica: int = 0) -> Launch:
+    """Return what to run for a model, with its fingerprint, which all its replicas share.
 
     Raises:
         StartFailed: something that the catalog names cannot be used.
     """
-    return replace(engine.launch(spec, server_name(spec), secret), fingerprint=fingerprint(engine, spec))
+    return replace(engine.launch(spec, server_name(spec, replica), secret), fingerprint=fingerprint(engine, spec))
 
 
 def same_server(engine: Engine, one: ModelSpec, other: ModelSpec) -> bool:

@@ -1,4 +1,4 @@
-"""One model's life: the only writer of its state.
+"""One model's life (or that of one of its replicas): the only writer of its state.
 
 Callers say what they want (`lease`, `start`, `stop`) and never look at the state first: each decision is
 taken in here, between two awaits, where nothing can change. Two tasks make a life: `_serve` starts, loads
@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -33,11 +33,11 @@ from gateway.fleet.experience import Experience, Past
 from gateway.fleet.figures import Figures, Silent
 from gateway.fleet.gpus import Gpus, Occupancy, demand_of, place_of
 from gateway.fleet.health import Health
-from gateway.fleet.identity import launch_of, same_server, server_name
+from gateway.fleet.identity import launch_of, same_server, server_key, server_name
 from gateway.fleet.journal import Journal
 from gateway.fleet.life import Lease, Life, Paused
 from gateway.fleet.placement import Place
-from gateway.fleet.queue import Grant, Queue, Ticket
+from gateway.fleet.queue import Among, Grant, Queue, SentAway, Ticket
 from gateway.fleet.scheduling import Phase, Usage
 from gateway.fleet.status import Failure, Status, describe
 from gateway.lifecycle import DOWN, MADE, SERVING, STARTING_UP, Event, State, after
@@ -80,8 +80,16 @@ class Entry:
     """Whether its server goes on when the gateway ends."""
 
 
+Elsewhere = Callable[[float | None, float], AbstractAsyncContextManager[Lease]]
+"""Leases any of a model's replicas, for a caller who waits for so long at most, and came at this time."""
+
+
+def _nothing() -> None:
+    pass
+
+
 class Instance:
-    """A model that may be up or down, and knows how to get from one to the other."""
+    """A model, or one of its replicas, that may be up or down, and knows how to get from one to the other."""
 
     def __init__(
         self,
@@ -94,10 +102,17 @@ class Instance:
         *,
         outlives: bool = False,
         past: Past | None = None,
+        replica: int = 0,
     ) -> None:
         """Take what it needs. With `outlives` its server goes on when the gateway ends."""
         self.spec = spec
-        self.name = server_name(spec)
+        self.replica = replica
+        self.key = server_key(spec, replica)
+        self.name = server_name(spec, replica)
+        self.on_free_slot: Callable[[], None] = _nothing
+        """Told when nobody queues here and one more could be served; the other replicas' queues may be longer."""
+        self.elsewhere: Elsewhere
+        """How who came when there was no other replica gets to one; there is one by the time that he is sent away."""
         self.figures: Figures = Silent()
         self.engine = engine
         self._runtime = runtime
@@ -153,34 +168,66 @@ class Instance:
             progress_s=now - report.since if report else None,
             failure=self._failure,
             retry_after_s=self._cooling_s() or None,
-            gpus=self._gpus.of(self.spec.id),
-            waits_for=self._gpus.why(self.spec.id) or None,
+            gpus=self._gpus.of(self.key),
+            waits_for=self._gpus.why(self.key) or None,
             held_for=self._held_for,
             estimate=partial(self._past.eta_s, self._state, life, now),
         )
 
+    @property
+    def runs(self) -> bool:
+        """Whether it has a server, or is about to have one, or is not rid of it yet."""
+        return self._life is not None
+
+    @property
+    def queued(self) -> int:
+        """How many wait for a lease."""
+        return self._queue.requests
+
     @asynccontextmanager
-    async def lease(self, *, max_wait_s: float | None = None, admitted: bool = False) -> AsyncIterator[Lease]:
+    async def lease(
+        self, *, max_wait_s: float | None = None, admitted: bool = False, among: Among | None = None
+    ) -> AsyncIterator[Lease]:
         """Hold the right to send one request, starting the model first if it is down.
 
         Waits for the start, then for a free slot, in the order of arrival. `max_wait_s` bounds the wait for
         a model that is not running yet; the start goes on without the caller who gave up. `admitted`: it is for
-        a further part of a request that was let in, so a full queue does not turn it away.
+        a further part of a request that was let in, so a full queue does not turn it away. `among`: there are other
+        replicas, and the caller may be sent away to them.
 
         Raises:
             StartFailed, StartTimeout: the model could not be started, or failed recently and cools down.
             ModelNotLoaded: `max_wait_s` has passed, or an operator called the start off.
             ModelUnhealthy, NoCapacity, QueueFull, ShuttingDown: come back later.
+            SentAway: only `among` others: one of them has a slot free.
         """
         self._usage = self._usage.asked(self._loop.time())
-        lease = self._grant_at_once() or await self._wait(lease=True, max_wait_s=max_wait_s, admitted=admitted)
-        assert isinstance(lease, Lease)  # a ticket for a lease is never granted anything else
+        came_at = self._loop.time()
+        lease = self._grant_at_once()
+        if not lease:
+            self._refuse_newcomer(among, admitted=admitted)
+            lease = await self._lease_in_turn(max_wait_s, among)
+        if not lease:
+            async with self.elsewhere(max_wait_s, came_at) as lease:
+                yield lease
+            return
         try:
             if lease.error:  # cut in the very tick in which it was granted
                 raise lease.error
             yield lease
         finally:
             self._give_back(lease)
+
+    async def _lease_in_turn(self, max_wait_s: float | None, among: Among | None) -> Lease | None:
+        """Wait for a lease; return None if another one is to serve a caller who came when there was no other."""
+        try:
+            lease = await self._wait(lease=True, max_wait_s=max_wait_s, among=among)
+        except SentAway:
+            if among:
+                raise
+            return None
+        assert isinstance(lease, Lease)  # a ticket for a lease is never granted anything else
+        return lease
 
     async def start(self, *, wait: bool = True) -> Handle | None:
         """Start the model if it is down, cooling down or not; return its handle once it is ready.
@@ -204,6 +251,18 @@ class Instance:
         handle = await self._wait(lease=False)
         assert isinstance(handle, Handle)  # a ticket without a lease is granted the handle
         return handle
+
+    def wake(self) -> None:
+        """Begin to start it, if it is down and does not rest after a failure, though nobody waits for it yet.
+
+        It is wanted for as long as a start may take, and not started again should it fail.
+        """
+        closed = self._closing or self._removed or self._is_held_up
+        if self._state in DOWN and not closed and not self._cooling_s():
+            self._start("request")
+            assert self._life
+            self._life.kept = True
+            self._rearm()
 
     async def stop(self, *, force: bool = False) -> None:
         """Drain the model, stop it, and return when it is gone; a start is called off, `force` cuts what runs.
@@ -244,7 +303,7 @@ class Instance:
         What it has left of `start_timeout` it has for that, but no less than a server that fell silent would have.
         Only for a model that was never started.
         """
-        self._gpus.hold(self.spec.id, place_of(found), self)
+        self._gpus.hold(self.key, place_of(found), self)
         life = self._begin(adopted=True)
         self._move(Event.ADOPT, "found running")
         self._run(life, found)
@@ -254,7 +313,7 @@ class Instance:
 
         The task that is returned ends when that is over, however it ended; it is not to be cancelled.
         """
-        self._gpus.hold(self.spec.id, place_of(found), self)
+        self._gpus.hold(self.key, place_of(found), self)
         life = self._begin(adopted=True)
         self._move(Event.ADOPT, "found")
         self._run(life, found)
@@ -277,8 +336,18 @@ class Instance:
             self._wanted = self._wanted or entry.spec.preload or entry.spec.pinned
             self._lead_down(CHANGED)
 
+    def send_away(self, count: int) -> None:
+        """Let those who have waited the longest for a lease go to another replica. A start that they began goes on."""
+        if not count:
+            return
+        if self._life:
+            self._life.kept = True
+        self._queue.send_away(count)
+        self._last_use = self._loop.time()
+        self._rearm()
+
     def remove(self) -> None:
-        """Refuse everybody, drain and stop: the catalog has this model no more. `change` brings it back."""
+        """Refuse everybody, drain and stop: the catalog has this server no more. `change` brings it back."""
         self._removed, self._next = True, None
         self._wanted = False
         self._refuse_queue(lambda: refusals.removed(self.spec))
@@ -346,12 +415,11 @@ class Instance:
             return None
         return self._new_lease()
 
-    async def _wait(self, *, lease: bool, max_wait_s: float | None = None, admitted: bool = False) -> Grant:
-        if lease:
-            self._refuse_newcomer(admitted=admitted)
+    async def _wait(self, *, lease: bool, max_wait_s: float | None = None, among: Among | None = None) -> Grant:
+        came_at = among.came_at if among else self._loop.time()
         try:
             async with asyncio.timeout(None) as bound:
-                ticket = Ticket(self._loop.create_future(), bound, self._loop.time(), lease, max_wait_s)
+                ticket = Ticket(self._loop.create_future(), bound, came_at, lease, max_wait_s)
                 self._queue.join(ticket)
                 try:
                     self._enqueued(ticket)
@@ -402,6 +470,8 @@ class Instance:
                 self._queue.grant(ticket, self._life.handle)
             elif self._has_slot():
                 self._hand_over(ticket, self._new_lease())
+        if not self._queue and self._has_slot():
+            self.on_free_slot()
 
     def _has_slot(self) -> bool:
         free = self._in_flight < self.spec.max_concurrency
@@ -415,7 +485,7 @@ class Instance:
         life = self._life
         assert life is not None  # a READY model has a life with a handle
         assert life.handle is not None
-        lease = Lease(life.handle, life.secret, life, granted_at=self._loop.time())
+        lease = Lease(life.handle, life.secret, life, self.spec, self.engine, granted_at=self._loop.time())
         life.leases[lease] = None
         self._rearm()
         return lease
@@ -450,15 +520,14 @@ class Instance:
 
     # Refusals
 
-    def _refuse_newcomer(self, *, admitted: bool) -> None:
+    def _refuse_newcomer(self, among: Among | None, *, admitted: bool) -> None:
         self._refuse_when_closing()
         self._refuse_when_unhealthy()
         self._refuse_while_cooling()
         if self._state in DOWN:
             self._gpus.refuse_in_vain(self.spec)
-        if not admitted and self._queue.requests >= queue_room(
-            self._state, self.spec.max_queue, self.spec.max_concurrency
-        ):
+        queued = self._queue.requests + (among.queued_elsewhere if among else 0)
+        if not admitted and queued >= queue_room(self._state, self.spec.max_queue, self.spec.max_concurrency):
             raise self._promised(refusals.queue_full(self.spec, self._served_in()))
 
     def _refuse_hopeless(self, ticket: Ticket) -> None:
@@ -501,7 +570,7 @@ class Instance:
     def _waited_too_long(self, ticket: Ticket) -> GatewayError:
         waited_s = self._loop.time() - ticket.asked_at
         if self._waits_for_gpus and (ticket.max_wait_s is None or waited_s < ticket.max_wait_s - CLOCK_S):
-            return self._promised(refusals.no_room(self.spec, self._gpus.why(self.spec.id), waited_s))
+            return self._promised(refusals.no_room(self.spec, self._gpus.why(self.key), waited_s))
         if self._state in SERVING and waited_s >= self.spec.queue_timeout_s - CLOCK_S:
             return self._promised(refusals.no_slot(self.spec, waited_s, self._served_in()))
         if ticket.max_wait_s is None:
@@ -555,10 +624,10 @@ class Instance:
             raise group_error.exceptions[0] from None
 
     async def _make(self, life: Life) -> Handle:
-        launch = launch_of(self.engine, self.spec, life.secret)
+        launch = launch_of(self.engine, self.spec, life.secret, self.replica)
         place = await self._place(life)
         async with life.start_bounds():
-            fitted = await self._gpus.fitted(launch, self.engine, self.spec.id, place)
+            fitted = await self._gpus.fitted(launch, self.engine, self.key, place)
             return await self._runtime.start(fitted, life)
 
     async def _place(self, life: Life) -> Place:
@@ -732,7 +801,7 @@ class Instance:
             self._failures = 0
         self._left = life.left
         if not life.left:
-            self._gpus.give_back(self.spec.id)
+            self._gpus.give_back(self.key)
         self._life = None
         self._move(Event.GAVE_UP if life.failed else Event.CLEARED, life.left.detail if life.left else "nothing left")
         self._follow()
@@ -803,7 +872,7 @@ class Instance:
         log.info("%s: %s -> %s (%s)", self.name, before, self._state, reason)
         self._journal.write(
             "state",
-            model=self.spec.id,
+            **self._who,
             **{"from": before.value, "to": self._state.value},
             at=self._journal.now(),
             reason=reason,
@@ -814,9 +883,14 @@ class Instance:
         self._gpus.changed()
         self._rearm()
 
+    @property
+    def _who(self) -> dict[str, object]:
+        """Whom its entries in the journal are about."""
+        return {"model": self.spec.id} | ({"replica": self.replica} if self.replica else {})
+
     def _progressed(self, progress: Progress) -> None:
         eta_s = self._past.eta_s(self._state, self._life, self._loop.time())
-        self._journal.write("progress", model=self.spec.id, **(describe(progress, eta_s) or {}))
+        self._journal.write("progress", **self._who, **(describe(progress, eta_s) or {}))
 
     def _rearm(self) -> None:
         """Set the one timer that this state has: a start to call off, an idle server to stop, a drain to end."""

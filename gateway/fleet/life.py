@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+from gateway.catalog import ModelSpec
 from gateway.engines.base import Engine
 from gateway.errors import GatewayError
 from gateway.fleet.startup import Startup
@@ -27,6 +28,9 @@ class Lease:
     handle: Handle
     secret: str
     life: Life
+    spec: ModelSpec
+    """The model as the catalog had it when the lease was granted."""
+    engine: Engine
     on_cut: Cut | None = None
     error: GatewayError | None = None
     """Why it was cut, if it was; also before its holder could know of it."""

@@ -14,6 +14,18 @@ from gateway.runtimes.base import Handle
 Grant = Lease | Handle
 
 
+@dataclass(frozen=True, slots=True)
+class Among:
+    """A caller of a model with several replicas: when he came, and how many queue for the others."""
+
+    came_at: float
+    queued_elsewhere: int
+
+
+class SentAway(Exception):
+    """Another replica of the model has a slot free: ask again."""
+
+
 @dataclass(eq=False, slots=True)
 class Ticket:
     """One caller's place. `wants_lease` is False for one who only waits until the model is ready."""
@@ -82,6 +94,13 @@ class Queue:
         if granted.done() and not granted.cancelled() and granted.exception() is None:
             return granted.result()
         return None
+
+    def send_away(self, count: int) -> None:
+        """Let those who have waited the longest for a lease ask again, elsewhere."""
+        for ticket in [ticket for ticket in self._tickets if ticket.wants_lease][:count]:
+            self._tickets.remove(ticket)
+            if not ticket.granted.done():
+                ticket.granted.set_exception(SentAway())
 
     def refuse_all(self, error: Callable[[], GatewayError]) -> None:
         """Give every ticket an error of its own: one exception object must not be raised in two places."""

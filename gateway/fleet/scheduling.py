@@ -112,6 +112,8 @@ class Resident:
     owes: bool = False
     """Whether some still wait for it who did so when it became ready."""
     usage: Usage = Usage()
+    of: str = ""
+    """The model that it is a replica of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +128,8 @@ class Claim:
     """What its start takes, measured or estimated."""
     patience_s: float
     """How long it may take until it serves: it has others held back so early that its own start fits in."""
+    of: str = ""
+    """The model that it is a replica of: one replica never makes room for another."""
 
     @property
     def hold_at(self) -> float:
@@ -282,16 +286,19 @@ class _Table:
         if (victims := self._fewest(claim, self._due(claim, aged=aged))) is not None:
             self._send_away(victims, claim)
             return
-        self.looks += [*(self._due_at(each, claim, aged=aged) for each in self._staying()), claim.hold_at]
+        staying = self._staying(claim)
+        self.looks += [*(self._due_at(each, claim, aged=aged) for each in staying), claim.hold_at]
         self.waits[claim.model] = self._words(claim, aged=aged)
         if aged:
-            self._reserve(claim, self._staying())
+            self._reserve(claim, staying)
 
-    def _staying(self) -> list[Resident]:
-        return [each for each in self.residents if each.model not in self.going and not each.pinned]
+    def _staying(self, claim: Claim) -> list[Resident]:
+        """Return who could make room for a claim, now or later."""
+        staying = [each for each in self.residents if each.model not in self.going and not each.pinned]
+        return [each for each in staying if not _are_replicas(each, claim)]
 
     def _due(self, claim: Claim, *, aged: bool) -> list[Resident]:
-        return [each for each in self._staying() if self._due_at(each, claim, aged=aged) <= self.now]
+        return [each for each in self._staying(claim) if self._due_at(each, claim, aged=aged) <= self.now]
 
     def _due_at(self, each: Resident, claim: Claim, *, aged: bool) -> float:
         if each.phase is not Phase.UP or ((each.in_flight or each.queued) and not aged):
@@ -414,6 +421,10 @@ class _Table:
 
 def _is_held(resident: Resident, claim: Claim) -> bool:
     return resident.held_for == claim.model and resident.phase is Phase.UP and not resident.pinned
+
+
+def _are_replicas(resident: Resident, claim: Claim) -> bool:
+    return bool(claim.of) and resident.of == claim.of
 
 
 def _demanded(demand: Demand) -> str:

@@ -64,45 +64,49 @@ class Stopped:
     reason: str
 
 
+_Who = tuple[str, int]
+"""A model, and which of its replicas."""
+
+
 class Moves:
-    """Follows every model from entry to entry. `clock` counts seconds."""
+    """Follows every server of every model from entry to entry. `clock` counts seconds."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._starts: dict[str, _Start] = {}
-        self._drains: dict[str, str] = {}
+        self._starts: dict[_Who, _Start] = {}
+        self._drains: dict[_Who, str] = {}
 
     def heard(self, entry: Entry) -> Started | Stopped | None:
         """Return what an entry of the journal means, if it is the end of a start or the stop of a server."""
-        model = str(entry.data.get("model", ""))
+        who = str(entry.data.get("model", "")), int(entry.data.get("replica", 0))
         if entry.kind == "state":
             before, now = State(entry.data["from"]), State(entry.data["to"])
-            return self._moved(model, before, now, str(entry.data["reason"]))
-        if entry.kind == "progress" and model in self._starts:
-            self._starts[model].turn_to(phase_of(str(entry.data["phase"])), self._clock())
+            return self._moved(who, before, now, str(entry.data["reason"]))
+        if entry.kind == "progress" and who in self._starts:
+            self._starts[who].turn_to(phase_of(str(entry.data["phase"])), self._clock())
         return None
 
-    def _moved(self, model: str, before: State, now: State, reason: str) -> Started | Stopped | None:
+    def _moved(self, who: _Who, before: State, now: State, reason: str) -> Started | Stopped | None:
         if now is State.STARTING:
-            self._drains.pop(model, None)
-            self._starts[model] = _Start(self._clock())
-        elif model in self._starts:
-            return self._went_on(model, now, reason)
+            self._drains.pop(who, None)
+            self._starts[who] = _Start(self._clock())
+        elif who in self._starts:
+            return self._went_on(who, now, reason)
         elif now is State.DRAINING:
-            self._drains[model] = reason
+            self._drains[who] = reason
         elif now is State.STOPPING and before is not State.FAILED:  # a second look at what failed stops nothing
-            return Stopped(model, reason_of(self._drains.pop(model, reason), before))
+            return Stopped(who[0], reason_of(self._drains.pop(who, reason), before))
         return None
 
-    def _went_on(self, model: str, now: State, reason: str) -> Started | None:
+    def _went_on(self, who: _Who, now: State, reason: str) -> Started | None:
         """Return the end of a start that was under way, if this is it."""
         if now in STARTING_UP:
-            self._starts[model].turn_to("loading", self._clock())
+            self._starts[who].turn_to("loading", self._clock())
             return None
-        start = self._starts.pop(model)
+        start = self._starts.pop(who)
         if now is not State.READY:
-            return Started(model, result_of(reason))
-        return Started(model, "ok", *start.over(self._clock()))
+            return Started(who[0], result_of(reason))
+        return Started(who[0], "ok", *start.over(self._clock()))
 
 
 class _Start:

@@ -42,6 +42,8 @@ class Status:
     """The model for which it takes no new requests, and goes when it has finished those that it has."""
     waits_for: str | None = None
     """While it waits for GPUs: who has them and what must happen, in words."""
+    replicas: tuple[Status, ...] = ()
+    """Of a model with several servers: each of them."""
     estimate: Callable[[], float | None] | None = None
     """Works `eta_s` out: a snapshot is taken more often than that is asked for."""
 

@@ -39,7 +39,9 @@ class Scene:
     @property
     def instance(self) -> Instance:
         """The model's instance, of the gateway that is there now."""
-        return self.world.fleet.get(self.world.fleet.catalog.models[self.spec.id])
+        instance = self.world.fleet.get(self.world.fleet.catalog.models[self.spec.id])
+        assert isinstance(instance, Instance)
+        return instance
 
     def is_in(self, state: State) -> bool:
         return self.instance.status.state is state

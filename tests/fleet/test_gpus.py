@@ -25,6 +25,7 @@ class Obedient:
         self, ledger: Gpus, name: str, gpus: int | list[str] = 1, *, leaves_s: float = 1.0, **keys: Any
     ) -> None:
         self.spec = ModelSpec.model_validate({"id": name, "hf_name": name, "gpus": gpus, **keys})
+        self.key = name
         self.ledger = ledger
         self.leaves_s = leaves_s
         self.loop = asyncio.get_running_loop()

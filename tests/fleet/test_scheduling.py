@@ -80,6 +80,17 @@ def test_a_younger_claim_takes_what_the_older_cannot_use_yet() -> None:
     assert decision.placed == {"one": Place(("1",))}
 
 
+@pytest.mark.parametrize("age_s", [1, AGED_S, 10 * AGED_S])
+def test_one_replica_never_makes_room_for_another(age_s: float) -> None:
+    first = resident("m", "0", of="m")
+    second = replace(claim("m-1", age_s=age_s), of="m")
+
+    decision = decided(gpus(1), [first], [second])
+
+    assert (decision.evicted, decision.held) == ({}, {})
+    assert decided(gpus(1), [replace(first, of="n")], [second]).evicted == {"m": "m-1"}
+
+
 def test_a_claim_whose_patience_is_over_is_not_overtaken() -> None:
     busy = resident("a", "0", in_flight=1, usage=IN_USE)
 

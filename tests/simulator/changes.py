@@ -149,11 +149,15 @@ class ChangingWorld(World):
             self.breaks("P9: nobody is told of a bad catalog")
 
     def _seen(self, model: str) -> Seen:
-        instance = self.fleet._instances.get(model)
+        instance = self._instance_of(model)
         if instance is None:
             return Seen(None, None, State.STOPPED, frozenset())
         life = instance._life
         return Seen(instance, life, instance.status.state, frozenset(life.leases if life else ()))
+
+    def _instance_of(self, model: str) -> Instance | None:
+        known = self.fleet._models.get(model)
+        return known.members[0] if known else None
 
     def _stays(self, model: str, spec: ModelSpec) -> bool:
         """Say whether the server that a model has, or is about to have, is what its new entry asks for."""
@@ -199,7 +203,7 @@ class ChangingWorld(World):
             self.breaks(f"P9: {model} is removed from the catalog, and is {state}")
         if spec and state in MADE and not self._fits(spec, self.runtime.newest(name)):
             self.breaks(f"P9: {model} is {state} with a server that the catalog does not ask for")
-        instance = self.fleet._instances.get(model)
+        instance = self._instance_of(model)
         if spec and instance and (instance._next.spec if instance._next else instance.spec) != spec:
             self.breaks(f"P9: a change of {model} is lost")
 

@@ -244,7 +244,7 @@ class RestartsAll(Fleet):
 
     def change(self, catalog: Catalog) -> None:
         super().change(catalog)
-        for instance in self._instances.values():
+        for instance in self._instances():
             instance._lead_down(CHANGED)
 
 
@@ -253,7 +253,7 @@ class EmptiesItself(Fleet):
 
     def refuse(self, error: CatalogError) -> None:
         super().refuse(error)
-        for instance in self._instances.values():
+        for instance in self._instances():
             instance.remove()
 
 

@@ -158,7 +158,7 @@ class World:
 
     def _hear_no_more(self) -> None:
         """Take note of what had ended in this very tick: whoever was to hear of it is dead."""
-        for instance in self.fleet._instances.values():
+        for instance in self.fleet._instances():
             if instance._life and instance._life.serve.done() and not instance._life.serve.cancelled():
                 instance._life.serve.exception()
 
