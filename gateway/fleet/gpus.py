@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -19,7 +20,18 @@ from gateway.errors import NoCapacity, StartFailed
 from gateway.fleet.placement import NOWHERE, Demand, Place, described, misfit, place, unlimited
 from gateway.fleet.refusals import BUSY_GPUS_RETRY_S
 from gateway.fleet.returning import Returning
-from gateway.fleet.scheduling import Claim, Decision, Phase, Resident, Snapshot, Usage, decide, in_vain, patience_s
+from gateway.fleet.scheduling import (
+    HOLD_S,
+    Claim,
+    Decision,
+    Phase,
+    Resident,
+    Snapshot,
+    Usage,
+    decide,
+    in_vain,
+    patience_s,
+)
 from gateway.fleet.sharing import launch_at
 from gateway.runtimes.base import Found, Launch
 from gateway.runtimes.inventory import Inventory
@@ -76,6 +88,15 @@ class _Waiting:
     why: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class _Hold:
+    claimant: str
+    since: float
+
+
+NOT_HELD = _Hold("", math.inf)
+
+
 def demand_of(spec: ModelSpec) -> Demand:
     """Return what a model asks for; a server that others run asks for nothing."""
     return Demand(0 if spec.runtime == "external" else spec.gpus, spec.gpu_memory_bytes)
@@ -101,7 +122,8 @@ class Gpus:
         self._held: dict[str, Place] = {}
         self._tenants: dict[str, Tenant] = {}
         self._waiting: dict[str, _Waiting] = {}
-        self._holds: dict[str, str] = {}
+        self._holds: dict[str, _Hold] = {}
+        self._spared_until: dict[str, float] = {}
         self._look: asyncio.Handle | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._closed = False
@@ -183,6 +205,7 @@ class Gpus:
     def give_back(self, model: str) -> None:
         """Take back what a model held, whose server is gone: it is given to others once it is seen to be free."""
         self._holds.pop(model, None)
+        self._spared_until.pop(model, None)
         if found := self._held.pop(model, None):
             if self._memory and not self._closed:
                 comes_back = asyncio.create_task(self._until_returned(model, found), name=f"memory of {model}")
@@ -270,10 +293,11 @@ class Gpus:
             self._timer.cancel()
             self._timer = None
         loop = asyncio.get_running_loop()
-        decision = decide(self._snapshot(loop.time()))
+        now = loop.time()
+        decision = decide(self._snapshot(now))
         self._place(decision)
         self._explain(decision)
-        self._make_room(decision)
+        self._make_room(decision, now)
         for model, why in decision.hopeless.items():
             self._give_up(model, why)
         if decision.look_again_at is not None:
@@ -294,7 +318,7 @@ class Gpus:
         tenant = self._tenants.get(model)
         if tenant is None:  # a stranger, who is being removed
             return _leaving(model, held)
-        now = tenant.occupancy()
+        now, hold = tenant.occupancy(), self._holds.get(model, NOT_HELD)
         return Resident(
             model,
             held,
@@ -305,7 +329,9 @@ class Gpus:
             since=now.since,
             last_use_at=now.last_use_at,
             cost_s=now.cost_s,
-            held_for=self._holds.get(model),
+            held_for=hold.claimant or None,
+            held_at=hold.since,
+            spared_until=self._spared_until.get(model, -math.inf),
             usage=now.usage,
             owes=now.owes,
             of=tenant.spec.id,
@@ -331,17 +357,24 @@ class Gpus:
             waiting.placed.set_result(found)
             log.info("tgi-%s: gets GPU %s of %s", model, ", ".join(found.gpus), described(self.known()))
 
-    def _make_room(self, decision: Decision) -> None:
+    def _make_room(self, decision: Decision, now: float) -> None:
         for model in self._holds.keys() - decision.held.keys() - decision.evicted.keys():
-            del self._holds[model]
-            self._tenants[model].hold(None)
+            self._let_go_on(model, now)
         for model, claimant in decision.held.items():
-            if self._holds.get(model) != claimant:
+            before = self._holds.get(model, NOT_HELD)
+            if before.claimant != claimant:
                 log.info("tgi-%s: takes no new requests: %s has waited long enough", model, claimant)
-            self._holds[model] = claimant
+            self._holds[model] = _Hold(claimant, min(before.since, now))
             self._tenants[model].hold(claimant)
         for model, claimant in decision.evicted.items():
             self._tenants[model].make_room(claimant)
+
+    def _let_go_on(self, model: str, now: float) -> None:
+        """Hold a model no longer, and not again at once if it was held for as long as one is."""
+        held_at = self._holds.pop(model).since
+        if now >= held_at + HOLD_S:
+            self._spared_until[model] = held_at + 2 * HOLD_S
+        self._tenants[model].hold(None)
 
     def _give_up(self, model: str, why: str) -> None:
         waiting = self._waiting.pop(model)

@@ -8,7 +8,8 @@ ones suffice, the least regretted first.
   are not expected back before the claim would lose its patience. All others go on serving whatever comes for them, so
   that requests for one model are served together before the next switch.
 - A claim that has no patience left reserves the GPUs that it needs, so that no younger one overtakes it there, and
-  residents are held for it: they take no new requests, finish those that they have, and go.
+  residents are held for it: they take no new requests, finish those that they have, and go. One whose work outlasts
+  `HOLD_S` takes requests again for as long, and is then held anew.
 
 All times are seconds; `now` and every `*_at` are readings of one monotonic clock. The clock is only ever compared with
 instants that do not move, so `look_again_at` is exact.
@@ -31,6 +32,9 @@ WORTH = 4.0
 """A claim's patience is at most this many times what its own start takes: what loads in a moment waits for a moment."""
 TURN_S = 120.0
 """How long a server serves those who waited for its start, at most, before it is held for others."""
+HOLD_S = 60.0
+"""How long a server is held at a stretch. If its work outlasts that, it takes requests again for as long, for all its
+callers would wait with the claim for one of them."""
 MOST_EXAMINED = 16
 """So many claims at once have room made for them; those behind them get what is free."""
 LINGER = 0.5
@@ -109,6 +113,10 @@ class Resident:
     """What it takes to start it again, measured or estimated."""
     held_for: str | None = None
     """The claim for which the last decision held it."""
+    held_at: float = math.inf
+    """Since when it is held, for whomever."""
+    spared_until: float = -math.inf
+    """It was held for so long that it is not to be held again before this."""
     owes: bool = False
     """Whether some still wait for it who did so when it became ready."""
     usage: Usage = Usage()
@@ -258,22 +266,44 @@ class _Table:
         return [each.place for each in self.residents] + [Place((gpu,)) for gpu in self.leaving.union(self.starting)]
 
     def _wait(self, claim: Claim) -> None:
-        held = [each for each in self.residents if _is_held(each, claim)]
+        held = [each for each in self.residents if self._is_held(each, claim)]
         aged = bool(held) or self.now >= claim.hold_at
         found = self._fit_without((), claim.demand)
         if found is None:
-            self._make_room(claim, aged=aged)
+            if not self._make_room(claim, aged=aged):
+                self._keep_held(held, claim)
         elif not (aged and self._make_room_elsewhere(claim)):
             self._promise(claim, found)
             self.looks.append(claim.hold_at)
+
+    def _keep_held(self, held: Sequence[Resident], claim: Claim) -> None:
         for each in held:
             if each.model not in self.evicted:
-                self.held.setdefault(each.model, claim.model)
+                self._hold(each, claim)
+
+    def _hold(self, each: Resident, claim: Claim) -> None:
+        self.held.setdefault(each.model, claim.model)
+        self.looks.append((each.held_at if each.held_for else self.now) + HOLD_S)
+
+    def _is_held(self, each: Resident, claim: Claim) -> bool:
+        held = each.held_for == claim.model and each.phase is Phase.UP and not each.pinned
+        return held and not self._is_spared(each)
+
+    def _is_spared(self, each: Resident) -> bool:
+        """Say whether a server goes on for a while that does not come to an end of its work while it is held."""
+        return bool(each.in_flight) and self.now < self._spared_until(each)
+
+    def _spared_until(self, each: Resident) -> float:
+        outlasts = each.held_for is not None and self.now >= each.held_at + HOLD_S
+        return each.held_at + 2 * HOLD_S if outlasts else each.spared_until
 
     def _make_room_elsewhere(self, claim: Claim) -> bool:
-        """Have residents go on GPUs where nothing starts, which may take long, for a claim that has waited enough."""
+        """Have a claim that has waited enough go where nothing starts, which may take long, if there may be room."""
         self.avoided = [Place((gpu,)) for gpu in self.starting]
         try:
+            if (found := self._fit_without((), claim.demand)) is not None:
+                self._promise(claim, found)
+                return True
             victims = self._fewest(claim, self._due(claim, aged=True)) if self.avoided else None
             if victims is not None:
                 self._send_away(victims, claim)
@@ -281,16 +311,17 @@ class _Table:
         finally:
             self.avoided = []
 
-    def _make_room(self, claim: Claim, *, aged: bool) -> None:
+    def _make_room(self, claim: Claim, *, aged: bool) -> bool:
         """Have residents go for a claim, or held once it is aged, if enough of them are due; else tell when."""
         if (victims := self._fewest(claim, self._due(claim, aged=aged))) is not None:
             self._send_away(victims, claim)
-            return
+            return True
         staying = self._staying(claim)
         self.looks += [*(self._due_at(each, claim, aged=aged) for each in staying), claim.hold_at]
         self.waits[claim.model] = self._words(claim, aged=aged)
         if aged:
             self._reserve(claim, staying)
+        return False
 
     def _staying(self, claim: Claim) -> list[Resident]:
         """Return who could make room for a claim, now or later."""
@@ -305,7 +336,9 @@ class _Table:
             return math.inf  # there will be a snapshot when that has changed
         if each.place.memory_bytes is not None and self._starting_beside(each):
             return math.inf  # a server that measures its memory as it loads would take for its own what comes free
-        if _is_held(each, claim):
+        if self._is_spared(each):
+            return self._spared_until(each)
+        if self._is_held(each, claim):
             return self.now
         rest_s = self.rules.residency_s(each)
         if aged:
@@ -321,7 +354,10 @@ class _Table:
         assert found is not None, "the victims suffice"
         for each in victims:
             self.going.add(each.model)
-            (self.held if each.in_flight else self.evicted)[each.model] = claim.model
+            if each.in_flight:
+                self._hold(each, claim)
+            else:
+                self.evicted[each.model] = claim.model
         self._promise(claim, found)
 
     def _reserve(self, claim: Claim, staying: Sequence[Resident]) -> None:
@@ -339,10 +375,9 @@ class _Table:
 
     def _fewest(self, claim: Claim, candidates: Sequence[Resident]) -> list[Resident] | None:
         """Return the least regretted residents without which a claim fits, first those that are held for it."""
-        regret = {
-            each.model: 0.0 if _is_held(each, claim) else self.rules.regret(each, self.now) for each in candidates
-        }
-        ordered = sorted(candidates, key=lambda each: regret[each.model])
+        held = {each.model for each in candidates if self._is_held(each, claim)}
+        regret = {each.model: 0.0 if each.model in held else self.rules.regret(each, self.now) for each in candidates}
+        ordered = sorted(candidates, key=lambda each: (each.model not in held, regret[each.model]))
         tries = [(claim.demand, ordered)]
         if claim.demand.gpus == 1:
             tries = [
@@ -410,6 +445,8 @@ class _Table:
             return "is starting"
         if each.phase is Phase.STUCK:
             return "may not be gone yet"
+        if self._is_spared(each):
+            return "has work that lasts, and serves others meanwhile"
         if each.owes:
             return "serves those who waited for it"
         if self.now < each.since + self.rules.residency_s(each):
@@ -417,10 +454,6 @@ class _Table:
         if aged:
             return "is not enough"
         return "is busy" if each.in_flight or each.queued else "is expected to be asked again soon"
-
-
-def _is_held(resident: Resident, claim: Claim) -> bool:
-    return resident.held_for == claim.model and resident.phase is Phase.UP and not resident.pinned
 
 
 def _are_replicas(resident: Resident, claim: Claim) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 from gateway.api.models import model_json
 from gateway.fleet.placement import GIB, Device
+from gateway.fleet.scheduling import HOLD_S
 from gateway.fleet.status import Status
 from gateway.lifecycle import State
 from gateway.runtimes.base import Launch
@@ -34,6 +35,11 @@ class Shared:
     def status(self, name: str) -> Status:
         return self.world.fleet.status(self.specs[name])
 
+    async def until_held(self, name: str) -> None:
+        async with asyncio.timeout(300):
+            while not self.status(name).held_for:
+                await asyncio.sleep(1)
+
     def moves(self, name: str) -> Iterable[str]:
         return [line.partition(f"{name}: ")[2] for line in self.world.trace if f"  {name}: " in line]
 
@@ -59,13 +65,15 @@ def test_a_busy_model_finishes_what_it_has_and_those_who_queue_for_it_are_served
         long = on.ask("a", work_s=500.0)
         await asyncio.sleep(1)
         other = on.ask("b")
-        await asyncio.sleep(200)
+        await on.until_held("a")
 
         assert on.status("a").held_for == model_json(on.status("a"))["held_for"] == "b"
         assert model_json(on.status("b"))["waits_for"] == on.status("b").waits_for
         assert (on.status("b").state, on.status("b").waits_for is not None) == (State.STARTING, True)
         assert await other == "NO_CAPACITY"  # after its 300 s, and not before
-        again, late = on.ask("b"), on.ask("a")
+        again = on.ask("b")
+        await on.until_held("a")
+        late = on.ask("a")
         await asyncio.sleep(1)
         assert on.status("a").queued == 1
         assert await long == "answered", "nothing that runs is cut"
@@ -108,6 +116,27 @@ def test_the_wait_for_gpus_takes_nothing_from_the_time_of_the_start() -> None:
     play(scene)
 
 
+def test_one_long_stream_keeps_neither_its_models_callers_nor_the_claim_waiting_till_it_ends() -> None:
+    async def scene() -> None:
+        on = Shared("a", "b", a={"generation_timeout": 2000.0}, b={"queue_timeout": 2000.0})
+        assert await on.ask("a") == "answered"
+        stream = on.ask("a", work_s=900.0)
+        await asyncio.sleep(1)
+        claim = on.ask("b")
+        await on.until_held("a")
+        assert on.status("a").held_for == "b"
+
+        assert await on.ask("a") == "answered"
+        assert not stream.done()
+        assert on.status("b").waits_for
+        assert await stream == "answered"
+        waited_since = asyncio.get_running_loop().time()
+        assert await claim == "answered"
+        assert asyncio.get_running_loop().time() <= waited_since + 2 * HOLD_S + 60
+
+    play(scene)
+
+
 def test_a_start_that_nobody_wants_any_more_gives_up_its_claim() -> None:
     async def scene() -> None:
         on = Shared("a", "b", a={"generation_timeout": 1000.0})
@@ -115,7 +144,7 @@ def test_a_start_that_nobody_wants_any_more_gives_up_its_claim() -> None:
         busy = on.ask("a", work_s=800.0)
         await asyncio.sleep(1)
         waiting = on.ask("b")
-        await asyncio.sleep(150)
+        await on.until_held("a")
         assert on.status("a").held_for == "b"
         await on.world.leave(waiting)
         await asyncio.sleep(100)

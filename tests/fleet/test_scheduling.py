@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from gateway.fleet.placement import GIB, Demand, Device, Place, free_bytes, misfit, place
 from gateway.fleet.scheduling import (
+    HOLD_S,
     LINGER,
     RESIDENCY,
     TURN_S,
@@ -228,6 +229,50 @@ def test_who_is_held_goes_when_it_is_done_whatever_is_queued() -> None:
     assert decided(gpus(1), [held], [claim("b", age_s=AGED_S)]).evicted == {"a": "b"}
 
 
+@pytest.mark.parametrize(
+    ("since_s", "in_flight", "becomes"),
+    [
+        (HOLD_S - 1, 1, ("held", NOW + 1)),
+        (HOLD_S, 1, ("let go on", NOW + HOLD_S)),
+        (HOLD_S, 0, ("evicted", None)),
+        (1.5 * HOLD_S, 1, ("let go on", NOW + HOLD_S / 2)),
+        (2 * HOLD_S, 1, ("held", NOW + HOLD_S)),
+    ],
+)
+def test_a_server_whose_work_outlasts_a_hold_serves_others_as_long_before_the_next(
+    since_s: float, in_flight: int, becomes: tuple[str, float | None]
+) -> None:
+    lasts = resident("a", in_flight=in_flight, queued=3, usage=IN_USE, held_for="b", held_at=NOW - since_s)
+    if since_s > HOLD_S:
+        lasts = replace(lasts, held_for=None, held_at=math.inf, spared_until=NOW - since_s + 2 * HOLD_S)
+
+    now = decided(gpus(1), [lasts], [claim("b", age_s=AGED_S + 1_000)])
+
+    done = "held" if now.held else "evicted" if now.evicted else "let go on"
+    assert (done, now.look_again_at) == becomes
+
+
+def test_who_gets_gpus_that_come_free_has_nobody_else_go_though_something_starts_elsewhere() -> None:
+    there = [resident("idle", "0"), resident("s", "1", phase=Phase.STARTING), resident("l", "2", phase=Phase.LEAVING)]
+
+    now = decided(gpus(3), there, [claim("c", age_s=AGED_S)])
+
+    assert (now.evicted, "gets GPU 2" in now.waits["c"]) == ({}, True)
+
+
+def test_who_is_not_needed_any_more_is_held_no_longer() -> None:
+    held = [resident(name, gpu, in_flight=1, held_for="c") for name, gpu in (("a", "0"), ("b", "1"))]
+
+    assert decided(gpus(2), held, [claim("c", age_s=AGED_S)]).held == {"a": "c"}
+
+
+def test_where_one_does_not_come_to_an_end_another_is_held() -> None:
+    lasts = resident("a", "0", in_flight=1, usage=IN_USE, held_for="c", held_at=NOW - HOLD_S)
+    busy = resident("b", "1", in_flight=1, usage=IN_USE)
+
+    assert decided(gpus(2), [lasts, busy], [claim("c", age_s=AGED_S)]).held == {"b": "c"}
+
+
 def test_who_is_held_is_let_go_when_its_claim_is_gone() -> None:
     held = resident("a", in_flight=1, held_for="gone")
 
@@ -392,6 +437,8 @@ def residents_at(draw: st.DrawFn, model: str, found: Place) -> Resident:
         last_at,
         draw(SECONDS),
         draw(st.sampled_from([None, None, "claim-0", "claim-1", "claim-gone"])) if phase is Phase.UP else None,
+        held_at=NOW - draw(SECONDS),
+        spared_until=NOW + draw(st.sampled_from([-math.inf, 1.0, 50.0])),
         owes=draw(st.booleans()),
         usage=usage if draw(st.booleans()) else Usage(),
     )
@@ -438,15 +485,17 @@ def test_no_busy_no_pinned_and_no_new_one_goes(snapshot: Snapshot) -> None:
 @EVERY
 @given(snapshots())
 def test_none_goes_in_vain(snapshot: Snapshot) -> None:
-    """Had any victim of the oldest claim been spared, the claim would not fit."""
+    """Had any victim of the oldest claim been spared, it would not fit; or, aged, only where something starts."""
     decision = decide(snapshot)
     oldest = min(snapshot.claims, key=lambda each: (each.asked_at, each.model))
     victims = {model for model, of in decision.evicted.items() if of == oldest.model}
     staying = [each for each in snapshot.residents if each.phase is not Phase.LEAVING]
+    starting = [each.place for each in staying if each.phase is Phase.STARTING]
+    avoided = [Place(each.gpus) for each in starting if snapshot.now >= oldest.hold_at]
     for spared in victims:
         gone = (victims | {model for model, of in decision.held.items() if of == oldest.model}) - {spared}
         left = [each.place for each in staying if each.model not in gone]
-        assert place(oldest.demand, snapshot.devices, left) is None
+        assert place(oldest.demand, snapshot.devices, [*left, *avoided]) is None
 
 
 @EVERY
@@ -484,13 +533,22 @@ def test_an_aged_claim_that_comes_first_is_not_delayed_by_the_younger_ones(snaps
     assert place(oldest.demand, snapshot.devices, [*pinned, *decision.placed.values()]) is not None
 
 
+def _as_the_ledger_has_it(each: Resident, decision: Decision) -> Resident:
+    """Return a resident as the next snapshot shows it, if nothing else has happened."""
+    if of := decision.held.get(each.model):
+        return replace(each, held_for=of, held_at=each.held_at if each.held_for else NOW)
+    outlasted = each.held_for is not None and each.held_at + HOLD_S <= NOW
+    spared_until = each.held_at + 2 * HOLD_S if outlasted else each.spared_until
+    return replace(each, held_for=None, held_at=math.inf, spared_until=spared_until)
+
+
 @EVERY
 @given(snapshots(), st.floats(0.0, 1.0))
 def test_nothing_happens_before_one_is_to_look_again(snapshot: Snapshot, part: float) -> None:
     first = decide(snapshot)
     if first.placed or first.evicted:
         return
-    held = [replace(each, held_for=first.held.get(each.model)) for each in snapshot.residents]
+    held = [_as_the_ledger_has_it(each, first) for each in snapshot.residents]
     quiet = replace(snapshot, residents=held)
     until = first.look_again_at if first.look_again_at is not None else NOW + 10_000.0
     then = decide(replace(quiet, now=min(NOW + part * (until - NOW), math.nextafter(until, 0.0))))

@@ -44,7 +44,19 @@ from statistics import mean
 
 from gateway.fleet.experience import DEFAULT_COST_S
 from gateway.fleet.placement import GIB, Demand, Device, Place
-from gateway.fleet.scheduling import OURS, Claim, Decision, Phase, Resident, Rules, Snapshot, Usage, decide, patience_s
+from gateway.fleet.scheduling import (
+    HOLD_S,
+    OURS,
+    Claim,
+    Decision,
+    Phase,
+    Resident,
+    Rules,
+    Snapshot,
+    Usage,
+    decide,
+    patience_s,
+)
 
 WAIT_BOUND_S = 120.0
 STOP_S = 4.0
@@ -224,6 +236,8 @@ class Server:
     last_use_at: float = 0.0
     cost_s: float = DEFAULT_COST_S
     held_for: str | None = None
+    held_at: float = math.inf
+    spared_until: float = -math.inf
     usage: Usage = field(default_factory=Usage)
 
     def resident(self) -> Resident:
@@ -240,9 +254,20 @@ class Server:
             last_use_at=self.last_use_at,
             cost_s=self.cost_s,
             held_for=self.held_for,
+            held_at=self.held_at,
+            spared_until=self.spared_until,
             usage=self.usage,
             owes=bool(self.queue) and self.queue[0].at <= self.since,
         )
+
+    def hold(self, claim: str | None, now: float) -> bool:
+        """Be held for a claim or for none; return whether this one takes requests again."""
+        released = self.held_for is not None and claim is None
+        if released and now >= self.held_at + HOLD_S:
+            self.spared_until = self.held_at + 2 * HOLD_S
+        self.held_at = min(self.held_at, now) if claim else math.inf
+        self.held_for = claim
+        return released
 
 
 class Replay:
@@ -338,9 +363,7 @@ class Replay:
             self._stop(self.servers[model])
         released = False
         for server in self.servers.values():
-            held_for = decision.held.get(server.model)
-            released |= server.held_for is not None and held_for is None
-            server.held_for = held_for
+            released |= server.hold(decision.held.get(server.model), self.now)
         if released:
             self._admit()
         if decision.look_again_at is not None and decision.look_again_at != self.look_at:
