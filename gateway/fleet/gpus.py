@@ -16,7 +16,7 @@ from gateway.catalog import ModelSpec
 from gateway.devices import Device
 from gateway.engines.base import Engine
 from gateway.errors import NoCapacity, StartFailed
-from gateway.fleet.placement import NOWHERE, Demand, Place, described, misfit, place, unlimited
+from gateway.fleet.placement import NOWHERE, Demand, Place, described, meets, misfit, place, unlimited
 from gateway.fleet.refusals import BUSY_GPUS_RETRY_S
 from gateway.fleet.returning import Returning
 from gateway.fleet.scheduling import Claim, Decision, Phase, Resident, Snapshot, Usage, decide, in_vain, patience_s
@@ -131,17 +131,26 @@ class Gpus:
                 del self._waiting[model]
                 self.changed()
 
-    def refuse_in_vain(self, spec: ModelSpec) -> None:
+    def is_misplaced(self, tenant: Tenant) -> bool:
+        """Say whether a model holds GPUs, and others than its catalog entry asks for by now.
+
+        They are what a former server has: that must be gone, and its place given back, before `take`.
+        """
+        found = self._held.get(tenant.key)
+        return found is not None and not meets(found, demand_of(tenant.spec), self.devices or ())
+
+    def refuse_in_vain(self, tenant: Tenant) -> None:
         """Return if a model that is down may hope for GPUs.
 
         Raises:
             NoCapacity: pinned models hold all that would do, so that a start would be of no use.
         """
-        demand = demand_of(spec)
+        demand = demand_of(tenant.spec)
         if demand.count and self.devices is not None and not misfit(demand, self.devices):
-            residents = [self._resident(model, held) for model, held in self._held.items()]
+            others = ((model, held) for model, held in self._held.items() if model != tenant.key)
+            residents = [self._resident(model, held) for model, held in others]
             if why := in_vain(demand, self.devices, residents):
-                raise _in_vain(spec.id, why)
+                raise _in_vain(tenant.key, why)
 
     def starts_beside(self, model: str) -> bool:
         """Say whether a server that shares a GPU with this model's is starting: it measures what is free there."""

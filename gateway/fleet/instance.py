@@ -525,7 +525,7 @@ class Instance:
         self._refuse_when_unhealthy()
         self._refuse_while_cooling()
         if self._state in DOWN:
-            self._gpus.refuse_in_vain(self.spec)
+            self._gpus.refuse_in_vain(self)
         queued = self._queue.requests + (among.queued_elsewhere if among else 0)
         if not admitted and queued >= queue_room(self._state, self.spec.max_queue, self.spec.max_concurrency):
             raise self._promised(refusals.queue_full(self.spec, self._served_in()))
@@ -625,10 +625,23 @@ class Instance:
 
     async def _make(self, life: Life) -> Handle:
         launch = launch_of(self.engine, self.spec, life.secret, self.replica)
+        await self._leave_former_place()
         place = await self._place(life)
         async with life.start_bounds():
             fitted = await self._gpus.fitted(launch, self.engine, self.key, place)
             return await self._runtime.start(fitted, life)
+
+    async def _leave_former_place(self) -> None:
+        """Give up what a former server has, of which something is perhaps left, if it is not what is asked for by now.
+
+        Raises:
+            RuntimeUnavailable: it is not known yet whether that server is gone, so its GPUs cannot be given to others.
+        """
+        if not self._gpus.is_misplaced(self):
+            return
+        if left := await self._clear():
+            raise refusals.former_server_left(self.spec, left, CLEAR_AGAIN_S)
+        self._gpus.give_back(self.key)
 
     async def _place(self, life: Life) -> Place:
         """Wait for GPUs; the bounds of the start begin when it has them.
@@ -929,7 +942,7 @@ class Instance:
     def _time_is_up(self, life: Life | None, reason: str) -> None:
         if self._left and not self._life:
             self._clear_again()
-        elif reason == IDLE and self._gpus.starts_beside(self.spec.id):
+        elif reason == IDLE and self._gpus.starts_beside(self.key):
             self._timer = self._loop.call_later(BESIDE_S, self._time_is_up, life, reason)
         elif life and life is self._life:
             self._end(life, reason)

@@ -55,6 +55,17 @@ def place(demand: Demand, devices: Sequence[Device], held: Collection[Place]) ->
     return Place(tuple(gpu for _, gpu in left), demand.memory_bytes)
 
 
+def meets(found: Place, demand: Demand, devices: Sequence[Device]) -> bool:
+    """Say whether a place is what `demand` asks for: so many GPUs, or those that it names, and as much of each."""
+    if not demand.count:
+        return not found.gpus
+    if isinstance(demand.gpus, tuple):
+        same = found.gpus == tuple(device.id for device in _named(demand.gpus, devices))
+    else:
+        same = len(found.gpus) == demand.gpus
+    return same and found.memory_bytes == demand.memory_bytes
+
+
 def misfit(demand: Demand, devices: Sequence[Device]) -> str | None:
     """Return why `demand` can never be met, were the GPUs all free, with the numbers; None if it can."""
     if isinstance(demand.gpus, tuple):

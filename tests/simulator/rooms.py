@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from gateway.catalog import ModelSpec
 from gateway.fleet.fleet import Fleet
-from gateway.fleet.placement import Device
+from gateway.fleet.placement import Device, Place
 from tests.simulator.servers import BadMannersRuntime
 
 MAKES_ROOM = "makes room for "
@@ -32,6 +32,12 @@ def check(devices: Sequence[Device], runtime: BadMannersRuntime, fleet: Fleet, b
         promised = sum(held.memory_bytes or has for held in fleet.gpus.holders(device.id).values())
         if promised > has:
             breaks(f"P3: {promised} of {has} bytes of GPU {device.id} are promised")
+
+
+def is_asked_for(found: Place, spec: ModelSpec) -> bool:
+    """Say whether a place is of the size that a model asks for, and not what a former server of it has."""
+    count = spec.gpus if isinstance(spec.gpus, int) else len(spec.gpus)
+    return (len(found.gpus), found.memory_bytes) == (count, spec.gpu_memory_bytes)
 
 
 def cause_of_room(reason: str, spec: ModelSpec, fleet: Fleet) -> str | None:
