@@ -282,7 +282,7 @@ def _unmeasured(specs: Sequence[ModelSpec], machine: Machine) -> Finding:
 
 def _declared(settings: Settings, machine: Machine) -> Iterator[Finding]:
     """Yield GPUs of which GATEWAY_GPUS promises clearly more than they have."""
-    there = {name: device for device in machine.devices for name in (device.id, device.uuid)}
+    there = {name: device for device in machine.devices for name in device.names}
     for gpu, said in (settings.gpus or {}).items():
         has = there[gpu].memory_bytes if gpu in there else None
         if has and said > has * OVERSTATED:

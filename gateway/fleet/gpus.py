@@ -9,14 +9,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from gateway.catalog import ModelSpec
 from gateway.devices import Device
 from gateway.engines.base import Engine
 from gateway.errors import NoCapacity, StartFailed
-from gateway.fleet.placement import NOWHERE, Demand, Place, described, meets, misfit, place, unlimited
+from gateway.fleet.placement import NOWHERE, Demand, Place, described, meets, misfit, named, place, unlimited
 from gateway.fleet.refusals import BUSY_GPUS_RETRY_S
 from gateway.fleet.returning import Returning
 from gateway.fleet.scheduling import Claim, Decision, Phase, Resident, Snapshot, Usage, decide, in_vain, patience_s
@@ -169,7 +169,8 @@ class Gpus:
         A `name` that is nobody's must be none that a model can have.
         """
         if found.gpus:
-            self._held[name] = found
+            gpus = (device.id for device in named(found.gpus, self.devices or ()))  # whatever it was told to have
+            self._held[name] = replace(found, gpus=tuple(gpus))
         if tenant:
             self._tenants[name] = tenant
 
@@ -261,7 +262,7 @@ class Gpus:
     def in_sight(self) -> Sequence[Device]:
         """Return the GPUs there are, and those that are held by a name that is none of theirs."""
         known = self.devices or ()
-        names = {name for device in known for name in (device.id, device.uuid)}
+        names = {name for device in known for name in device.names}
         held = dict.fromkeys(gpu for each in self._places() for gpu in each.gpus if gpu not in names)
         return [*known, *map(Device, held)]
 

@@ -91,10 +91,12 @@ class JoinedInventory:
         measured = self._measured.devices()
         if not self._declared:
             return self._files.devices() if measured is None else measured
-        names = {name: device for device in measured or () for name in (device.id, device.uuid)}
-        return [
-            replace(names.get(gpu, Device(gpu)), id=gpu, memory_bytes=memory) for gpu, memory in self._declared.items()
-        ]
+        known = {name: device for device in measured or () for name in device.names}
+        there = {gpu: known.get(gpu, Device(gpu)) for gpu in self._declared}
+        first = {
+            device.id: gpu for gpu, device in reversed(there.items())
+        }  # one card may be declared by both its names
+        return [_called(there[gpu], gpu, self._declared[gpu]) for gpu in there if first[there[gpu].id] == gpu]
 
     async def memory(self, gpus: Collection[str]) -> Mapping[str, Memory]:
         return await self._measured.memory(gpus)
@@ -102,3 +104,9 @@ class JoinedInventory:
     async def aclose(self) -> None:
         await self._measured.aclose()
         await self._files.aclose()
+
+
+def _called(device: Device, name: str, memory_bytes: int) -> Device:
+    """Return a GPU by this one of its names, of this size."""
+    other = next((each for each in device.names if each != name), "")
+    return replace(device, id=name, uuid=other, memory_bytes=memory_bytes)

@@ -230,6 +230,45 @@ def test_what_can_never_fit_is_told_at_once_with_the_numbers(gpus: Any, keys: di
     run(scene)
 
 
+CARD = Device("0", 24 * GIB, "GPU-a")
+
+
+@pytest.mark.parametrize("names", [("0", "GPU-a"), ("GPU-a", "0")])
+def test_two_models_that_name_one_card_by_its_two_names_take_turns(names: tuple[str, str]) -> None:
+    async def scene() -> None:
+        gpus = Gpus([CARD])
+        a, b = (Obedient(gpus, model, [name]) for model, name in zip("ab", names, strict=True))
+
+        assert await a.up() == Place(("0",))
+        assert await b.up() == Place(("0",))
+
+        assert a.told == ["makes room for b"]
+
+    run(scene)
+
+
+@pytest.mark.parametrize("name", ["0", "GPU-a"])
+def test_a_server_that_was_found_with_a_card_by_either_name_holds_that_card(name: str) -> None:
+    async def scene() -> None:
+        gpus = Gpus([CARD])
+        found = Place((name,), 20 * GIB)
+        assert gpus.has_room(found)
+        gpus.hold("stranger", found)
+
+        assert gpus.of("stranger") == ("0",)
+        assert list(gpus.holders("0")) == ["stranger"]
+        assert list(gpus.in_sight()) == [CARD]
+        assert not gpus.has_room(Place(("0",), 5 * GIB))
+        assert not gpus.has_room(Place(("GPU-a",), 5 * GIB))
+        claim = asyncio.create_task(Obedient(gpus, "c").up())
+        await asyncio.sleep(1)
+        assert not claim.done()
+        gpus.give_back("stranger")
+        assert (await claim).gpus == ("0",)
+
+    run(scene)
+
+
 def test_a_model_may_name_a_gpu_that_the_inventory_lacks() -> None:
     async def scene() -> None:
         assert (await Obedient(Gpus([Device("0")]), "a", ["GPU-3f2a"]).up()).gpus == ("GPU-3f2a",)

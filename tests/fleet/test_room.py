@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 
 from gateway.api.models import model_json
+from gateway.fleet.identity import fingerprint
 from gateway.fleet.placement import GIB, Device
 from gateway.fleet.status import Status
 from gateway.lifecycle import State
 from gateway.runtimes.base import Launch
 from tests.fleet.scenes import Scene, play, spec
 from tests.simulator.changes import catalog_of
-from tests.simulator.servers import Deaf, Manners, Server
+from tests.simulator.servers import Deaf, Manners, Server, SimulatedEngine
 from tests.simulator.world import World
 
 ONE_GPU = [Device("0", 24 * GIB)]
@@ -316,5 +317,22 @@ def test_a_pinned_model_does_not_stand_in_its_own_way() -> None:
         await asyncio.sleep(6)
 
         assert await on.ask("a") == "answered"
+
+    play(scene)
+
+
+@pytest.mark.parametrize("name", ["0", "GPU-a"])
+def test_a_server_that_was_found_with_its_card_by_either_name_keeps_that_card_to_itself(name: str) -> None:
+    async def scene() -> None:
+        on = Shared("a", "b", devices=[Device("0", 24 * GIB, "GPU-a")], a={"gpus": [name]}, b={"gpus": ["GPU-a"]})
+        asked_for = Launch("tgi-a", gpus=(name,), fingerprint=fingerprint(SimulatedEngine(), on.specs["a"]))
+        on.world.runtime.servers["tgi-a"] = [Server("tgi-a", Manners(), Deaf(), asked_for)]
+        await on.world.fleet.begin()
+        assert await on.ask("a") == "answered"
+        assert on.status("a").gpus == ("0",)
+
+        assert await on.ask("b") == "answered"
+
+        assert "ready -> stopping (makes room for b)" in on.moves("a")
 
     play(scene)

@@ -15,9 +15,10 @@ MAKES_ROOM = "makes room for "
 def taken(devices: Sequence[Device], runtime: BadMannersRuntime) -> dict[str, int]:
     """Return how many bytes of each GPU the servers have that are alive, whatever the gateway thinks of them."""
     whole = {device.id: device.memory_bytes or 1 for device in devices}
+    number = {name: device.id for device in devices for name in (device.id, device.uuid)}
     sums = dict.fromkeys(whole, 0)
     for server in (server for name in runtime.servers for server in runtime.alive(name)):
-        for gpu in server.gpus:
+        for gpu in (number[name] for name in server.gpus):
             sums[gpu] += server.gpu_memory_bytes or whole[gpu]
     return sums
 
