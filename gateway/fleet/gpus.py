@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -16,6 +16,8 @@ from gateway.catalog import ModelSpec
 from gateway.devices import Device
 from gateway.engines.base import Engine
 from gateway.errors import NoCapacity, StartFailed
+from gateway.fleet.estimates import LEAST_S, Estimate
+from gateway.fleet.outlook import Holder, room_in, serves_in
 from gateway.fleet.placement import NOWHERE, Demand, Place, described, meets, misfit, named, place, unlimited
 from gateway.fleet.refusals import BUSY_GPUS_RETRY_S
 from gateway.fleet.returning import Returning
@@ -58,6 +60,12 @@ class Tenant(Protocol):
         """What it is known by here: the model's id, with a number for all replicas but the first."""
 
     def occupancy(self) -> Occupancy: ...
+
+    def leaves_in(self) -> Estimate | None:
+        """Return in how long it can have gone; None if that is not known, or if it never makes room."""
+
+    def starts_in(self) -> Estimate | None:
+        """Return how long a start of it takes; None if that is not known."""
 
     def waits(self) -> None:
         """Hear that there is no room yet."""
@@ -247,6 +255,23 @@ class Gpus:
     def why(self, model: str) -> str:
         """Return in words why a model has no GPUs yet; empty if it waits for none."""
         return self._waiting[model].why if model in self._waiting else ""
+
+    def serves_in(self, model: str) -> Estimate | None:
+        """Return in how long a model that waits for GPUs serves, if that can be told."""
+        if model not in self._waiting:
+            return None
+        claims = {name: self._claim(each.tenant) for name, each in self._waiting.items()}
+        mine = claims[model]
+        before = [name for name, each in claims.items() if (each.asked_at, name) < (mine.asked_at, model)]
+        room = room_in(mine.demand, self.known(), [*self._leaving()])
+        return serves_in(room, [self._waiting[name].tenant.starts_in() for name in (*before, model)])
+
+    def _leaving(self) -> Iterator[Holder]:
+        """Yield what everybody has of the GPUs, and in how long he can have gone."""
+        for name, held in self._held.items():
+            yield held, self._tenants[name].leaves_in() if name in self._tenants else None
+        for _, held in self._returning.values():
+            yield held, Estimate(LEAST_S, 1)
 
     def holders(self, gpu: str) -> dict[str, Place]:
         """Return who holds a GPU or some of it, and what."""

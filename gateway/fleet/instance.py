@@ -370,6 +370,17 @@ class Instance:
             owes=bool(oldest and ready_at is not None and oldest.asked_at <= ready_at),
         )
 
+    def leaves_in(self) -> Estimate | None:
+        """Return in how long it has gone, were it held for others now."""
+        if self.spec.pinned:
+            return None
+        now, requests = self._loop.time(), self._in_flight + self._queue.requests
+        return self._past.gone_in(self._state, requests, now - self._since, self._life, now)
+
+    def starts_in(self) -> Estimate | None:
+        """Return how long a start takes, from its beginning."""
+        return self._past.ready_in(State.STOPPED, None, self._loop.time())
+
     def waits(self) -> None:
         """Tell those who watch the start that it waits for GPUs."""
         if self._life:
@@ -570,11 +581,12 @@ class Instance:
     def _waited_too_long(self, ticket: Ticket) -> GatewayError:
         waited_s = self._loop.time() - ticket.asked_at
         if self._waits_for_gpus and (ticket.max_wait_s is None or waited_s < ticket.max_wait_s - CLOCK_S):
-            return self._promised(refusals.no_room(self.spec, self._gpus.why(self.key), waited_s))
+            why, ready = self._gpus.why(self.key), self._gpus.serves_in(self.key)
+            return self._promised(refusals.no_room(self.spec, why, waited_s, ready))
         if self._state in SERVING and waited_s >= self.spec.queue_timeout_s - CLOCK_S:
             return self._promised(refusals.no_slot(self.spec, waited_s, self._served_in()))
         if ticket.max_wait_s is None:
-            return refusals.never_ready(self.spec, self._state, waited_s)
+            return self._promised(refusals.never_ready(self.spec, self._state, waited_s, self._come_back_in()))
         return self._promised(refusals.not_loaded(self.status, ticket.max_wait_s, self._come_back_in()))
 
     def _promised(self, error: GatewayError) -> GatewayError:

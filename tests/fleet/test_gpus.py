@@ -10,6 +10,7 @@ import pytest
 
 from gateway.catalog import ModelSpec
 from gateway.errors import NoCapacity, StartFailed
+from gateway.fleet.estimates import Estimate
 from gateway.fleet.gpus import Gpus, Occupancy
 from gateway.fleet.placement import GIB, Device, Place
 from gateway.fleet.scheduling import Phase, Usage
@@ -47,6 +48,12 @@ class Obedient:
         return Occupancy(
             self.phase, self.in_flight, 0, self.since, self.last_use_at, self.asked_at, 1.0, self.usage, owes=False
         )
+
+    def leaves_in(self) -> Estimate | None:
+        return None
+
+    def starts_in(self) -> Estimate | None:
+        return None
 
     def waits(self) -> None:
         self.told.append("waits")

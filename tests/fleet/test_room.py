@@ -53,6 +53,10 @@ class Shared:
         assert self.status(name).state is State.FAILED
         assert self.status(name).gpus
 
+    def told_s(self, name: str) -> float:
+        """Return the Retry-After of the refusal that has just been given."""
+        return (self.world.watched[name].promised_until - self.world.loop.time()) / 2
+
     def moves(self, name: str) -> Iterable[str]:
         return [line.partition(f"{name}: ")[2] for line in self.world.trace if f"  {name}: " in line]
 
@@ -334,5 +338,33 @@ def test_a_server_that_was_found_with_its_card_by_either_name_keeps_that_card_to
         assert await on.ask("b") == "answered"
 
         assert "ready -> stopping (makes room for b)" in on.moves("a")
+
+    play(scene)
+
+
+def test_who_got_no_gpus_is_told_to_come_back_when_their_holder_has_usually_gone_and_the_model_started() -> None:
+    async def scene() -> None:
+        keys = {"queue_timeout": 60.0, "generation_timeout": 1000.0}
+        on = Shared("a", "b", a=keys, b=keys)
+        on.world.runtime.next_manners = [Manners(make_s=2.0, load_s=8.0, leaves_s=4.0)] * 50
+        for name in "abab":
+            assert await on.ask(name, work_s=20.0) == "answered"
+            await asyncio.sleep(1)
+        on.ask("b", work_s=900.0)
+
+        assert await on.ask("a") == "NO_CAPACITY"
+        assert on.told_s("a") == pytest.approx(20 + 4 + 10, abs=1.0)
+
+    play(scene)
+
+
+def test_who_got_no_gpus_of_one_that_was_never_seen_to_go_is_told_a_usual_time() -> None:
+    async def scene() -> None:
+        on = Shared("a", "b", a={"queue_timeout": 20.0}, b={"generation_timeout": 1000.0})
+        on.ask("b", work_s=900.0)
+        await asyncio.sleep(20)
+
+        assert await on.ask("a") == "NO_CAPACITY"
+        assert on.told_s("a") == 30.0
 
     play(scene)
