@@ -575,6 +575,8 @@ def test_models_are_a_table(gateway: respx.MockRouter) -> None:
         model("g", "loading", progress={**loading, "eta_s": 150.0}),
         model("h", "ready", gpus=["0", "1"], held_for="i", waits_for=None),
         model("i", "starting", gpus=[], held_for=None, waits_for="waits for h", progress=warming),
+        model("j", "stopped", last_stop={"reason": "makes room for i", "at": 1.0}),
+        model("k", "ready", last_stop={"reason": "idle", "at": 1.0}),
     ]
     gateway.get("/models").respond(json={"models": told})
     gateway.get("/status").respond(json={"catalog_error": None})
@@ -592,6 +594,8 @@ def test_models_are_a_table(gateway: respx.MockRouter) -> None:
         ["g", "loading", "llamacpp", "process", "-", "0", "0", "loading 3/5 shards, about 3 min left"],
         ["h", "ready", "llamacpp", "process", "0,1", "0", "0", "makes room for i when its requests have ended"],
         ["i", "starting", "llamacpp", "process", "-", "0", "0", "waits for h"],
+        ["j", "stopped", "llamacpp", "process", "-", "0", "0", "stopped: makes room for i"],
+        ["k", "ready", "llamacpp", "process", "-", "0", "0"],
     ]
     assert json.loads(run("models", "--json").stdout) == {"models": told}
 

@@ -39,7 +39,7 @@ from gateway.fleet.life import Lease, Life, Paused
 from gateway.fleet.placement import Place
 from gateway.fleet.queue import Among, Grant, Queue, SentAway, Ticket
 from gateway.fleet.scheduling import Phase, Usage
-from gateway.fleet.status import Failure, Status, describe
+from gateway.fleet.status import Failure, Status, Stop, describe
 from gateway.lifecycle import DOWN, MADE, SERVING, STARTING_UP, Event, State, after
 from gateway.runtimes.base import Found, Handle, Progress, Runtime
 
@@ -47,6 +47,8 @@ log = logging.getLogger(__name__)
 
 WANTED = frozenset({*STARTING_UP, *SERVING, State.FAILED})
 """Nobody stops a model that is in one of these: what the catalog wants to run shall, whatever changes."""
+GOING_ON = frozenset({*STARTING_UP, State.READY, State.UNHEALTHY})
+"""What leaves these begins to go down."""
 CHANGED, REMOVED = "changed in the catalog", "removed from the catalog"
 """Why a server goes when the catalog has changed."""
 ASK_AGAIN_S = 2.0
@@ -128,6 +130,7 @@ class Instance:
         self._life: Life | None = None
         self._queue = Queue()
         self._failure: Failure | None = None
+        self._last_stop: Stop | None = None
         self._left: GatewayError | None = None  # why it is not known whether the last server is gone, if it is not
         self._failures = 0  # lives in a row that failed before they had served for long
         self._cool_until = 0.0
@@ -171,6 +174,7 @@ class Instance:
             gpus=self._gpus.of(self.key),
             waits_for=self._gpus.why(self.key) or None,
             held_for=self._held_for,
+            last_stop=self._last_stop,
             estimate=partial(self._past.eta_s, self._state, life, now),
         )
 
@@ -894,6 +898,8 @@ class Instance:
         now = self._loop.time()
         self._past.moved(before, self._state, now - self._since, self._life, now)
         self._since = now
+        if before in GOING_ON and self._state not in GOING_ON:
+            self._last_stop = Stop(reason, self._journal.now())
         log.info("%s: %s -> %s (%s)", self.name, before, self._state, reason)
         self._journal.write(
             "state",

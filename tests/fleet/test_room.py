@@ -70,6 +70,10 @@ def test_an_idle_model_makes_room_for_one_that_is_asked_for() -> None:
 
         assert "ready -> stopping (makes room for b)" in on.moves("a")
         assert on.status("b").gpus == ("0",)
+        last_stop = model_json(on.status("a"))["last_stop"]
+        assert last_stop["reason"] == "makes room for b"
+        assert 0 < last_stop["at"] < on.world.loop.time()
+        assert model_json(on.status("b"))["last_stop"] is None
         assert on.status("a").gpus == ()
 
     play(scene)
