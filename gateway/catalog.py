@@ -31,7 +31,7 @@ from gateway.catalog_values import (
     Url,
     VariableName,
     VariableValue,
-    Volume,
+    Volumes,
     WeightsSource,
     Word,
     did_you_mean,
@@ -132,7 +132,7 @@ class ModelSpec(BaseModel):
     """Flags of the engine, without dashes: {max-input-tokens: 2048}."""
     env: Mapping[VariableName, VariableValue] = Field(default_factory=dict, repr=False)
     """Extra environment of the server. Default: none."""
-    volumes: tuple[Volume, ...] = ()
+    volumes: Volumes = ()
     """What a container sees of this machine: [/data/models:/data:ro]."""
     shm_size_bytes: Bytes | None = Field(default=None, validation_alias="shm_size")
     """Shared memory of a container, which several GPUs use to talk to each other. Default: the runtime's own."""

@@ -12,6 +12,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from posixpath import normpath
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
@@ -120,20 +121,55 @@ def _web_address(text: str) -> str:
     return text.rstrip("/")
 
 
+_VOLUME = re.compile(r"(?P<source>[^:]+):(?P<target>/[^:]*?)(?::(?P<mode>ro|rw))?")
+_VOLUME_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]+")
+SECRETS_TARGET = "/run/tgi-gateway-secrets"
+"""Where a container finds its secrets."""
+
+
+def volume_parts(text: str) -> tuple[str, str, bool]:
+    """Return a volume's source, its target in the shortest way to write it, and whether it is read-only.
+
+    Raises:
+        ValueError: no container can have it.
+    """
+    found = _VOLUME.fullmatch(text)
+    if found is None:
+        raise ValueError("must be SOURCE:/PATH/IN/CONTAINER, with :ro at the end to make it read-only")
+    source, target = found["source"], "/" + normpath(found["target"]).lstrip("/")
+    if not (source.startswith("/") or _VOLUME_NAME.fullmatch(source)):
+        raise ValueError("must have an absolute path, or the name of a volume of two letters or more, as its source")
+    if target in ("/", "/dev", "/proc", SECRETS_TARGET) or target.startswith("/proc/"):
+        raise ValueError(f"must not be mounted on /, /dev, /proc or {SECRETS_TARGET}: no container starts with that")
+    return source, target, found["mode"] == "ro"
+
+
+def _volume(text: str) -> str:
+    volume_parts(text)
+    return text
+
+
+def _different_targets(volumes: tuple[str, ...]) -> tuple[str, ...]:
+    targets = [target for _, target, _ in map(volume_parts, volumes)]
+    if twice := sorted({target for target in targets if targets.count(target) > 1}):
+        raise ValueError(f"has more than one for {', '.join(twice)}: give each a target of its own")
+    return volumes
+
+
 def _one_or_more(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
 ID_PATTERN = r"[a-z0-9][a-z0-9._-]{0,62}"
 _ID_RULE = "an id is 1 to 63 of a-z, 0-9, `.`, `_` and `-`, and begins with a letter or digit"
-_VOLUME_RULE = "must be SOURCE:/PATH/IN/CONTAINER, with :ro at the end to make it read-only"
 _TEXTS_SCHEMA = {"type": ["string", "array"], "items": {"type": "string", "minLength": 1}, "minLength": 1}
 
 Id = Annotated[str, _matches(ID_PATTERN, _ID_RULE)]
 Line = Annotated[str, AfterValidator(_one_line)]
 Word = Annotated[Line, AfterValidator(_no_spaces)]
 Url = Annotated[Word, AfterValidator(_web_address)]
-Volume = Annotated[Line, _matches(r"[^:]+:/[^:]*(:ro|:rw)?", _VOLUME_RULE)]
+Volume = Annotated[Line, AfterValidator(_volume)]
+Volumes = Annotated[tuple[Volume, ...], AfterValidator(_different_targets)]
 Sha256 = Annotated[str, _matches(r"[0-9A-Fa-f]{64}", "must be 64 hexadecimal digits"), AfterValidator(str.lower)]
 Template = Annotated[str, Field(min_length=1), AfterValidator(_no_nul)]
 Texts = Annotated[

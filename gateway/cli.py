@@ -25,7 +25,7 @@ from gateway.remote import COMMANDS
 from gateway.terminal import echo_json, echo_text, table
 
 if TYPE_CHECKING:
-    from gateway.catalog import ModelSpec
+    from gateway.catalog import Catalog, ModelSpec
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -121,7 +121,8 @@ def check(file: Path | None, schema: bool, as_json: bool) -> None:
     """Say what is wrong with a catalog, or what it would run where.
 
     FILE is the one that GATEWAY_CATALOG names, or else models.yaml. Nothing is started. A catalog that cannot be used
-    is exit status 2, with a line on stderr for each of its faults.
+    is exit status 2, with a line on stderr for each of its faults; so is a GATEWAY_GPUS that says no GPUs. What keeps
+    one model from running here, as GPUs that it can never have, is among its notes.
 
     \b
     Examples:
@@ -136,7 +137,8 @@ def check(file: Path | None, schema: bool, as_json: bool) -> None:
         click.echo(json.dumps(catalog_schema(), indent=2))
         return
     catalog = load_catalog(file or Path(os.environ.get("GATEWAY_CATALOG") or "models.yaml"), os.environ)
-    models = [_plan(spec) for spec in catalog.models.values()]
+    lacking = _lacking_gpus(catalog)
+    models = [_plan(spec, lacking.get(spec.id, ())) for spec in catalog.models.values()]
     if as_json:
         echo_json({"catalog": str(catalog.path), "default_model": catalog.default_model, "models": models})
         return
@@ -147,11 +149,26 @@ def check(file: Path | None, schema: bool, as_json: bool) -> None:
     click.echo(table([["MODEL", "ENGINE", "RUNTIME", "RUNS", "NOTES"], *rows]))
 
 
-def _plan(spec: ModelSpec) -> dict[str, Any]:
+def _lacking_gpus(catalog: Catalog) -> dict[str, list[str]]:
+    """Return, by model, why it cannot have what it asks for of the GPUs that GATEWAY_GPUS or the driver tells."""
+    from gateway.app import inventory_of
+    from gateway.fleet.fitting import crowded_out, misfits
+    from gateway.settings import load_settings
+
+    said = {name: value for name, value in os.environ.items() if name == "GATEWAY_GPUS"}
+    devices = inventory_of(load_settings(said)).devices()
+    specs = list(catalog.models.values())
+    lacking: dict[str, list[str]] = {}
+    for model, words in [*misfits(specs, devices), *crowded_out(specs, devices)] if devices else ():
+        lacking.setdefault(model, []).append(words)
+    return lacking
+
+
+def _plan(spec: ModelSpec, lacking: Sequence[str]) -> dict[str, Any]:
     from gateway.catalog import deferred
 
     runs, wrong = _what_runs(spec)
-    notes = [*deferred(spec), *wrong, *_missing_weights(spec)]
+    notes = [*deferred(spec), *wrong, *_missing_weights(spec), *lacking]
     return {"id": spec.id, "engine": spec.engine, "runtime": spec.runtime, "runs": runs, "notes": notes}
 
 

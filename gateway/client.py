@@ -121,6 +121,13 @@ class LastError(TypedDict):
     retry_at: float | None
 
 
+class LastStop(TypedDict):
+    """Why a model last began to go down, at `at` seconds since 1970."""
+
+    reason: str
+    at: float
+
+
 class Model(TypedDict):
     """One model of the catalog, and what is known of it now."""
 
@@ -142,6 +149,7 @@ class Model(TypedDict):
     held_for: NotRequired[str | None]
     """The model that gets its GPUs as soon as what it works on has ended."""
     last_error: LastError | None
+    last_stop: NotRequired[LastStop | None]
 
 
 class Message(TypedDict):

@@ -7,13 +7,21 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A GPU. `memory_bytes` is all that it has, None where that is not known; `uuid` is its other name, if known."""
+    """A GPU. `memory_bytes` is all that it has, None where that is not known.
+
+    `uuid` is its other name, if known: its number, where the UUID is the id.
+    """
 
     id: str
     memory_bytes: int | None = None
     uuid: str = ""
     name: str = ""
     """What kind it is, for people: `NVIDIA A10`."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names by which this one GPU may be meant."""
+        return tuple(name for name in (self.id, self.uuid) if name)
 
 
 @dataclass(frozen=True, slots=True)

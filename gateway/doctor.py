@@ -26,9 +26,11 @@ from gateway.catalog_file import load_catalog
 from gateway.client import ClientError, InferenceClient
 from gateway.devices import Device
 from gateway.errors import CatalogError, RuntimeUnavailable, StartFailed
+from gateway.fleet.fitting import crowded_out, misfits
 from gateway.fleet.placement import gibibytes
 from gateway.keys import load_keys
 from gateway.runtimes.docker.engine import Engine, why_not_supported
+from gateway.runtimes.inventory import declared_devices
 from gateway.settings import Settings, check_exposure, load_settings, unknown_variables
 
 Level = Literal["ok", "warning", "problem"]
@@ -138,6 +140,7 @@ def about_models(settings: Settings, catalog: Catalog, engine: EngineSeen, machi
         yield about_disk(engine, machine)
         yield from about_images(containers, engine)
         yield from about_token(containers, settings)
+    yield from about_fit(catalog, settings, machine)
     yield from about_ports(settings, machine, with_containers=bool(containers))
 
 
@@ -260,7 +263,7 @@ def about_gpus(specs: Sequence[ModelSpec], settings: Settings, machine: Machine)
     if machine.gpu_silence:
         yield _unmeasured(specs, machine)
     yield from _declared(settings, machine)
-    yield from _misnamed(specs, settings, known)
+    yield from _misnamed(settings, known)
 
 
 def _described(device: Device, free_bytes: int | None) -> str:
@@ -282,27 +285,36 @@ def _unmeasured(specs: Sequence[ModelSpec], machine: Machine) -> Finding:
 
 def _declared(settings: Settings, machine: Machine) -> Iterator[Finding]:
     """Yield GPUs of which GATEWAY_GPUS promises clearly more than they have."""
-    there = {name: device for device in machine.devices for name in (device.id, device.uuid)}
+    there = {name: device for device in machine.devices for name in device.names}
     for gpu, said in (settings.gpus or {}).items():
         has = there[gpu].memory_bytes if gpu in there else None
         if has and said > has * OVERSTATED:
             words = f"GATEWAY_GPUS gives GPU {gpu} {gibibytes(said)}, and it has {gibibytes(has)}"
             yield Finding("gpus", "warning", words, f"Correct it: {gpu}={has // 2**20}MiB.")
+    for device in machine.devices:
+        if len(names := [name for name in settings.gpus or () if name in device.names]) > 1:
+            words = f"GATEWAY_GPUS names GPU {device.id} twice, by both its names: {', '.join(names)}"
+            yield Finding("gpus", "warning", words, "Leave one of them out: the first one counts.")
 
 
-def _misnamed(specs: Sequence[ModelSpec], settings: Settings, known: Sequence[Device]) -> Iterator[Finding]:
-    wanted = {"GATEWAY_GPUS": tuple(settings.gpus or ())}
-    wanted |= {spec.id: spec.gpus for spec in specs if isinstance(spec.gpus, tuple)}
+def _misnamed(settings: Settings, known: Sequence[Device]) -> Iterator[Finding]:
     there = [device.id for device in known]
     numbers = [gpu for gpu in there if gpu.isdecimal()]  # an id in letters may be one that only the engine can judge
-    for who, ids in wanted.items():
-        if absent := [gpu for gpu in ids if gpu.isdecimal() and gpu not in numbers and numbers]:
-            words = f"{who} names GPUs that are not there: {', '.join(absent)}"
-            yield Finding("gpus", "problem", words, f"Correct it; there are {', '.join(there)}.")
-    for spec in specs:
-        if isinstance(spec.gpus, int) and spec.gpus > len(known):
-            words = f"{spec.id} wants {spec.gpus} GPUs, and there are {len(known)}"
-            yield Finding("gpus", "problem", words, f"Correct `gpus` of {spec.id} in the catalog.")
+    if absent := [gpu for gpu in settings.gpus or () if gpu.isdecimal() and gpu not in numbers and numbers]:
+        words = f"GATEWAY_GPUS names GPUs that are not there: {', '.join(absent)}"
+        yield Finding("gpus", "problem", words, f"Correct it; there are {', '.join(there)}.")
+
+
+def about_fit(catalog: Catalog, settings: Settings, machine: Machine) -> Iterator[Finding]:
+    """Yield which models can never have the GPUs that they ask for, of those that the gateway would give."""
+    known = declared_devices(settings.gpus, machine.devices) if settings.gpus else machine.devices
+    if not known:
+        return
+    for model, words in misfits(catalog.models.values(), known):
+        fix = f"Correct `gpus` or `gpu_memory` of {model} in the catalog, or GATEWAY_GPUS."
+        yield Finding("gpus", "problem", f"{model}: {words}", fix)
+    for model, words in crowded_out(catalog.models.values(), known):
+        yield Finding("gpus", "warning", f"{model}: {words}", "Pin fewer, or give them less with `gpu_memory`.")
 
 
 def about_disk(engine: EngineSeen, machine: Machine) -> Finding:

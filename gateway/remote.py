@@ -79,6 +79,8 @@ def _about_model(model: Model) -> str:
         return how_far(model["progress"])
     if model["last_error"] and model["state"] == "failed":
         return " ".join(model["last_error"]["detail"].split())
+    if model["state"] == "stopped" and (last_stop := model.get("last_stop")):
+        return " ".join(f"stopped: {last_stop['reason']}".split())
     return ""
 
 

@@ -20,6 +20,8 @@ from gateway.errors import CatalogError
 from gateway.keys import load_keys
 
 _PREFIX = "GATEWAY_"
+LEAST_GPU_BYTES = 64 * 2**20
+"""No GPU has less: whoever says so has forgotten the unit."""
 _CLIENTS = ("GATEWAY_URL", "GATEWAY_API_KEY")  # read by the commands that talk to a running gateway
 
 
@@ -58,6 +60,8 @@ def _gpu_memory(value: object) -> object:
         if not equals or not is_gpu_id(gpu) or gpu in gpus:
             raise ValueError(f"must be different GPUs ({GPU_IDS}) with their memory, such as 0=24GiB,1=24GiB")
         gpus[gpu] = parse_bytes(memory)
+        if gpus[gpu] < LEAST_GPU_BYTES:
+            raise ValueError("must say each GPU's memory with its unit, such as 0=24GiB: a bare number is bytes")
     return gpus
 
 

@@ -187,6 +187,8 @@ NO_GPUS = (
 NO_LINE = "must be one line of text, at most 1000 characters, without spaces around it"
 NO_URL = "must be an address such as http://10.0.0.5:8080, without query"
 NO_TEXT = "must be text: put it in quotes"
+NO_SOURCE = "must have an absolute path, or the name of a volume of two letters or more, as its source"
+NO_TARGET = "must not be mounted on /, /dev, /proc or /run/tgi-gateway-secrets: no container starts with that"
 NO_VOLUME = "must be SOURCE:/PATH/IN/CONTAINER, with :ro at the end to make it read-only"
 NO_TEMPLATE = "is for engine llamacpp only:"
 NO_JINJA = "must be the text of a Jinja template, with {{ or {% in it: paste it, not a name or file"
@@ -294,6 +296,18 @@ LIST_IT = "list it under the `aliases` of the one that shall answer to it"
         ('env: {A: "\\0"}', "env.A: must not contain the character NUL"),
         ("volumes: /a:/b", "volumes: must be a list"),
         ("volumes: [/a]", f"volumes.0: {NO_VOLUME}"),
+        ("volumes: ['/a:b']", f"volumes.0: {NO_VOLUME}"),
+        ("volumes: ['/a:/b:rx']", f"volumes.0: {NO_VOLUME}"),
+        ("volumes: ['./a:/b']", f"volumes.0: {NO_SOURCE}"),
+        ("volumes: ['~/a:/b']", f"volumes.0: {NO_SOURCE}"),
+        ("volumes: ['a/b:/b']", f"volumes.0: {NO_SOURCE}"),
+        ("volumes: ['x:/b']", f"volumes.0: {NO_SOURCE}"),
+        ("volumes: ['/a:/']", f"volumes.0: {NO_TARGET}"),
+        ("volumes: ['/a:/b/..:ro']", f"volumes.0: {NO_TARGET}"),
+        ("volumes: ['/a:/dev']", f"volumes.0: {NO_TARGET}"),
+        ("volumes: ['/a:/proc/x']", f"volumes.0: {NO_TARGET}"),
+        ("volumes: ['/a:/run/tgi-gateway-secrets/']", f"volumes.0: {NO_TARGET}"),
+        ("volumes: ['/a:/d', 'cache:/d/']", "volumes: has more than one for /d: give each a target of its own"),
         ("aliases: other", "aliases: must be a list"),
         ("parameters: {temperature: 2.5}", "parameters.temperature: must be at most 2.0"),
         ("parameters: {temperature: true}", "parameters.temperature: must be a number"),

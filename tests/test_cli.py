@@ -245,6 +245,46 @@ def test_check_makes_all_complaints_at_once(tmp_path: Path) -> None:
     assert said["error"]["complaints"] == lines
 
 
+GPU_USERS = """models:
+  large: {hf_name: org/large, gpu_memory: 80GiB}
+  wide: {hf_name: org/wide, gpus: 2, pinned: true}
+  small: {hf_name: org/small, gpu_memory: 4GiB, pinned: true}
+  none: {hf_name: org/none, gpus: 0}
+"""
+
+
+def test_check_tells_who_can_never_have_the_gpus_that_are_declared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GATEWAY_GPUS", "0=24GiB,1=24GiB")
+    path = tmp_path / "models.yaml"
+    path.write_text(GPU_USERS)
+
+    result = run("check", path, "--json")
+
+    assert result.exit_code == 0
+    notes = {entry["id"]: entry["notes"] for entry in json.loads(result.stdout)["models"]}
+    why = "it needs 1 GPU with 80 GiB each, and there are 0=24 GiB, 1=24 GiB"
+    assert notes["large"] == [f"it can never run on the GPUs that are known: {why}"]
+    assert len(notes["small"]) == 1
+    assert "no room beside what else is: wide" in notes["small"][0]
+    assert notes["wide"] == notes["none"] == []
+    assert why in run("check", path).stdout
+
+
+@pytest.mark.parametrize("written", ["0=24", "0=24GiB,0=24GiB", "-1", "a=b", ","])
+def test_check_tells_of_gpus_that_are_none_in_words(
+    written: str, catalog: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GATEWAY_GPUS", written)
+
+    result = run("check", catalog)
+
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith("GATEWAY_GPUS: must ")
+    assert result.stderr.count("\n") == 1
+
+
 def test_check_without_a_file(tmp_path: Path) -> None:
     result = run("check", tmp_path / "none.yaml")
 
@@ -535,6 +575,8 @@ def test_models_are_a_table(gateway: respx.MockRouter) -> None:
         model("g", "loading", progress={**loading, "eta_s": 150.0}),
         model("h", "ready", gpus=["0", "1"], held_for="i", waits_for=None),
         model("i", "starting", gpus=[], held_for=None, waits_for="waits for h", progress=warming),
+        model("j", "stopped", last_stop={"reason": "makes room for i", "at": 1.0}),
+        model("k", "ready", last_stop={"reason": "idle", "at": 1.0}),
     ]
     gateway.get("/models").respond(json={"models": told})
     gateway.get("/status").respond(json={"catalog_error": None})
@@ -552,6 +594,8 @@ def test_models_are_a_table(gateway: respx.MockRouter) -> None:
         ["g", "loading", "llamacpp", "process", "-", "0", "0", "loading 3/5 shards, about 3 min left"],
         ["h", "ready", "llamacpp", "process", "0,1", "0", "0", "makes room for i when its requests have ended"],
         ["i", "starting", "llamacpp", "process", "-", "0", "0", "waits for h"],
+        ["j", "stopped", "llamacpp", "process", "-", "0", "0", "stopped: makes room for i"],
+        ["k", "ready", "llamacpp", "process", "-", "0", "0"],
     ]
     assert json.loads(run("models", "--json").stdout) == {"models": told}
 
@@ -598,6 +642,7 @@ def test_a_refusal_shows_the_evidence(gateway: respx.MockRouter) -> None:
 def test_the_key_comes_from_the_environment(gateway: respx.MockRouter, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GATEWAY_API_KEY", "secret")
     route = gateway.get("/models").respond(json={"models": []})
+    gateway.get("/status").respond(json={"catalog_error": None})
 
     assert run("models").exit_code == 0
     assert route.calls.last.request.headers["authorization"] == "Bearer secret"

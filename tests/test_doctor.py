@@ -47,6 +47,10 @@ def tgi(id: str = "gpt-2", **more: Any) -> ModelSpec:  # noqa: A002
     return ModelSpec(**{"id": id, "hf_name": "gpt2", "image": IMAGE, **more})
 
 
+def pinned(id: str, **more: Any) -> ModelSpec:  # noqa: A002
+    return tgi(id, **{"hf_name": id, "pinned": True, **more})
+
+
 def catalog(*specs: ModelSpec) -> Catalog:
     return Catalog(path=Path("models.yaml"), models={spec.id: spec for spec in specs})
 
@@ -112,6 +116,34 @@ def test_where_the_engine_is_silent_nothing_is_said_of_what_only_it_knows() -> N
     found = findings(tgi(), engine=EngineSeen("u", "It is not running. Start it"))
 
     assert {each.about for each in found} == {"catalog", "engine", "ports"}
+    hungry = findings(tgi(gpu_memory="80GiB"), engine=EngineSeen("u", "It is not running. Start it"))
+    assert "it needs 1 GPU with 80 GiB each" in bad(hungry)["gpus"]
+
+
+@pytest.mark.parametrize(
+    ("specs", "words"),
+    [
+        ([pinned("a"), pinned("b")], None),
+        ([pinned("a", gpus=2), pinned("b", pinned=False)], None),
+        (
+            [pinned("a", gpus=2), pinned("b")],
+            "b: it is pinned, and has no room beside what else is: a",
+        ),
+        ([pinned("b"), pinned("a", gpus=["0", "1"])], "b: it is pinned, and has no room"),
+        ([pinned(name, gpu_memory="10GiB") for name in "abcd"], None),
+        ([pinned(name, gpu_memory="12GiB") for name in "abc"], "c: it is pinned, and has no room beside"),
+        ([pinned("a", gpu_memory="4GiB"), pinned("b"), pinned("c", gpus=["0"])], "a: it"),
+        ([pinned("a", replicas=3)], "a: it is pinned, and there are not enough GPUs for its 3 replicas"),
+        ([pinned("a", gpus=3), pinned("b")], None),  # that one can never run is told otherwise
+    ],
+)
+def test_pinned_models_that_cannot_be_up_together(specs: list[ModelSpec], words: str | None) -> None:
+    said = [
+        f"{each.words} -> {each.fix}" for each in findings(*specs) if each.level == "warning" and each.about == "gpus"
+    ]
+
+    assert len(said) == (words is not None)
+    assert not words or said[0].startswith(words)
 
 
 @pytest.mark.parametrize(
@@ -144,15 +176,18 @@ def test_a_model_without_gpus_needs_no_toolkit() -> None:
     ("gpus", "declared", "seen", "words"),
     [
         (1, None, (), "warning: no GPU is in sight, and 1 models"),
-        (3, None, GPUS, "problem: gpt-2 wants 3 GPUs, and there are 2"),
-        (["1", "7"], None, GPUS, "problem: gpt-2 names GPUs that are not there: 7"),
+        (3, None, GPUS, "problem: gpt-2: it can never run on the GPUs that are known: it needs 3 GPUs, and there"),
+        (["1", "7"], None, GPUS, "problem: gpt-2: it can never run on the GPUs that are known: GPU 7 is not there"),
         (1, {"0": 1, "9": 1}, GPUS, "problem: GATEWAY_GPUS names GPUs that are not there: 9"),
-        (["5"], {"0": 1}, (), "problem: gpt-2 names GPUs that are not there: 5"),
+        (["5"], {"0": 1}, (), "problem: gpt-2: it can never run on the GPUs that are known: GPU 5 is not there"),
         (2, {"0": 1, "1": 1}, (), None),
         (["0"], None, GPUS, None),
         (["GPU-4a", "MIG-5b", "0:1"], None, GPUS, None),
         (1, {"GPU-4a": 1}, GPUS, None),
-        (["0"], {"GPU-4a": 1}, (), None),
+        (["0"], {"GPU-4a": 1}, (), "problem: gpt-2: it can never run on the GPUs that are known: GPU 0 is not there"),
+        (["0"], {"GPU-4a": 1}, GPUS, None),
+        (["0", "GPU-4a"], None, GPUS, "problem: gpt-2: it can never run on the GPUs that are known: it names one GPU"),
+        (1, {"GPU-4a": 1, "0": 1}, GPUS, "warning: GATEWAY_GPUS names GPU 0 twice, by both its names: GPU-4a, 0 -> L"),
         (1, {"0": 23 * 2**30}, GPUS, None),  # as it is sold
         (1, {"0": 24 * 2**30}, GPUS, "warning: GATEWAY_GPUS gives GPU 0 24 GiB, and it has 22 GiB -> Correct it: 0="),
         (1, {"GPU-5b": 2**40}, GPUS, "warning: GATEWAY_GPUS gives GPU GPU-5b 1.02e+03 GiB, and it has 22 GiB"),

@@ -119,6 +119,30 @@ def test_a_word_is_no_gpu(gpu: str) -> None:
     assert complaints({"GATEWAY_GPUS": f"{gpu}=24GiB"}) == [f"GATEWAY_GPUS: {NO_GPUS}"]
 
 
+@pytest.mark.parametrize(
+    ("written", "rule"),
+    [
+        ("0=24", "must say each GPU's memory with its unit, such as 0=24GiB: a bare number is bytes"),
+        ("0=24576", "must say each GPU's memory with its unit, such as 0=24GiB: a bare number is bytes"),
+        ("0=24GiB,0=24GiB", NO_GPUS),
+        ("-1", NO_GPUS),
+        ("0", NO_GPUS),
+        ("a=b", NO_GPUS),
+        ("=", NO_GPUS),
+        (",", NO_GPUS),
+        (" ", NO_GPUS),
+        ("0=24GiB,,1=24GiB", NO_GPUS),
+        ("0=24GiB,", NO_GPUS),
+        ("0=", "must be a size such as 14GiB, 512MiB or 2GB (a bare number is bytes)"),
+        ("0=b", "must be a size such as 14GiB, 512MiB or 2GB (a bare number is bytes)"),
+        ("0=24GiB=1", "must be a size such as 14GiB, 512MiB or 2GB (a bare number is bytes)"),
+        ("0=-24GiB", "must be at least 1 byte and at most 1024TiB"),
+    ],
+)
+def test_gpus_that_are_none_are_told_in_words(written: str, rule: str) -> None:
+    assert complaints({"GATEWAY_GPUS": written}) == [f"GATEWAY_GPUS: {rule}"]
+
+
 def test_all_complaints_at_once() -> None:
     environ = {
         "GATEWAY_HOST": "a b",

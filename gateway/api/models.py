@@ -34,6 +34,16 @@ class LastError(BaseModel):
     retry_at: float | None
 
 
+class LastStop(BaseModel):
+    """Why the model last began to go down, also if it is up again: `idle`, `operator`, `makes room for x`, an error.
+
+    `at` is in seconds since 1970.
+    """
+
+    reason: str
+    at: float
+
+
 class Progress(BaseModel):
     """How far a start has come. `done` and `total` count in `unit`.
 
@@ -85,6 +95,7 @@ class Model(BaseModel):
     waits_for: str | None
     held_for: str | None
     last_error: LastError | None
+    last_stop: LastStop | None
     replicas: list[Replica]
 
 
@@ -218,6 +229,7 @@ def model_json(status: Status) -> dict[str, Any]:
         "waits_for": status.waits_for,
         "held_for": status.held_for,
         "last_error": _last_error(status.failure, status.retry_after_s),
+        "last_stop": status.last_stop and {"reason": status.last_stop.reason, "at": status.last_stop.at},
         "replicas": [_replica_json(replica) for replica in status.replicas or (status,)],
     }
 

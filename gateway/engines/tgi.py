@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 from pydantic import SecretStr
 
 from gateway.catalog import ModelSpec
+from gateway.catalog_values import volume_parts
 from gateway.devices import Share
 from gateway.engines import tgi_answers, tgi_diagnoses, tgi_requests
 from gateway.engines.base import Api, Call, Decoder, Diagnosis
@@ -293,25 +294,13 @@ def _download_command(spec: ModelSpec) -> Iterator[str]:
 
 # ---- mounts ----
 
-_VOLUME = re.compile(r"(?P<source>[^:]+):(?P<target>/[^:]*?)(?::(?P<mode>ro|rw))?")
-_VOLUME_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]+")
-
 
 def _mounts(spec: ModelSpec) -> tuple[Mount, ...]:
     """Return what the container sees of the machine: what the catalog says, and a cache for what is downloaded."""
-    mounts = tuple(_mount(spec, volume) for volume in spec.volumes)
+    mounts = tuple(Mount(*volume_parts(volume)) for volume in spec.volumes)
     if any(mount.target == CACHE_TARGET for mount in mounts):
         return mounts
     return (*mounts, Mount(CACHE_VOLUME, CACHE_TARGET))
-
-
-def _mount(spec: ModelSpec, volume: str) -> Mount:
-    found = _VOLUME.fullmatch(volume)
-    if not found or not (found["source"].startswith("/") or _VOLUME_NAME.fullmatch(found["source"])):
-        cause = f"the volume {volume} of {spec.id} is neither an absolute path nor the name of a volume"
-        raise _unusable(cause, "Write /AN/ABSOLUTE/PATH:/PATH/IN/CONTAINER, or NAME:/PATH/IN/CONTAINER, in `volumes`")
-    target = found["target"].rstrip("/") or "/"
-    return Mount(found["source"], target, read_only=found["mode"] == "ro")
 
 
 # ---- how it comes up ----

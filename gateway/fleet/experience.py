@@ -148,6 +148,17 @@ class Past:
             return left_of(record.stops, lasted_s)
         return self.ready_in(state, life, now)
 
+    def gone_in(self, state: State, requests: int, lasted_s: float, life: Life | None, now: float) -> Estimate | None:
+        """Return in how long its server has gone once these requests, which it has or will have, are answered."""
+        if state in DOWN:  # of what is perhaps left nobody knows
+            return None
+        if state in (State.DRAINING, State.STOPPING):
+            return self.come_back_in(state, lasted_s, life, now)
+        stop = usual(self._record.stops)
+        busy = [self.served_in(max(requests, self._spec.max_concurrency))] if requests else []
+        up = [self.ready_in(state, life, now)] if state in STARTING_UP else []
+        return in_turn(*up, *busy, stop)
+
     def served_in(self, waiting: int) -> Estimate | None:
         """Return in how long those who wait for a slot now have been answered."""
         each = usual(tuple(self._answers))

@@ -9,15 +9,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from gateway.catalog import ModelSpec
 from gateway.devices import Device
 from gateway.engines.base import Engine
 from gateway.errors import NoCapacity, StartFailed
-from gateway.fleet.placement import NOWHERE, Demand, Place, described, misfit, place, unlimited
+from gateway.fleet.estimates import LEAST_S, Estimate
+from gateway.fleet.outlook import Holder, room_in, serves_in
+from gateway.fleet.placement import NOWHERE, Demand, Place, described, meets, misfit, named, place, unlimited
 from gateway.fleet.refusals import BUSY_GPUS_RETRY_S
 from gateway.fleet.returning import Returning
 from gateway.fleet.scheduling import (
@@ -70,6 +72,12 @@ class Tenant(Protocol):
         """What it is known by here: the model's id, with a number for all replicas but the first."""
 
     def occupancy(self) -> Occupancy: ...
+
+    def leaves_in(self) -> Estimate | None:
+        """Return in how long it can have gone; None if that is not known, or if it never makes room."""
+
+    def starts_in(self) -> Estimate | None:
+        """Return how long a start of it takes; None if that is not known."""
 
     def waits(self) -> None:
         """Hear that there is no room yet."""
@@ -153,17 +161,26 @@ class Gpus:
                 del self._waiting[model]
                 self.changed()
 
-    def refuse_in_vain(self, spec: ModelSpec) -> None:
+    def is_misplaced(self, tenant: Tenant) -> bool:
+        """Say whether a model holds GPUs, and others than its catalog entry asks for by now.
+
+        They are what a former server has: that must be gone, and its place given back, before `take`.
+        """
+        found = self._held.get(tenant.key)
+        return found is not None and not meets(found, demand_of(tenant.spec), self.devices or ())
+
+    def refuse_in_vain(self, tenant: Tenant) -> None:
         """Return if a model that is down may hope for GPUs.
 
         Raises:
             NoCapacity: pinned models hold all that would do, so that a start would be of no use.
         """
-        demand = demand_of(spec)
+        demand = demand_of(tenant.spec)
         if demand.count and self.devices is not None and not misfit(demand, self.devices):
-            residents = [self._resident(model, held) for model, held in self._held.items()]
+            others = ((model, held) for model, held in self._held.items() if model != tenant.key)
+            residents = [self._resident(model, held) for model, held in others]
             if why := in_vain(demand, self.devices, residents):
-                raise _in_vain(spec.id, why)
+                raise _in_vain(tenant.key, why)
 
     def starts_beside(self, model: str) -> bool:
         """Say whether a server that shares a GPU with this model's is starting: it measures what is free there."""
@@ -182,7 +199,8 @@ class Gpus:
         A `name` that is nobody's must be none that a model can have.
         """
         if found.gpus:
-            self._held[name] = found
+            gpus = (device.id for device in named(found.gpus, self.devices or ()))  # whatever it was told to have
+            self._held[name] = replace(found, gpus=tuple(gpus))
         if tenant:
             self._tenants[name] = tenant
 
@@ -261,6 +279,23 @@ class Gpus:
         """Return in words why a model has no GPUs yet; empty if it waits for none."""
         return self._waiting[model].why if model in self._waiting else ""
 
+    def serves_in(self, model: str) -> Estimate | None:
+        """Return in how long a model that waits for GPUs serves, if that can be told."""
+        if model not in self._waiting:
+            return None
+        claims = {name: self._claim(each.tenant) for name, each in self._waiting.items()}
+        mine = claims[model]
+        before = [name for name, each in claims.items() if (each.asked_at, name) < (mine.asked_at, model)]
+        room = room_in(mine.demand, self.known(), [*self._leaving()])
+        return serves_in(room, [self._waiting[name].tenant.starts_in() for name in (*before, model)])
+
+    def _leaving(self) -> Iterator[Holder]:
+        """Yield what everybody has of the GPUs, and in how long he can have gone."""
+        for name, held in self._held.items():
+            yield held, self._tenants[name].leaves_in() if name in self._tenants else None
+        for _, held in self._returning.values():
+            yield held, Estimate(LEAST_S, 1)
+
     def holders(self, gpu: str) -> dict[str, Place]:
         """Return who holds a GPU or some of it, and what."""
         everyone = [*self._held.items(), *self._returning.values()]
@@ -275,7 +310,7 @@ class Gpus:
     def in_sight(self) -> Sequence[Device]:
         """Return the GPUs there are, and those that are held by a name that is none of theirs."""
         known = self.devices or ()
-        names = {name for device in known for name in (device.id, device.uuid)}
+        names = {name for device in known for name in device.names}
         held = dict.fromkeys(gpu for each in self._places() for gpu in each.gpus if gpu not in names)
         return [*known, *map(Device, held)]
 

@@ -39,7 +39,7 @@ from gateway.fleet.life import Lease, Life, Paused
 from gateway.fleet.placement import Place
 from gateway.fleet.queue import Among, Grant, Queue, SentAway, Ticket
 from gateway.fleet.scheduling import Phase, Usage
-from gateway.fleet.status import Failure, Status, describe
+from gateway.fleet.status import Failure, Status, Stop, describe
 from gateway.lifecycle import DOWN, MADE, SERVING, STARTING_UP, Event, State, after
 from gateway.runtimes.base import Found, Handle, Progress, Runtime
 
@@ -47,6 +47,8 @@ log = logging.getLogger(__name__)
 
 WANTED = frozenset({*STARTING_UP, *SERVING, State.FAILED})
 """Nobody stops a model that is in one of these: what the catalog wants to run shall, whatever changes."""
+GOING_ON = frozenset({*STARTING_UP, State.READY, State.UNHEALTHY})
+"""What leaves these begins to go down."""
 CHANGED, REMOVED = "changed in the catalog", "removed from the catalog"
 """Why a server goes when the catalog has changed."""
 ASK_AGAIN_S = 2.0
@@ -128,6 +130,7 @@ class Instance:
         self._life: Life | None = None
         self._queue = Queue()
         self._failure: Failure | None = None
+        self._last_stop: Stop | None = None
         self._left: GatewayError | None = None  # why it is not known whether the last server is gone, if it is not
         self._failures = 0  # lives in a row that failed before they had served for long
         self._cool_until = 0.0
@@ -171,6 +174,7 @@ class Instance:
             gpus=self._gpus.of(self.key),
             waits_for=self._gpus.why(self.key) or None,
             held_for=self._held_for,
+            last_stop=self._last_stop,
             estimate=partial(self._past.eta_s, self._state, life, now),
         )
 
@@ -370,6 +374,17 @@ class Instance:
             owes=bool(oldest and ready_at is not None and oldest.asked_at <= ready_at),
         )
 
+    def leaves_in(self) -> Estimate | None:
+        """Return in how long it has gone, were it held for others now."""
+        if self.spec.pinned:
+            return None
+        now, requests = self._loop.time(), self._in_flight + self._queue.requests
+        return self._past.gone_in(self._state, requests, now - self._since, self._life, now)
+
+    def starts_in(self) -> Estimate | None:
+        """Return how long a start takes, from its beginning."""
+        return self._past.ready_in(State.STOPPED, None, self._loop.time())
+
     def waits(self) -> None:
         """Tell those who watch the start that it waits for GPUs."""
         if self._life:
@@ -525,7 +540,7 @@ class Instance:
         self._refuse_when_unhealthy()
         self._refuse_while_cooling()
         if self._state in DOWN:
-            self._gpus.refuse_in_vain(self.spec)
+            self._gpus.refuse_in_vain(self)
         queued = self._queue.requests + (among.queued_elsewhere if among else 0)
         if not admitted and queued >= queue_room(self._state, self.spec.max_queue, self.spec.max_concurrency):
             raise self._promised(refusals.queue_full(self.spec, self._served_in()))
@@ -570,11 +585,12 @@ class Instance:
     def _waited_too_long(self, ticket: Ticket) -> GatewayError:
         waited_s = self._loop.time() - ticket.asked_at
         if self._waits_for_gpus and (ticket.max_wait_s is None or waited_s < ticket.max_wait_s - CLOCK_S):
-            return self._promised(refusals.no_room(self.spec, self._gpus.why(self.key), waited_s))
+            why, ready = self._gpus.why(self.key), self._gpus.serves_in(self.key)
+            return self._promised(refusals.no_room(self.spec, why, waited_s, ready))
         if self._state in SERVING and waited_s >= self.spec.queue_timeout_s - CLOCK_S:
             return self._promised(refusals.no_slot(self.spec, waited_s, self._served_in()))
         if ticket.max_wait_s is None:
-            return refusals.never_ready(self.spec, self._state, waited_s)
+            return self._promised(refusals.never_ready(self.spec, self._state, waited_s, self._come_back_in()))
         return self._promised(refusals.not_loaded(self.status, ticket.max_wait_s, self._come_back_in()))
 
     def _promised(self, error: GatewayError) -> GatewayError:
@@ -625,10 +641,23 @@ class Instance:
 
     async def _make(self, life: Life) -> Handle:
         launch = launch_of(self.engine, self.spec, life.secret, self.replica)
+        await self._leave_former_place()
         place = await self._place(life)
         async with life.start_bounds():
             fitted = await self._gpus.fitted(launch, self.engine, self.key, place)
             return await self._runtime.start(fitted, life)
+
+    async def _leave_former_place(self) -> None:
+        """Give up what a former server has, of which something is perhaps left, if it is not what is asked for by now.
+
+        Raises:
+            RuntimeUnavailable: it is not known yet whether that server is gone, so its GPUs cannot be given to others.
+        """
+        if not self._gpus.is_misplaced(self):
+            return
+        if left := await self._clear():
+            raise refusals.former_server_left(self.spec, left, CLEAR_AGAIN_S)
+        self._gpus.give_back(self.key)
 
     async def _place(self, life: Life) -> Place:
         """Wait for GPUs; the bounds of the start begin when it has them.
@@ -869,6 +898,8 @@ class Instance:
         now = self._loop.time()
         self._past.moved(before, self._state, now - self._since, self._life, now)
         self._since = now
+        if before in GOING_ON and self._state not in GOING_ON:
+            self._last_stop = Stop(reason, self._journal.now())
         log.info("%s: %s -> %s (%s)", self.name, before, self._state, reason)
         self._journal.write(
             "state",
@@ -929,7 +960,7 @@ class Instance:
     def _time_is_up(self, life: Life | None, reason: str) -> None:
         if self._left and not self._life:
             self._clear_again()
-        elif reason == IDLE and self._gpus.starts_beside(self.spec.id):
+        elif reason == IDLE and self._gpus.starts_beside(self.key):
             self._timer = self._loop.call_later(BESIDE_S, self._time_is_up, life, reason)
         elif life and life is self._life:
             self._end(life, reason)

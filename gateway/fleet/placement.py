@@ -46,7 +46,7 @@ def place(demand: Demand, devices: Sequence[Device], held: Collection[Place]) ->
     """
     if not demand.count:
         return NOWHERE
-    wanted = _named(demand.gpus, devices) if isinstance(demand.gpus, tuple) else devices
+    wanted = list(dict.fromkeys(named(demand.gpus, devices))) if isinstance(demand.gpus, tuple) else devices
     left = [(room, device.id) for device in wanted if (room := _left(demand, device, held)) is not None]
     if isinstance(demand.gpus, int):
         left = sorted(left, key=lambda found: found[0])[: demand.count]
@@ -55,14 +55,27 @@ def place(demand: Demand, devices: Sequence[Device], held: Collection[Place]) ->
     return Place(tuple(gpu for _, gpu in left), demand.memory_bytes)
 
 
+def meets(found: Place, demand: Demand, devices: Sequence[Device]) -> bool:
+    """Say whether a place is what `demand` asks for: so many GPUs, or those that it names, and as much of each."""
+    if not demand.count:
+        return not found.gpus
+    if isinstance(demand.gpus, tuple):
+        same = found.gpus == tuple(device.id for device in named(demand.gpus, devices))
+    else:
+        same = len(found.gpus) == demand.gpus
+    return same and found.memory_bytes == demand.memory_bytes
+
+
 def misfit(demand: Demand, devices: Sequence[Device]) -> str | None:
     """Return why `demand` can never be met, were the GPUs all free, with the numbers; None if it can."""
     if isinstance(demand.gpus, tuple):
-        known = {name for device in devices for name in (device.id, device.uuid)}
+        known = {name for device in devices for name in device.names}
         if missing := [gpu for gpu in demand.gpus if gpu.isdigit() and gpu not in known]:
             return (
                 f"GPU {', '.join(missing)} is not there: there are {', '.join(each.id for each in devices) or 'none'}"
             )
+        if twice := _twice(demand.gpus, devices):
+            return f"it names one GPU more than once: {twice}"
     if place(demand, devices, ()) is not None:
         return None
     of_memory = f" with {gibibytes(demand.memory_bytes)} each" if demand.memory_bytes else ""
@@ -104,10 +117,16 @@ def _counted(number: int) -> str:
     return "1 GPU" if number == 1 else f"{number} GPUs"
 
 
-def _named(names: tuple[str, ...], devices: Sequence[Device]) -> list[Device]:
-    """Return the GPUs that are meant. One that is named by a name that nobody knows is a GPU of its own."""
-    known = {name: device for device in devices for name in (device.id, device.uuid) if name}
+def named(names: tuple[str, ...], devices: Sequence[Device]) -> list[Device]:
+    """Return the GPUs that are meant, by number or UUID. One by a name that nobody knows is a GPU of its own."""
+    known = {name: device for device in devices for name in device.names}
     return [known.get(name) or Device(name) for name in names]
+
+
+def _twice(names: tuple[str, ...], devices: Sequence[Device]) -> str:
+    """Return the names in words that mean a GPU which another one of them means too."""
+    meant = [device.id for device in named(names, devices)]
+    return ", ".join(name for name, gpu in zip(names, meant, strict=True) if meant.count(gpu) > 1)
 
 
 def _left(demand: Demand, device: Device, held: Iterable[Place]) -> int | None:

@@ -31,7 +31,7 @@ from gateway.runtimes.base import Exit
 BUSY_RETRY_S = 5.0
 """What a caller is told to wait when nothing better is known."""
 BUSY_GPUS_RETRY_S = 30.0
-"""The same, where GPUs are in use by others."""
+"""The same, where GPUs are in use by others, and nothing was measured of them."""
 
 
 def shutting_down() -> ShuttingDown:
@@ -96,9 +96,11 @@ def no_slot(spec: ModelSpec, waited_s: float, served: Estimate | None) -> NoCapa
     return NoCapacity(f"{words}; send the request again later.", retry_after_s=retry_after_s(served, BUSY_RETRY_S))
 
 
-def no_room(spec: ModelSpec, why: str, waited_s: float) -> NoCapacity:
+def no_room(spec: ModelSpec, why: str, waited_s: float, ready: Estimate | None) -> NoCapacity:
+    """`ready` is in how long the model serves, as those who have its GPUs, or come before it, usually go and start."""
     words = f"{spec.id} got no GPUs for {waited_s:.0f} s" + (f": {why}" if why else "")
-    return NoCapacity(f"{words}. Send the request again later, or stop a model.", retry_after_s=BUSY_GPUS_RETRY_S)
+    told_s = min(retry_after_s(ready, BUSY_GPUS_RETRY_S), max(spec.queue_timeout_s, BUSY_GPUS_RETRY_S))
+    return NoCapacity(f"{words}. Send the request again later, or stop a model.", retry_after_s=told_s)
 
 
 def not_loaded(status: Status, max_wait_s: float, ready: Estimate | None) -> ModelNotLoaded:
@@ -120,8 +122,10 @@ def not_loaded_in_time(status: Status, max_wait_s: float, ready: Estimate) -> Mo
     )
 
 
-def never_ready(spec: ModelSpec, state: State, waited_s: float) -> StartTimeout:
-    return StartTimeout(f"{spec.id} was not ready after {waited_s:.0f} s; it was {state}. See its log.")
+def never_ready(spec: ModelSpec, state: State, waited_s: float, ready: Estimate | None) -> StartTimeout:
+    """`ready` is in how long it is of use to ask again: whatever goes on goes on without the caller."""
+    words = f"{spec.id} was not ready after {waited_s:.0f} s; it was {state}. See its log."
+    return StartTimeout(words, retry_after_s=retry_after_s(ready, BUSY_RETRY_S))
 
 
 def ended(spec: ModelSpec, end: Exit, diagnosis: Diagnosis, *, served: bool) -> GatewayError:

@@ -95,6 +95,7 @@ def as_one(replicas: Sequence[Status]) -> Status:
     failed = [one for one in replicas if one.failure]
     last = max(failed, key=lambda one: one.failure.at if one.failure else 0.0, default=best)
     idle = [one.idle_s for one in replicas if one.idle_s is not None]
+    stops = [one.last_stop for one in replicas if one.last_stop]
     in_flight = sum(one.in_flight for one in replicas)
     return replace(
         best,
@@ -107,6 +108,7 @@ def as_one(replicas: Sequence[Status]) -> Status:
         retry_after_s=last.retry_after_s,
         gpus=tuple(dict.fromkeys(gpu for one in replicas for gpu in one.gpus)),
         waits_for=next((one.waits_for for one in replicas if one.waits_for), None),
+        last_stop=max(stops, key=lambda stop: stop.at, default=None),
         replicas=tuple(replicas),
     )
 

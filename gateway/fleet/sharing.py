@@ -43,7 +43,7 @@ def shares(
     """
     if place.memory_bytes is None:
         return ()
-    declared = {name: device.memory_bytes for device in devices for name in (device.id, device.uuid) if name}
+    declared = {name: device.memory_bytes for device in devices for name in device.names}
     found = []
     for gpu in place.gpus:
         measured = memory.get(gpu)

@@ -20,6 +20,14 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True)
+class Stop:
+    """Why a model last began to go down: `idle`, `makes room for x`. `at` is wall-clock time, as in `Failure`."""
+
+    reason: str
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
 class Status:
     """A snapshot: by the time it is read it may be out of date. Times are in seconds."""
 
@@ -42,6 +50,7 @@ class Status:
     """The model for which it takes no new requests, and goes when it has finished those that it has."""
     waits_for: str | None = None
     """While it waits for GPUs: who has them and what must happen, in words."""
+    last_stop: Stop | None = None
     replicas: tuple[Status, ...] = ()
     """Of a model with several servers: each of them."""
     estimate: Callable[[], float | None] | None = None

@@ -91,10 +91,7 @@ class JoinedInventory:
         measured = self._measured.devices()
         if not self._declared:
             return self._files.devices() if measured is None else measured
-        names = {name: device for device in measured or () for name in (device.id, device.uuid)}
-        return [
-            replace(names.get(gpu, Device(gpu)), id=gpu, memory_bytes=memory) for gpu, memory in self._declared.items()
-        ]
+        return declared_devices(self._declared, measured or ())
 
     async def memory(self, gpus: Collection[str]) -> Mapping[str, Memory]:
         return await self._measured.memory(gpus)
@@ -102,3 +99,20 @@ class JoinedInventory:
     async def aclose(self) -> None:
         await self._measured.aclose()
         await self._files.aclose()
+
+
+def declared_devices(declared: Mapping[str, int], measured: Sequence[Device]) -> list[Device]:
+    """Return the GPUs that are declared, with what else is known of them.
+
+    One that is declared by both its names counts once, as it was declared first.
+    """
+    known = {name: device for device in measured for name in device.names}
+    there = {gpu: known.get(gpu, Device(gpu)) for gpu in declared}
+    first = {device.id: gpu for gpu, device in reversed(there.items())}
+    return [_called(there[gpu], gpu, declared[gpu]) for gpu in there if first[there[gpu].id] == gpu]
+
+
+def _called(device: Device, name: str, memory_bytes: int) -> Device:
+    """Return a GPU by this one of its names, of this size."""
+    other = next((each for each in device.names if each != name), "")
+    return replace(device, id=name, uuid=other, memory_bytes=memory_bytes)

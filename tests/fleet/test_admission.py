@@ -1,7 +1,10 @@
 """Who waits how long: tables."""
 
+from __future__ import annotations
+
 import pytest
 
+from gateway.fleet import refusals
 from gateway.fleet.admission import (
     LONGEST_PAUSE_S,
     STOP_MARGIN_S,
@@ -11,7 +14,9 @@ from gateway.fleet.admission import (
     queue_room,
     wait_ends_at,
 )
+from gateway.fleet.estimates import Estimate
 from gateway.lifecycle import State
+from tests.fleet.scenes import spec
 
 BOUNDS = Bounds(queue_timeout_s=300, start_timeout_s=1200, drain_timeout_s=60, stop_grace_s=10, abandon_after_s=60)
 LATEST = 100 + 60 + 10 + STOP_MARGIN_S + 1200 + 300
@@ -71,3 +76,28 @@ def test_a_cold_model_has_room_for_those_whom_its_slots_will_take() -> None:
     assert queue_room(State.READY, max_queue=0, slots=4) == 0
     assert queue_room(State.STOPPED, max_queue=0, slots=4) == 4
     assert queue_room(State.LOADING, max_queue=256, slots=4) == 260
+
+
+@pytest.mark.parametrize(("ready", "told_s"), [(Estimate(12.0, 3), 12.0), (Estimate(2.0, 0), 5.0), (None, 5.0)])
+def test_who_waited_longer_than_any_start_takes_is_told_when_to_come_back(
+    ready: Estimate | None, told_s: float
+) -> None:
+    error = refusals.never_ready(spec(), State.LOADING, 900.0, ready)
+
+    assert (error.status, error.code, error.retry_after_s) == (504, "START_TIMEOUT", told_s)
+    assert "it was loading" in error.detail
+
+
+@pytest.mark.parametrize(
+    ("queue_timeout", "ready", "told_s"),
+    [
+        (300.0, Estimate(45.0, 3), 45.0),
+        (300.0, Estimate(0.1, 3), 1.0),
+        (300.0, Estimate(4000.0, 3), 300.0),
+        (5.0, Estimate(4000.0, 3), 30.0),
+        (300.0, Estimate(2.0, 0), 30.0),
+        (300.0, None, 30.0),
+    ],
+)
+def test_who_got_no_gpus_is_told_a_sensible_time(queue_timeout: float, ready: Estimate | None, told_s: float) -> None:
+    assert refusals.no_room(spec(queue_timeout=queue_timeout), "", 9.0, ready).retry_after_s == told_s

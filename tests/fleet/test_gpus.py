@@ -10,6 +10,7 @@ import pytest
 
 from gateway.catalog import ModelSpec
 from gateway.errors import NoCapacity, StartFailed
+from gateway.fleet.estimates import Estimate
 from gateway.fleet.gpus import Gpus, Occupancy
 from gateway.fleet.placement import GIB, Device, Place
 from gateway.fleet.scheduling import Phase, Usage
@@ -47,6 +48,12 @@ class Obedient:
         return Occupancy(
             self.phase, self.in_flight, 0, self.since, self.last_use_at, self.asked_at, 1.0, self.usage, owes=False
         )
+
+    def leaves_in(self) -> Estimate | None:
+        return None
+
+    def starts_in(self) -> Estimate | None:
+        return None
 
     def waits(self) -> None:
         self.told.append("waits")
@@ -226,6 +233,45 @@ def test_what_can_never_fit_is_told_at_once_with_the_numbers(gpus: Any, keys: di
     async def scene() -> None:
         with pytest.raises(StartFailed, match=words):
             await Obedient(Gpus(TWO), "a", gpus, **keys).up()
+
+    run(scene)
+
+
+CARD = Device("0", 24 * GIB, "GPU-a")
+
+
+@pytest.mark.parametrize("names", [("0", "GPU-a"), ("GPU-a", "0")])
+def test_two_models_that_name_one_card_by_its_two_names_take_turns(names: tuple[str, str]) -> None:
+    async def scene() -> None:
+        gpus = Gpus([CARD])
+        a, b = (Obedient(gpus, model, [name]) for model, name in zip("ab", names, strict=True))
+
+        assert await a.up() == Place(("0",))
+        assert await b.up() == Place(("0",))
+
+        assert a.told == ["makes room for b"]
+
+    run(scene)
+
+
+@pytest.mark.parametrize("name", ["0", "GPU-a"])
+def test_a_server_that_was_found_with_a_card_by_either_name_holds_that_card(name: str) -> None:
+    async def scene() -> None:
+        gpus = Gpus([CARD])
+        found = Place((name,), 20 * GIB)
+        assert gpus.has_room(found)
+        gpus.hold("stranger", found)
+
+        assert gpus.of("stranger") == ("0",)
+        assert list(gpus.holders("0")) == ["stranger"]
+        assert list(gpus.in_sight()) == [CARD]
+        assert not gpus.has_room(Place(("0",), 5 * GIB))
+        assert not gpus.has_room(Place(("GPU-a",), 5 * GIB))
+        claim = asyncio.create_task(Obedient(gpus, "c").up())
+        await asyncio.sleep(1)
+        assert not claim.done()
+        gpus.give_back("stranger")
+        assert (await claim).gpus == ("0",)
 
     run(scene)
 

@@ -6,14 +6,18 @@ import asyncio
 from collections.abc import Iterable
 from typing import Any
 
+import pytest
+
 from gateway.api.models import model_json
+from gateway.fleet.identity import fingerprint
 from gateway.fleet.placement import GIB, Device
 from gateway.fleet.scheduling import HOLD_S
 from gateway.fleet.status import Status
 from gateway.lifecycle import State
 from gateway.runtimes.base import Launch
 from tests.fleet.scenes import Scene, play, spec
-from tests.simulator.servers import Deaf, Manners, Server
+from tests.simulator.changes import catalog_of
+from tests.simulator.servers import Deaf, Manners, Server, SimulatedEngine
 from tests.simulator.world import World
 
 ONE_GPU = [Device("0", 24 * GIB)]
@@ -24,7 +28,9 @@ class Shared:
     """Several models on few GPUs, in virtual time."""
 
     def __init__(self, *names: str, devices: list[Device] = ONE_GPU, **keys: Any) -> None:
-        self.specs = {name: spec(id=name, weights=f"{name}.gguf", gpus=1, **keys.get(name, {})) for name in names}
+        self.specs = {
+            name: spec(id=name, weights=f"{name}.gguf", **{"gpus": 1, **keys.get(name, {})}) for name in names
+        }
         self.world = World(list(self.specs.values()), seed=0, devices=devices)
         self.world.runtime.next_manners = [WELL] * 50
         Scene.on_stage.append(self)  # type: ignore[arg-type]
@@ -40,6 +46,23 @@ class Shared:
             while not self.status(name).held_for:
                 await asyncio.sleep(1)
 
+    def becomes(self, name: str, **keys: Any) -> None:
+        """Change a model's entry in the catalog."""
+        self.specs[name] = spec(**{"id": name, "weights": f"{name}.gguf", "gpus": 1, **keys})
+        self.world.watched[name].spec = self.specs[name]
+        self.world.fleet.change(catalog_of(self.specs.values()))
+
+    async def perhaps_leave(self, name: str, silent_s: float) -> None:
+        """Order a stop of which nobody knows whether it did anything, for the runtime has fallen silent."""
+        self.world.runtime.fall_silent(silent_s)
+        await self.world.operate(self.specs[name], "stop")
+        assert self.status(name).state is State.FAILED
+        assert self.status(name).gpus
+
+    def told_s(self, name: str) -> float:
+        """Return the Retry-After of the refusal that has just been given."""
+        return (self.world.watched[name].promised_until - self.world.loop.time()) / 2
+
     def moves(self, name: str) -> Iterable[str]:
         return [line.partition(f"{name}: ")[2] for line in self.world.trace if f"  {name}: " in line]
 
@@ -53,6 +76,10 @@ def test_an_idle_model_makes_room_for_one_that_is_asked_for() -> None:
 
         assert "ready -> stopping (makes room for b)" in on.moves("a")
         assert on.status("b").gpus == ("0",)
+        last_stop = model_json(on.status("a"))["last_stop"]
+        assert last_stop["reason"] == "makes room for b"
+        assert 0 < last_stop["at"] < on.world.loop.time()
+        assert model_json(on.status("b"))["last_stop"] is None
         assert on.status("a").gpus == ()
 
     play(scene)
@@ -260,5 +287,117 @@ def test_an_idle_server_does_not_go_while_another_measures_the_gpu_that_they_sha
         assert await loading == "answered"
         await asyncio.sleep(30)
         assert on.status("a").state is State.STOPPED
+
+    play(scene)
+
+
+FOUR_GPUS = [Device(str(number), 24 * GIB) for number in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("keys", "gpus"),
+    [
+        ({"gpus": 2}, ("0", "1")),
+        ({"gpus": ["3"]}, ("3",)),
+        ({"gpus": 0}, ()),
+        ({"gpu_memory": "6GiB"}, ("0",)),
+        ({"args": {"version": 2}}, ("0",)),
+    ],
+)
+def test_a_model_whose_gpus_are_changed_while_its_server_is_perhaps_left_gets_what_the_new_entry_asks_for(
+    keys: dict[str, Any], gpus: tuple[str, ...]
+) -> None:
+    async def scene() -> None:
+        on = Shared("a", "b", devices=FOUR_GPUS, a={"stop_grace": 1.0}, b={"gpu_memory": "1GiB"})
+        await on.world.fleet.begin()
+        assert await on.ask("a") == "answered"
+        await on.perhaps_leave("a", 28.0)
+        on.becomes("a", stop_grace=1.0, **keys)
+        await asyncio.sleep(6)  # it has rested, and nobody has looked again yet
+
+        assert await on.ask("a") == "answered"
+
+        assert on.world.runtime.newest("tgi-a").gpus == on.status("a").gpus == gpus
+        assert on.world.fleet.gpus.place_of("a").memory_bytes == on.specs["a"].gpu_memory_bytes
+
+    play(scene)
+
+
+def test_its_former_gpus_are_nobodys_else_before_its_former_server_is_known_to_be_gone() -> None:
+    async def scene() -> None:
+        on = Shared("a", "b", devices=FOUR_GPUS[:2], a={"gpus": ["0"], "stop_grace": 1.0}, b={"gpus": ["0"]})
+        await on.world.fleet.begin()
+        assert await on.ask("a") == "answered"
+        await on.perhaps_leave("a", 100.0)
+        on.becomes("a", gpus=["1"], stop_grace=1.0)
+        waiting = on.ask("b")
+        await asyncio.sleep(6)
+
+        assert await on.ask("a") == "RUNTIME_UNAVAILABLE"
+        failure = on.status("a").failure
+        assert failure
+        assert "its former server must be gone first" in failure.error.detail
+        assert on.status("a").gpus == ("0",)
+        assert on.status("b").gpus == ()
+        assert await waiting == "answered"
+        assert await on.ask("a") == "answered"
+        assert on.status("a").gpus == ("1",)
+
+    play(scene)
+
+
+def test_a_pinned_model_does_not_stand_in_its_own_way() -> None:
+    async def scene() -> None:
+        on = Shared("a", a={"pinned": True, "stop_grace": 1.0})
+        assert await on.ask("a") == "answered"
+        await on.perhaps_leave("a", 22.0)
+        await asyncio.sleep(6)
+
+        assert await on.ask("a") == "answered"
+
+    play(scene)
+
+
+@pytest.mark.parametrize("name", ["0", "GPU-a"])
+def test_a_server_that_was_found_with_its_card_by_either_name_keeps_that_card_to_itself(name: str) -> None:
+    async def scene() -> None:
+        on = Shared("a", "b", devices=[Device("0", 24 * GIB, "GPU-a")], a={"gpus": [name]}, b={"gpus": ["GPU-a"]})
+        asked_for = Launch("tgi-a", gpus=(name,), fingerprint=fingerprint(SimulatedEngine(), on.specs["a"]))
+        on.world.runtime.servers["tgi-a"] = [Server("tgi-a", Manners(), Deaf(), asked_for)]
+        await on.world.fleet.begin()
+        assert await on.ask("a") == "answered"
+        assert on.status("a").gpus == ("0",)
+
+        assert await on.ask("b") == "answered"
+
+        assert "ready -> stopping (makes room for b)" in on.moves("a")
+
+    play(scene)
+
+
+def test_who_got_no_gpus_is_told_to_come_back_when_their_holder_has_usually_gone_and_the_model_started() -> None:
+    async def scene() -> None:
+        keys = {"queue_timeout": 60.0, "generation_timeout": 1000.0}
+        on = Shared("a", "b", a=keys, b=keys)
+        on.world.runtime.next_manners = [Manners(make_s=2.0, load_s=8.0, leaves_s=4.0)] * 50
+        for name in "abab":
+            assert await on.ask(name, work_s=20.0) == "answered"
+            await asyncio.sleep(1)
+        on.ask("b", work_s=900.0)
+
+        assert await on.ask("a") == "NO_CAPACITY"
+        assert on.told_s("a") == pytest.approx(20 + 4 + 10, abs=1.0)
+
+    play(scene)
+
+
+def test_who_got_no_gpus_of_one_that_was_never_seen_to_go_is_told_a_usual_time() -> None:
+    async def scene() -> None:
+        on = Shared("a", "b", a={"queue_timeout": 20.0}, b={"generation_timeout": 1000.0})
+        on.ask("b", work_s=900.0)
+        await asyncio.sleep(20)
+
+        assert await on.ask("a") == "NO_CAPACITY"
+        assert on.told_s("a") == 30.0
 
     play(scene)

@@ -47,7 +47,9 @@ def test_without_device_files_nothing_is_known(tmp_path: Path) -> None:
         (None, MEASURED, [Device("0")], MEASURED, "NVML"),
         ({"0": 20 * GIB}, None, [Device("0"), Device("1")], [Device("0", 20 * GIB)], "GATEWAY_GPUS"),
         ({"0": 20 * GIB}, MEASURED, None, [Device("0", 20 * GIB, "GPU-a", "NVIDIA A10")], "GATEWAY_GPUS"),
-        ({"GPU-b": GIB}, MEASURED, None, [Device("GPU-b", GIB, "GPU-b", "NVIDIA A10")], "GATEWAY_GPUS"),
+        ({"GPU-b": GIB}, MEASURED, None, [Device("GPU-b", GIB, "1", "NVIDIA A10")], "GATEWAY_GPUS"),
+        ({"0": GIB, "GPU-a": 2 * GIB}, MEASURED, None, [Device("0", GIB, "GPU-a", "NVIDIA A10")], "GATEWAY_GPUS"),
+        ({"GPU-a": GIB, "0": 2 * GIB}, MEASURED, None, [Device("GPU-a", GIB, "0", "NVIDIA A10")], "GATEWAY_GPUS"),
         ({"7": GIB, "MIG-x": GIB}, MEASURED, None, [Device("7", GIB), Device("MIG-x", GIB)], "GATEWAY_GPUS"),
     ],
 )

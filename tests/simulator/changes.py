@@ -15,6 +15,7 @@ from gateway.errors import CatalogError, GatewayError
 from gateway.fleet.identity import same_server
 from gateway.fleet.instance import CHANGED, REMOVED, Instance
 from gateway.fleet.life import Lease, Life
+from gateway.fleet.placement import GIB
 from gateway.lifecycle import DOWN, MADE, SERVING, STARTING_UP, State
 from tests.simulator.servers import SimulatedEngine
 from tests.simulator.world import FORMER, ROUNDING_S, Waiter, Watched, World
@@ -365,7 +366,8 @@ def with_another_server(spec: ModelSpec, random: Random) -> ModelSpec:
         "unhealthy_timeout_s": random.choice([10.0, 60.0]),
         "stop_grace_s": random.choice([1.0, 10.0]),
     }
-    return with_other_words(spec, random).model_copy(update={"args": {"version": random.random()}, **bounds})
+    gpus = {"gpu_memory_bytes": random.choice([None, 4 * GIB, 14 * GIB])} if spec.gpus else {}
+    return with_other_words(spec, random).model_copy(update={"args": {"version": random.random()}, **bounds, **gpus})
 
 
 def _named(spec: ModelSpec, random: Random) -> ModelSpec:

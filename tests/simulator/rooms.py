@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from gateway.catalog import ModelSpec
 from gateway.fleet.fleet import Fleet
-from gateway.fleet.placement import Device
+from gateway.fleet.placement import Device, Place
 from tests.simulator.servers import BadMannersRuntime
 
 MAKES_ROOM = "makes room for "
@@ -15,9 +15,10 @@ MAKES_ROOM = "makes room for "
 def taken(devices: Sequence[Device], runtime: BadMannersRuntime) -> dict[str, int]:
     """Return how many bytes of each GPU the servers have that are alive, whatever the gateway thinks of them."""
     whole = {device.id: device.memory_bytes or 1 for device in devices}
+    number = {name: device.id for device in devices for name in (device.id, device.uuid)}
     sums = dict.fromkeys(whole, 0)
     for server in (server for name in runtime.servers for server in runtime.alive(name)):
-        for gpu in server.gpus:
+        for gpu in (number[name] for name in server.gpus):
             sums[gpu] += server.gpu_memory_bytes or whole[gpu]
     return sums
 
@@ -32,6 +33,12 @@ def check(devices: Sequence[Device], runtime: BadMannersRuntime, fleet: Fleet, b
         promised = sum(held.memory_bytes or has for held in fleet.gpus.holders(device.id).values())
         if promised > has:
             breaks(f"P3: {promised} of {has} bytes of GPU {device.id} are promised")
+
+
+def is_asked_for(found: Place, spec: ModelSpec) -> bool:
+    """Say whether a place is of the size that a model asks for, and not what a former server of it has."""
+    count = spec.gpus if isinstance(spec.gpus, int) else len(spec.gpus)
+    return (len(found.gpus), found.memory_bytes) == (count, spec.gpu_memory_bytes)
 
 
 def cause_of_room(reason: str, spec: ModelSpec, fleet: Fleet) -> str | None:

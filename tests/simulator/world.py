@@ -204,7 +204,9 @@ class World:
 
     def _see_placed(self, watched: Watched) -> None:
         """The bounds of a start begin when it has its GPUs; who waits for it is bounded otherwise until then."""
-        if watched.state is State.STARTING and not watched.placed and self.fleet.gpus.of(watched.spec.id):
+        found = self.fleet.gpus.place_of(watched.spec.id)
+        has_place = bool(found.gpus) and rooms.is_asked_for(found, watched.spec)
+        if watched.state is State.STARTING and not watched.placed and has_place:
             watched.placed, watched.placed_at = True, self.loop.time()
             watched.hard_stop_at = watched.placed_at + watched.start_s
 

@@ -12,13 +12,14 @@ from docker import APIClient
 from docker.types import DeviceRequest, LogConfig
 from docker.types import Mount as EngineMount
 
+from gateway.catalog_values import SECRETS_TARGET
 from gateway.runtimes.base import Container, Launch, Mount
 from gateway.runtimes.docker.containers import FINGERPRINT, GENERATION, GPU_MEMORY, GPUS, MODEL, NAME, OWNER, PORT
 from gateway.runtimes.docker.images import Image
 from gateway.runtimes.docker.place import Place, host_name
 from gateway.runtimes.docker.ports import HOST
 
-SECRETS = "/run/tgi-gateway-secrets"
+SECRETS = SECRETS_TARGET
 READ_ONLY = "tgi-gateway.read-only"
 """The label by which an image says that it writes to /tmp and its volumes only."""
 PIDS = 4096
