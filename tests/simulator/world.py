@@ -107,6 +107,7 @@ class World:
         self.outcomes: dict[str, int] = {}
         self.trace: list[str] = []
         self.broken: str | None = None
+        self.evictions = 0
         self._checked_at = -1.0
         self.loop.after_step = self.check
 
@@ -548,6 +549,7 @@ class World:
         server = self.runtime.newest(f"tgi-{watched.spec.id}")
         idle = reason == "idle" and not server.requests
         if reason.startswith(rooms.MAKES_ROOM):
+            self.evictions += 1
             if wrong := rooms.cause_of_room(reason, watched.spec, self.fleet):
                 self.breaks(f"P3: {wrong}")
             return
