@@ -16,7 +16,7 @@ def taken(devices: Sequence[Device], runtime: BadMannersRuntime) -> dict[str, in
     """Return how many bytes of each GPU the servers have that are alive, whatever the gateway thinks of them."""
     whole = {device.id: device.memory_bytes or 1 for device in devices}
     sums = dict.fromkeys(whole, 0)
-    for server in (server for name in runtime.servers for server in runtime.alive(name)):
+    for server in (servers[-1] for servers in runtime.servers.values() if servers[-1].alive):
         for gpu in server.gpus:
             sums[gpu] += server.gpu_memory_bytes or whole[gpu]
     return sums

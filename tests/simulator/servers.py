@@ -99,6 +99,10 @@ class Server:
         return self.made_at + self.manners.load_s
 
     @property
+    def loads(self) -> bool:
+        return self.alive and self.hung_since is None and self.loop.time() < self.ready_at
+
+    @property
     def is_ready(self) -> bool:
         return self.alive and self.hung_since is None and self.loop.time() >= self.ready_at
 
@@ -311,11 +315,14 @@ class SimulatedProbe:
         return (200 if server.is_ready else 503), b""
 
     async def rest(self, handle: Handle, seconds: float) -> None:
-        """Rest as the real one does, but jump over all checks that could only find the server well."""
+        """Rest as the real one does, but jump over all checks that could only find the server well, or loading."""
         loop = asyncio.get_running_loop()
         server, began = self._runtime.newest(handle.name), loop.time()
         if self._was_well.get(handle.name) and server.is_ready:
             await asyncio.shield(server.disturbed)
+        elif server.loads:
+            left_s = None if server.ready_at == NEVER else server.ready_at - began
+            await asyncio.wait([server.disturbed], timeout=left_s)
         checks = math.ceil((loop.time() - began) / seconds) or 1
         await asyncio.sleep(began + checks * seconds - loop.time())
 

@@ -21,6 +21,7 @@ from gateway.fleet.instance import BESIDE_S, CLEAR_AGAIN_S, Instance
 from gateway.fleet.journal import Journal
 from gateway.fleet.life import Lease
 from gateway.fleet.placement import Device
+from gateway.fleet.status import Status
 from gateway.lifecycle import DOWN, SERVING, STARTING_UP, State
 from gateway.relay import SECOND_ATTEMPT_S
 from gateway.runtimes.base import Handle
@@ -212,11 +213,10 @@ class World:
     def _fits(self, spec: ModelSpec, server: Server) -> bool:
         return server.fingerprint == fingerprint(SimulatedEngine(), spec)
 
-    def _check_orphan(self, watched: Watched) -> None:
+    def _check_orphan(self, watched: Watched, name: str) -> None:
         """Once it is known what runs, whatever runs belongs to a model that knows of it."""
-        name = server_name(watched.spec)
         known = watched.state not in DOWN or self.runtime.perhaps_left.get(name) or self.fleet.unknown
-        if not self.runtime.alive(name) or self.fleet.closing.done():
+        if self.fleet.closing.done():
             return
         if not known:
             self.breaks(f"P6: {name} runs, and its model is {watched.state}")
@@ -454,22 +454,24 @@ class World:
             rooms.check(self.devices, self.runtime, self.fleet, self.breaks)
         for watched in self.watched.values():
             if watched.state in DOWN and not watched.waiting and not watched.holding:
-                self._check_orphan(watched)
                 continue
             self._see_adopted(watched)
             self._see_placed(watched)
             if (deadline := self._deadline(watched)) is not None and now > deadline + ROUNDING_S:
                 self.breaks(f"P5: {watched.spec.id} is {watched.state} beyond its deadline ({deadline:.3f})")
-            if (held := self.fleet.status(watched.spec).in_flight) > len(watched.holding):
+            status = self.fleet.status(watched.spec)
+            if (held := status.in_flight) > len(watched.holding):
                 self.breaks(f"P4: {held} leases of {watched.spec.id} are out, and {len(watched.holding)} are held")
-            self._check_waiting(watched, now)
-            self._check_orphan(watched)
+            self._check_waiting(watched, status, now)
             if watched.state in STARTING_UP and now > self._unwanted_from(watched) + ROUNDING_S:
                 self.breaks(f"P8: nobody wants {watched.spec.id} any more, and it is {watched.state}")
+        for name, servers in self.runtime.servers.items():
+            if servers[-1].alive and (owner := self.watched.get(name.removeprefix("tgi-"))):
+                self._check_orphan(owner, name)
 
-    def _check_waiting(self, watched: Watched, now: float) -> None:
+    def _check_waiting(self, watched: Watched, status: Status, now: float) -> None:
         """Nobody waits beside a free slot (P4) or beyond a bound (P7), and nothing idles beyond its time-out."""
-        spec, status = watched.spec, self.fleet.status(watched.spec)
+        spec = watched.spec
         held = status.held_for is not None and self._waits_for_gpus(status.held_for)
         if watched.state is State.READY and status.queued and status.in_flight < spec.max_concurrency and not held:
             self.breaks(f"P4: {status.queued} requests for {spec.id} wait beside a free slot")
@@ -477,9 +479,11 @@ class World:
             if waiter.wants_lease and now > self._waits_until(watched, waiter) + ROUNDING_S:
                 self.breaks(f"P7: a request for {spec.id} waits since {waiter.asked_at:.3f}")
         idle = watched.state is State.READY and not watched.holding and not watched.waiting and not spec.pinned
+        if not idle or spec.idle_timeout_s is None or now < watched.last_use + spec.idle_timeout_s - BESIDE_S:
+            return
         if self.fleet.gpus.starts_beside(spec.id):
-            watched.last_use = max(watched.last_use, now - (spec.idle_timeout_s or 0.0) + BESIDE_S)
-        if idle and spec.idle_timeout_s is not None and now > watched.last_use + spec.idle_timeout_s + ROUNDING_S:
+            watched.last_use = max(watched.last_use, now - spec.idle_timeout_s + BESIDE_S)
+        if now > watched.last_use + spec.idle_timeout_s + ROUNDING_S:
             self.breaks(f"{spec.id} is idle since {watched.last_use:.3f}, and still runs")
 
     def _waits_for_gpus(self, model: str) -> bool:
