@@ -12,7 +12,7 @@ from random import Random
 
 from gateway.catalog import ModelSpec
 from gateway.fleet.fleet import Fleet
-from gateway.fleet.gpus import demand_of
+from gateway.fleet.gpus import Gpus, demand_of
 from gateway.fleet.instance import Instance
 from gateway.fleet.placement import GIB, Device, misfit
 from tests.simulator.changes import ChangingWorld, edit
@@ -46,6 +46,7 @@ def simulate(
     instance: type[Instance] = Instance,
     runtime: type[BadMannersRuntime] = BadMannersRuntime,
     fleet: type[Fleet] = Fleet,
+    gpus: type[Gpus] = Gpus,
 ) -> Day:
     """Live one day with this seed. The same seed gives the same day."""
     loop = SimulatedLoop(seed)
@@ -54,17 +55,18 @@ def simulate(
     errors: list[BaseException] = []
     loop.set_exception_handler(lambda _, context: errors.append(context.get("exception") or Broke(context["message"])))
     broke = None
+    made = partial(ChangingWorld, instance=instance, fleet=fleet, gpus=gpus)
     try:
         with _our_faults(errors), asyncio.Runner(loop_factory=lambda: loop) as runner:
-            runner.run(_day(seed, random, story, partial(ChangingWorld, instance=instance, fleet=fleet), runtime))
+            runner.run(_day(seed, random, story, made, runtime))
             _nothing_left(loop)
     except (Exception, asyncio.CancelledError) as error:
         broke = _words(error)
     if errors and not broke:
         broke = f"unhandled: {_words(errors[0])}"
     world = story[0]
-    starts, gpus = sum(world.runtime.starts.values()), len(world.devices or ())
-    return Day(seed, broke, world.outcomes, starts, world.trace, gpus, world.evictions)
+    starts, there = sum(world.runtime.starts.values()), len(world.devices or ())
+    return Day(seed, broke, world.outcomes, starts, world.trace, there, world.evictions)
 
 
 async def _day(

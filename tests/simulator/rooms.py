@@ -34,11 +34,11 @@ def check(devices: Sequence[Device], runtime: BadMannersRuntime, fleet: Fleet, b
             breaks(f"P3: {promised} of {has} bytes of GPU {device.id} are promised")
 
 
-def cause_of_room(reason: str, spec: ModelSpec, fleet: Fleet) -> str | None:
+def cause_of_room(claimant: str, spec: ModelSpec, fleet: Fleet) -> str | None:
     """Return what is wrong with a model that goes to make room, or None."""
     if spec.pinned:
         return f"{spec.id} is pinned, and makes room"
-    claimant = fleet.catalog.models.get(reason.removeprefix(MAKES_ROOM))
-    if claimant is None or not fleet.status(claimant).waits_for:
-        return f"{spec.id} makes room for {reason.removeprefix(MAKES_ROOM)}, which does not wait for any"
+    known = fleet.catalog.models.get(claimant)
+    if known is None or not fleet.status(known).waits_for:
+        return f"{spec.id} makes room for {claimant}, which does not wait for any"
     return None
