@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -136,6 +137,7 @@ class Instance:
         self._stops = 0  # how many stops were ordered so far
         self._closing = False
         self._usage = Usage()
+        self._yielded_at = -math.inf  # when it last made room for another model
         self._held_for: str | None = None  # the model that waits for this one's GPUs, and has waited long enough
         self._removed = False  # the catalog has it no more
         self._next: Entry | None = None  # what the catalog says of it by now, once the present server has gone
@@ -364,7 +366,7 @@ class Instance:
             queued=self._queue.requests,
             since=self._since if ready_at is None else ready_at,
             last_use_at=self._last_use,
-            asked_at=min(oldest.asked_at, self._since) if oldest else self._since,
+            asked_at=max(min(oldest.asked_at, self._since) if oldest else self._since, self._yielded_at),
             cost_s=self._past.cost_s,
             usage=self._usage,
             owes=bool(oldest and ready_at is not None and oldest.asked_at <= ready_at),
@@ -376,9 +378,14 @@ class Instance:
             self._life.progress(Progress("waiting for GPUs"))
 
     def make_room(self, claimant: str) -> None:
-        """Go at once, for another model that waits for its GPUs: nothing is in flight. Who queues is served later."""
+        """Go at once, for another model that waits for its GPUs: nothing is in flight.
+
+        Who queues is served later. It was his model's turn until now, so he waits for the next one from now on: else
+        one who came before the claimant did would take the GPUs from it again.
+        """
         assert not self._in_flight  # whoever decided so looked a moment ago, and nothing was awaited since
         if self._life and self._state in SERVING:
+            self._yielded_at = self._loop.time()
             self._end(self._life, f"makes room for {claimant}")
 
     def hold(self, claimant: str | None) -> None:
@@ -929,7 +936,7 @@ class Instance:
     def _time_is_up(self, life: Life | None, reason: str) -> None:
         if self._left and not self._life:
             self._clear_again()
-        elif reason == IDLE and self._gpus.starts_beside(self.spec.id):
+        elif reason == IDLE and self._gpus.starts_beside(self.key):
             self._timer = self._loop.call_later(BESIDE_S, self._time_is_up, life, reason)
         elif life and life is self._life:
             self._end(life, reason)

@@ -19,7 +19,8 @@ from collections.abc import Collection, Iterable
 
 from gateway.fleet.admission import STOP_MARGIN_S
 from gateway.fleet.fleet import Fleet
-from gateway.fleet.gpus import PATIENCE_S
+from gateway.fleet.gpus import PATIENCE_S, demand_of
+from gateway.fleet.placement import Place, place
 from gateway.fleet.scheduling import TURN_S
 from gateway.lifecycle import SERVING
 from tests.simulator.watched import Watched
@@ -68,3 +69,14 @@ def wrong_time(watched: Watched) -> str | None:
     if left and not watched.served:
         return f"{watched.spec.id} was started, and makes room before it has served any of the {len(left)} who wait"
     return None
+
+
+def takes_from(claim: Watched, taker: Watched, models: Iterable[Watched], fleet: Fleet) -> bool:
+    """Say whether a claim could have its GPUs at once if another had not just got its own."""
+    others = [each for each in models if each is not taker]
+    held = [fleet.gpus.place_of(each.spec.id) for each in others]
+    moving = {gpu for each in others if each.state not in SERVING for gpu in fleet.gpus.of(each.spec.id)}
+    before = [*held, *(Place((gpu,)) for gpu in moving)]
+    demand, devices = demand_of(claim.spec), fleet.gpus.devices or ()
+    had_room = place(demand, devices, before) is not None
+    return had_room and place(demand, devices, [*before, fleet.gpus.place_of(taker.spec.id)]) is None

@@ -20,10 +20,9 @@ class Waiter:
 
 @dataclass(frozen=True)
 class Room:
-    """What a model has left to another."""
+    """For whom a model made room, and when."""
 
     claimant: str
-    gpus: frozenset[str]
     at: float
 
 
@@ -59,7 +58,7 @@ class Watched:
     served: int = 0
     """How many it has served since then."""
     made_room: Room | None = None
-    """What it has made room for, if that was the end of its last life."""
+    """For whom it last made room."""
     forced: bool = False
     stop_asked: bool = False
 
@@ -70,5 +69,6 @@ class Watched:
 
     @property
     def asked_at(self) -> float:
-        """Since when it has wanted GPUs: since its oldest waiter came, or its start began."""
-        return min((waiter.asked_at for waiter in self.waiting if waiter.wants_lease), default=self.since)
+        """Since when it has wanted GPUs: since its oldest waiter came, or its start began, or it had made room."""
+        oldest = min((waiter.asked_at for waiter in self.waiting if waiter.wants_lease), default=self.since)
+        return max(min(oldest, self.since), self.made_room.at if self.made_room else 0.0)

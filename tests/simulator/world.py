@@ -183,13 +183,12 @@ class World:
             watched.hard_stop_at = watched.placed_at + watched.start_s
 
     def _witness_return(self, watched: Watched) -> None:
-        """Who has made room for another does not take it again before that one has it (P3)."""
-        room, watched.made_room = watched.made_room, None
+        """Who has made room for another does not take it again while that one could have it (P3)."""
+        room = watched.made_room
         claimant = self.watched.get(room.claimant) if room else None
-        if not room or not claimant or not room.gpus.intersection(self.fleet.gpus.of(watched.spec.id)):
-            return
-        if claimant.claims and claimant.since <= room.at:
-            self.breaks(f"P3: {watched.spec.id} made room for {room.claimant}, and takes it again itself")
+        if room and claimant and claimant.claims and claimant.since <= room.at:
+            if turns.takes_from(claimant, watched, self.watched.values(), self.fleet):
+                self.breaks(f"P3: {watched.spec.id} made room for {room.claimant}, and takes it again itself")
 
     def _fits(self, spec: ModelSpec, server: Server) -> bool:
         return server.fingerprint == fingerprint(SimulatedEngine(), spec)
@@ -561,8 +560,7 @@ class World:
         """Who makes room is idle, has cause to, and has had its turn (P3)."""
         self.evictions += 1
         self._in_vain[watched.spec.id] += 1
-        gpus = frozenset(self.fleet.gpus.of(watched.spec.id))
-        watched.made_room = Room(claimant, gpus, self.loop.time())
+        watched.made_room = Room(claimant, self.loop.time())
         wrong = rooms.cause_of_room(claimant, watched.spec, self.fleet) or turns.wrong_time(watched)
         if wrong:
             self.breaks(f"P3: {wrong}")
