@@ -37,7 +37,7 @@ class SimulatedLoop(asyncio.SelectorEventLoop):
         self.now = 0.0
         self.random = Random(seed)
         self.after_step = after_step
-        self.before_time_passes: Callable[[float], None] = lambda seconds: None
+        self.before_time_passes: Callable[[float], None] = lambda _: None
 
     def time(self) -> float:
         return self.now

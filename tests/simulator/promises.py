@@ -23,7 +23,7 @@ from tests.simulator.world import World
 DAY_S = 24 * 3600.0
 REQUESTS, ORDERS, FAULTS, EDITS = 300, 3, 2, 2
 CROWDS, CROWD = 2, 90
-"""On a day with GPUs so many times so many of the requests ask for several models in turn: more than there is room for."""
+"""On a day with GPUs so many times so many of the requests ask for more models in turn than there is room for."""
 WITH_GPUS = 0.75
 
 

@@ -8,9 +8,9 @@ What a claim may wait for follows from the policy:
   the older claim. A turn is the start, then `TURN_S` of serving (the minimum residency is no longer, for it ends with
   the claim's patience at the latest), and the way out. Each of these parts has a bound of its own (P5).
 
-All that is excused, and there is an end to it: those who have a turn are ever fewer. What remains are servers whose turn
-is over, and they are held. They have to finish what they are doing, which takes no longer than the longest generation,
-and to go. So nobody waits for longer than that without an excuse, whoever else comes in the meantime.
+All that is excused, and there is an end to it: those who have a turn are ever fewer. What remains are servers whose
+turn is over, and they are held. They have to finish what they are doing, which takes no longer than the longest
+generation, and to go. So nobody waits for longer than that without an excuse, whoever else comes in the meantime.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from gateway.fleet.fleet import Fleet
 from gateway.fleet.gpus import PATIENCE_S, demand_of
 from gateway.fleet.placement import Place, place
 from gateway.fleet.scheduling import TURN_S
-from gateway.lifecycle import SERVING
+from gateway.lifecycle import SERVING, STARTING_UP, State
 from tests.simulator.watched import Watched
 
 MOST_IN_VAIN = 2
@@ -74,9 +74,29 @@ def wrong_time(watched: Watched) -> str | None:
 def takes_from(claim: Watched, taker: Watched, models: Iterable[Watched], fleet: Fleet) -> bool:
     """Say whether a claim could have its GPUs at once if another had not just got its own."""
     others = [each for each in models if each is not taker]
-    held = [fleet.gpus.place_of(each.spec.id) for each in others]
-    moving = {gpu for each in others if each.state not in SERVING for gpu in fleet.gpus.of(each.spec.id)}
-    before = [*held, *(Place((gpu,)) for gpu in moving)]
-    demand, devices = demand_of(claim.spec), fleet.gpus.devices or ()
-    had_room = place(demand, devices, before) is not None
-    return had_room and place(demand, devices, [*before, fleet.gpus.place_of(taker.spec.id)]) is None
+    before = [*_held(others, fleet), *_unsettled(others, fleet)]
+    had_room = _fits(claim, before, fleet)
+    return had_room and not _fits(claim, [*before, fleet.gpus.place_of(taker.spec.id)], fleet)
+
+
+def is_needless(claim: Watched, goes: Watched, models: Collection[Watched], fleet: Fleet) -> bool:
+    """Say whether a model goes for the oldest claim although those who are leaving already suffice."""
+    if any(each.claims and each.asked_at <= claim.asked_at for each in models if each is not claim):
+        return False  # they leave for an older one
+    stay = [each for each in models if each is goes or each.state is not State.STOPPING]
+    starting = [each for each in stay if each.state in STARTING_UP]
+    return _fits(claim, [*_held(stay, fleet), *_unsettled(starting, fleet)], fleet)
+
+
+def _fits(claim: Watched, taken: Collection[Place], fleet: Fleet) -> bool:
+    return place(demand_of(claim.spec), fleet.gpus.devices or (), taken) is not None
+
+
+def _held(models: Iterable[Watched], fleet: Fleet) -> list[Place]:
+    return [fleet.gpus.place_of(each.spec.id) for each in models]
+
+
+def _unsettled(models: Iterable[Watched], fleet: Fleet) -> list[Place]:
+    """Return the GPUs that nobody can start on now, because somebody comes there or goes."""
+    moving = [each for each in models if each.state not in SERVING]
+    return [Place((gpu,)) for each in moving for gpu in fleet.gpus.of(each.spec.id)]

@@ -186,9 +186,11 @@ class World:
         """Who has made room for another does not take it again while that one could have it (P3)."""
         room = watched.made_room
         claimant = self.watched.get(room.claimant) if room else None
-        if room and claimant and claimant.claims and claimant.since <= room.at:
-            if turns.takes_from(claimant, watched, self.watched.values(), self.fleet):
-                self.breaks(f"P3: {watched.spec.id} made room for {room.claimant}, and takes it again itself")
+        if not room or not claimant or self.fleet.gpus.of(room.claimant):
+            return
+        still_waits = claimant.claims and claimant.since <= room.at
+        if still_waits and turns.takes_from(claimant, watched, self.watched.values(), self.fleet):
+            self.breaks(f"P3: {watched.spec.id} made room for {room.claimant}, and takes it again itself")
 
     def _fits(self, spec: ModelSpec, server: Server) -> bool:
         return server.fingerprint == fingerprint(SimulatedEngine(), spec)
@@ -564,6 +566,8 @@ class World:
         wrong = rooms.cause_of_room(claimant, watched.spec, self.fleet) or turns.wrong_time(watched)
         if wrong:
             self.breaks(f"P3: {wrong}")
+        elif turns.is_needless(self.watched[claimant], watched, self.watched.values(), self.fleet):
+            self.breaks(f"P3: {watched.spec.id} makes room for {claimant}, and those who leave already suffice")
         if self._in_vain[watched.spec.id] > turns.MOST_IN_VAIN:
             self.breaks(f"P3: {watched.spec.id} makes room again and again, and nobody has been served meanwhile")
 
