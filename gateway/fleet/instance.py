@@ -532,7 +532,7 @@ class Instance:
         self._refuse_when_unhealthy()
         self._refuse_while_cooling()
         if self._state in DOWN:
-            self._gpus.refuse_in_vain(self.spec)
+            self._refuse_in_vain()
         queued = self._queue.requests + (among.queued_elsewhere if among else 0)
         if not admitted and queued >= queue_room(self._state, self.spec.max_queue, self.spec.max_concurrency):
             raise self._promised(refusals.queue_full(self.spec, self._served_in()))
@@ -551,6 +551,13 @@ class Instance:
     def _come_back_in(self) -> Estimate | None:
         now = self._loop.time()
         return self._past.come_back_in(self._state, now - self._since, self._life, now)
+
+    def _refuse_in_vain(self) -> None:
+        try:
+            self._gpus.refuse_in_vain(self.spec)
+        except NoCapacity as error:
+            self._promised(error)
+            raise
 
     def _refuse_when_closing(self) -> None:
         if self._closing:
