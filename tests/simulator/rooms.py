@@ -24,6 +24,9 @@ def taken(devices: Sequence[Device], runtime: BadMannersRuntime) -> dict[str, in
 
 def check(devices: Sequence[Device], runtime: BadMannersRuntime, fleet: Fleet, breaks: Callable[[str], None]) -> None:
     """See that no GPU is promised or used beyond what it has."""
+    for name, more in runtime.grabbed.items():
+        if more and runtime.alive(name):
+            breaks(f"P3: {name} has {dict(more)} bytes more than its share: they came free while it started")
     used = taken(devices, runtime)
     for device in devices:
         has = device.memory_bytes or 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
@@ -161,6 +162,11 @@ class BadMannersRuntime:
         self.perhaps_left: dict[str, bool] = {}  # names whose last stop did not succeed
         self.last_sign: dict[str, float] = {}  # when a server of the name last said anything
         self.next_manners: list[Manners] = []
+        self.let_go: set[str] = set()
+        """Names whose servers the gateway stops at a time of its own choice."""
+        self._making: dict[str, Launch] = {}
+        self.grabbed: dict[str, Counter[str]] = {}
+        """What each name's server has of its GPUs beyond its share: what came free there while it started."""
 
     def alive(self, name: str) -> list[Server]:
         return [server for server in self.servers.get(name, []) if server.alive]
@@ -192,10 +198,12 @@ class BadMannersRuntime:
             raise Broke(f"P2: two starts of {name} at once")
         self.starting[name] = 1
         self.starts[name] = self.starts.get(name, 0) + 1
+        self._making[name], self.grabbed[name] = launch, Counter()
         try:
             return await self._start(launch, listener)
         finally:
             self.starting[name] = 0
+            self._making.pop(name, None)
 
     async def _start(self, launch: Launch, listener: Listener) -> Handle:
         name = launch.name
@@ -213,6 +221,7 @@ class BadMannersRuntime:
             raise Broke(f"P2: a second server of {name}")
         server = Server(name, manners, _Noting(self, name, listener), launch)
         self.servers.setdefault(name, []).append(server)
+        del self._making[name]
         del self.servers[name][:-3]
         await self._answer()  # it exists, but the daemon has not said so yet
         return _handle(server)
@@ -230,8 +239,23 @@ class BadMannersRuntime:
                 raise Broke(f"P1: {name} is stopped while it serves {len(server.requests)} requests")
             await asyncio.sleep(min(server.manners.leaves_s, grace_s))
             server.die("stopped")
+            if name in self.let_go:
+                self._grab(server)
+        self.let_go.discard(name)
         self._removed(name)
         self.perhaps_left[name] = False
+
+    def _grab(self, gone: Server) -> None:
+        """Have those who start on its GPUs take what a server leaves: they were told what part of the free memory to take.
+
+        What comes free as a server dies or an operator stops it they leave alone, for nobody can help that.
+        """
+        loading = {name: servers[-1] for name, servers in self.servers.items() if servers[-1].loads}
+        shares = {name: each.gpus for name, each in loading.items() if each.gpu_memory_bytes}
+        shares |= {name: launch.gpus for name, launch in self._making.items() if launch.gpu_memory_bytes}
+        for name, gpus in shares.items():
+            for gpu in set(gpus).intersection(gone.gpus):
+                self.grabbed[name][gpu] += gone.gpu_memory_bytes or 0
 
     def _removed(self, name: str) -> None:
         for server in self.servers.get(name, []):

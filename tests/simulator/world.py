@@ -551,6 +551,8 @@ class World:
         """A ready server goes for a cause: somebody's order, idleness, its own end, or lasting silence (P11)."""
         server = self.runtime.newest(f"tgi-{watched.spec.id}")
         idle = reason == "idle" and not server.requests
+        if idle or reason.startswith(rooms.MAKES_ROOM):
+            self.runtime.let_go.add(server.name)
         if reason.startswith(rooms.MAKES_ROOM):
             self._witness_room(watched, reason.removeprefix(rooms.MAKES_ROOM))
             return
