@@ -335,6 +335,7 @@ class _Table:
         assert found is not None, "the victims suffice"
         for each in victims:
             self.going.add(each.model)
+            self.leaving.update(each.place.gpus)  # nobody can leave beside a start, nor start beside who leaves
             (self.held if each.in_flight else self.evicted)[each.model] = claim.model
         self._promise(claim, found)
 

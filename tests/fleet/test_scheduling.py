@@ -322,6 +322,16 @@ def test_nobody_starts_on_a_gpu_for_which_an_aged_claim_waits_with_another_thoug
     assert (aged.held, aged.placed) == ({"busy": "two"}, {})
 
 
+@pytest.mark.parametrize("in_flight", [0, 1])
+def test_nobody_starts_beside_one_that_goes_in_this_very_moment(in_flight: int) -> None:
+    large = resident("large", "0,1", memory=20 * GIB, in_flight=in_flight)
+
+    decision = decided(gpus(2), [large], [claim("old", Demand(("0",), 20 * GIB), age_s=AGED_S), claim("b", share(4))])
+
+    assert {**decision.evicted, **decision.held} == {"large": "old"}
+    assert decision.placed == {}
+
+
 def test_nothing_is_placed_beside_a_share_that_is_leaving() -> None:
     leaving = resident("a", "0", phase=Phase.LEAVING, place=Place(("0",), 10 * GIB))
 

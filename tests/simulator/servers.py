@@ -222,6 +222,7 @@ class BadMannersRuntime:
         server = Server(name, manners, _Noting(self, name, listener), launch)
         self.servers.setdefault(name, []).append(server)
         del self._making[name]
+        self.perhaps_left[name] = False
         del self.servers[name][:-3]
         await self._answer()  # it exists, but the daemon has not said so yet
         return _handle(server)
@@ -246,12 +247,14 @@ class BadMannersRuntime:
         self.perhaps_left[name] = False
 
     def _grab(self, gone: Server) -> None:
-        """Have those who start on its GPUs take what a server leaves: they were told what part of the free memory to take.
+        """Have those who start on its GPUs take what a server leaves: they were told how much of them to leave free.
 
         What comes free as a server dies or an operator stops it they leave alone, for nobody can help that.
         """
-        loading = {name: servers[-1] for name, servers in self.servers.items() if servers[-1].loads}
-        shares = {name: each.gpus for name, each in loading.items() if each.gpu_memory_bytes}
+        loading = [servers[-1] for servers in self.servers.values() if servers[-1].loads]
+        shares = {
+            each.name: each.gpus for each in loading if each.gpu_memory_bytes and not self.perhaps_left[each.name]
+        }
         shares |= {name: launch.gpus for name, launch in self._making.items() if launch.gpu_memory_bytes}
         for name, gpus in shares.items():
             for gpu in set(gpus).intersection(gone.gpus):
