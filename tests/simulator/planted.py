@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from dataclasses import replace
 from typing import TypedDict
 
@@ -14,7 +15,7 @@ from gateway.fleet.instance import CHANGED, Entry, Instance
 from gateway.fleet.life import Lease, Life
 from gateway.fleet.placement import Place
 from gateway.fleet.queue import Ticket
-from gateway.fleet.scheduling import Claim, Phase, Resident
+from gateway.fleet.scheduling import Claim, Decision, Phase, Resident
 from gateway.lifecycle import Event, State
 from gateway.runtimes.base import Found, Handle
 
@@ -295,6 +296,26 @@ class EvictsBusyServers(Instance):
             super().hold(claimant)
 
 
+class EvictsMore(Gpus):
+    """Breaks P3: has one more make room than it takes."""
+
+    def _make_room(self, decision: Decision) -> None:
+        super()._make_room(decision)
+        for claimant in sorted(set(decision.evicted.values())):
+            known = [self._resident(model, held) for model, held in self._held.items()]
+            idle = [each.model for each in known if each.phase is Phase.UP and not (each.in_flight or each.pinned)]
+            for model in idle[:1]:
+                self._tenants[model].make_room(claimant)
+
+
+class ClaimsAsBefore(Instance):
+    """Breaks P3: comes before the one for which it has made room, since its callers came first."""
+
+    def make_room(self, claimant: str) -> None:
+        super().make_room(claimant)
+        self._yielded_at = -math.inf
+
+
 class LeavesBeside(Gpus):
     """Breaks P3: lets an idle server go while another one measures what is free on their GPU."""
 
@@ -307,6 +328,7 @@ GPUS: dict[str, type[Gpus]] = {
     "P3-starve": NeverAges,
     "P3-overtaken": YoungestFirst,
     "P3-thrash": HoldsAtOnce,
+    "P3-more": EvictsMore,
 }
 FLEETS: dict[str, type[Fleet]] = {"P9-others": RestartsAll, "P9-bad": EmptiesItself}
 INSTANCES: dict[str, type[Instance]] = {
@@ -314,6 +336,7 @@ INSTANCES: dict[str, type[Instance]] = {
     "P2": StartsTwice,
     "P2-left": LeavesServers,
     "P3": PromisesTooEarly,
+    "P3-again": ClaimsAsBefore,
     "P3-busy": EvictsBusyServers,
     "P3-place": IgnoresItsPlace,
     "P4": LosesLeases,

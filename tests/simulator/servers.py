@@ -240,14 +240,14 @@ class BadMannersRuntime:
                 raise Broke(f"P1: {name} is stopped while it serves {len(server.requests)} requests")
             await asyncio.sleep(min(server.manners.leaves_s, grace_s))
             server.die("stopped")
-            if name in self.let_go:
-                self._grab(server)
+            if name in self.let_go and server.gpu_memory_bytes:
+                self._grab(server.gpus, server.gpu_memory_bytes)
         self.let_go.discard(name)
         self._removed(name)
         self.perhaps_left[name] = False
 
-    def _grab(self, gone: Server) -> None:
-        """Have those who start on its GPUs take what a server leaves: they were told how much of them to leave free.
+    def _grab(self, free: tuple[str, ...], free_bytes: int) -> None:
+        """Have those who start on GPUs take what a server leaves there: they were told how much of them to leave free.
 
         What comes free as a server dies or an operator stops it they leave alone, for nobody can help that.
         """
@@ -257,8 +257,8 @@ class BadMannersRuntime:
         }
         shares |= {name: launch.gpus for name, launch in self._making.items() if launch.gpu_memory_bytes}
         for name, gpus in shares.items():
-            for gpu in set(gpus).intersection(gone.gpus):
-                self.grabbed[name][gpu] += gone.gpu_memory_bytes or 0
+            for gpu in set(gpus).intersection(free):
+                self.grabbed[name][gpu] += free_bytes
 
     def _removed(self, name: str) -> None:
         for server in self.servers.get(name, []):

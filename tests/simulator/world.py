@@ -195,6 +195,11 @@ class World:
     def _fits(self, spec: ModelSpec, server: Server) -> bool:
         return server.fingerprint == fingerprint(SimulatedEngine(), spec)
 
+    def _check_orphans(self) -> None:
+        for name, servers in self.runtime.servers.items():
+            if servers[-1].alive and (owner := self.watched.get(name.removeprefix("tgi-"))):
+                self._check_orphan(owner, name)
+
     def _check_orphan(self, watched: Watched, name: str) -> None:
         """Once it is known what runs, whatever runs belongs to a model that knows of it."""
         known = watched.state not in DOWN or self.runtime.perhaps_left.get(name) or self.fleet.unknown
@@ -452,9 +457,7 @@ class World:
             self._check_waiting(watched, status, now)
             if watched.state in STARTING_UP and now > self._unwanted_from(watched) + ROUNDING_S:
                 self.breaks(f"P8: nobody wants {watched.spec.id} any more, and it is {watched.state}")
-        for name, servers in self.runtime.servers.items():
-            if servers[-1].alive and (owner := self.watched.get(name.removeprefix("tgi-"))):
-                self._check_orphan(owner, name)
+        self._check_orphans()
 
     def time_passes(self, seconds: float) -> None:
         """Before time passes, with all done that can be done by now: count who waits for GPUs though it is his turn."""
