@@ -55,7 +55,7 @@ class Occupancy:
     """When it took its place; once it is UP, when it became ready."""
     last_use_at: float
     asked_at: float
-    """When the first of those who wait for it came."""
+    """When the first of those who wait for it came; or, if it has made room since, when it did."""
     cost_s: float
     usage: Usage
     owes: bool

@@ -105,7 +105,7 @@ class Health:
         began = asyncio.get_running_loop().time()
         while not await self._is_ready(handle):
             loaded_s = asyncio.get_running_loop().time() - began
-            await asyncio.sleep(min(max(loaded_s * REST_SHARE, SHORTEST_REST_S), LONGEST_REST_S))
+            await self._rest(handle, min(max(loaded_s * REST_SHARE, SHORTEST_REST_S), LONGEST_REST_S))
 
     async def until_lost(self, handle: Handle) -> None:
         """Return when the server has missed `failures` checks in a row. Waits as long as it does not."""

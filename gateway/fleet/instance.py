@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -139,6 +140,7 @@ class Instance:
         self._stops = 0  # how many stops were ordered so far
         self._closing = False
         self._usage = Usage()
+        self._yielded_at = -math.inf  # when it last made room for another model
         self._held_for: str | None = None  # the model that waits for this one's GPUs, and has waited long enough
         self._removed = False  # the catalog has it no more
         self._next: Entry | None = None  # what the catalog says of it by now, once the present server has gone
@@ -368,7 +370,7 @@ class Instance:
             queued=self._queue.requests,
             since=self._since if ready_at is None else ready_at,
             last_use_at=self._last_use,
-            asked_at=min(oldest.asked_at, self._since) if oldest else self._since,
+            asked_at=max(min(oldest.asked_at, self._since) if oldest else self._since, self._yielded_at),
             cost_s=self._past.cost_s,
             usage=self._usage,
             owes=bool(oldest and ready_at is not None and oldest.asked_at <= ready_at),
@@ -391,9 +393,14 @@ class Instance:
             self._life.progress(Progress("waiting for GPUs"))
 
     def make_room(self, claimant: str) -> None:
-        """Go at once, for another model that waits for its GPUs: nothing is in flight. Who queues is served later."""
+        """Go at once, for another model that waits for its GPUs: nothing is in flight.
+
+        Who queues is served later. It was his model's turn until now, so he waits for the next one from now on: else
+        one who came before the claimant did would take the GPUs from it again.
+        """
         assert not self._in_flight  # whoever decided so looked a moment ago, and nothing was awaited since
         if self._life and self._state in SERVING:
+            self._yielded_at = self._loop.time()
             self._end(self._life, f"makes room for {claimant}")
 
     def hold(self, claimant: str | None) -> None:
@@ -540,7 +547,7 @@ class Instance:
         self._refuse_when_unhealthy()
         self._refuse_while_cooling()
         if self._state in DOWN:
-            self._gpus.refuse_in_vain(self)
+            self._refuse_in_vain()
         queued = self._queue.requests + (among.queued_elsewhere if among else 0)
         if not admitted and queued >= queue_room(self._state, self.spec.max_queue, self.spec.max_concurrency):
             raise self._promised(refusals.queue_full(self.spec, self._served_in()))
@@ -559,6 +566,13 @@ class Instance:
     def _come_back_in(self) -> Estimate | None:
         now = self._loop.time()
         return self._past.come_back_in(self._state, now - self._since, self._life, now)
+
+    def _refuse_in_vain(self) -> None:
+        try:
+            self._gpus.refuse_in_vain(self)
+        except NoCapacity as error:
+            self._promised(error)
+            raise
 
     def _refuse_when_closing(self) -> None:
         if self._closing:

@@ -7,9 +7,9 @@ ones suffice, the least regretted first.
 - While a claim has patience, only idle residents go for it: they have had their minimum residency, and their callers
   are not expected back before the claim would lose its patience. All others go on serving whatever comes for them, so
   that requests for one model are served together before the next switch.
-- A claim that has no patience left reserves the GPUs that it needs, so that no younger one overtakes it there, and
-  residents are held for it: they take no new requests, finish those that they have, and go. One whose work outlasts
-  `HOLD_S` takes requests again for as long, and is then held anew.
+- A claim that has no patience left reserves the GPUs that it needs, so that no younger one overtakes it there or starts
+  there meanwhile, and residents are held for it: they take no new requests, finish those that they have, and go. One
+  whose work outlasts `HOLD_S` takes requests again for as long, and is then held anew.
 
 All times are seconds; `now` and every `*_at` are readings of one monotonic clock. The clock is only ever compared with
 instants that do not move, so `look_again_at` is exact.
@@ -18,7 +18,8 @@ instants that do not move, so `look_again_at` is exact.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum, auto
 
@@ -233,6 +234,7 @@ class _Table:
         self.leaving = {gpu for each in self.residents if each.phase is Phase.LEAVING for gpu in each.place.gpus}
         self.avoided: list[Place] = []
         self.promised: dict[str, Place] = {}
+        self.reserved: set[str] = set()
         self.placed: dict[str, Place] = {}
         self.evicted: dict[str, str] = {}
         self.held: dict[str, str] = {}
@@ -268,13 +270,15 @@ class _Table:
     def _wait(self, claim: Claim) -> None:
         held = [each for each in self.residents if self._is_held(each, claim)]
         aged = bool(held) or self.now >= claim.hold_at
-        found = self._fit_without((), claim.demand)
+        found = self._fit_elsewhere(claim.demand) or self._fit_without((), claim.demand)
         if found is None:
             if not self._make_room(claim, aged=aged):
                 self._keep_held(held, claim)
-        elif not (aged and self._make_room_elsewhere(claim)):
+        elif not (aged and self._starts_on(found.gpus) and self._make_room_elsewhere(claim)):
             self._promise(claim, found)
             self.looks.append(claim.hold_at)
+        if aged and claim.model in self.promised:
+            self.reserved.update(self.promised[claim.model].gpus)
 
     def _keep_held(self, held: Sequence[Resident], claim: Claim) -> None:
         for each in held:
@@ -298,16 +302,23 @@ class _Table:
         return each.held_at + 2 * HOLD_S if outlasts else each.spared_until
 
     def _make_room_elsewhere(self, claim: Claim) -> bool:
-        """Have a claim that has waited enough go where nothing starts, which may take long, if there may be room."""
-        self.avoided = [Place((gpu,)) for gpu in self.starting]
-        try:
-            if (found := self._fit_without((), claim.demand)) is not None:
-                self._promise(claim, found)
-                return True
-            victims = self._fewest(claim, self._due(claim, aged=True)) if self.avoided else None
+        """Have residents go on GPUs where nothing starts, which may take long, for a claim that has waited enough."""
+        with self._avoiding_starts():
+            victims = self._fewest(claim, self._due(claim, aged=True))
             if victims is not None:
                 self._send_away(victims, claim)
             return victims is not None
+
+    def _fit_elsewhere(self, demand: Demand) -> Place | None:
+        """Return where a demand fits once those have left who leave, on GPUs where nothing starts."""
+        with self._avoiding_starts():
+            return self._fit_without((), demand)
+
+    @contextmanager
+    def _avoiding_starts(self) -> Iterator[None]:
+        self.avoided = [Place((gpu,)) for gpu in self.starting]
+        try:
+            yield
         finally:
             self.avoided = []
 
@@ -334,7 +345,7 @@ class _Table:
     def _due_at(self, each: Resident, claim: Claim, *, aged: bool) -> float:
         if each.phase is not Phase.UP or ((each.in_flight or each.queued) and not aged):
             return math.inf  # there will be a snapshot when that has changed
-        if each.place.memory_bytes is not None and self._starting_beside(each):
+        if each.place.memory_bytes is not None and self._starts_on(each.place.gpus):
             return math.inf  # a server that measures its memory as it loads would take for its own what comes free
         if self._is_spared(each):
             return self._spared_until(each)
@@ -346,17 +357,19 @@ class _Table:
         expected_back = min(self.rules.due_at(each, claim), claim.asked_at + LINGER * each.cost_s)
         return max(each.since + rest_s, expected_back)
 
-    def _starting_beside(self, each: Resident) -> bool:
-        return any(gpu in self.starting for gpu in each.place.gpus)
+    def _starts_on(self, gpus: Iterable[str]) -> bool:
+        return any(gpu in self.starting for gpu in gpus)
 
     def _send_away(self, victims: Sequence[Resident], claim: Claim) -> None:
         found = self._fit_without(victims, claim.demand)
         assert found is not None, "the victims suffice"
         for each in victims:
             self.going.add(each.model)
+            self.leaving.update(each.place.gpus)  # nobody can leave beside a start, nor start beside who leaves
             if each.in_flight:
                 self._hold(each, claim)
             else:
+                self.held.pop(each.model, None)
                 self.evicted[each.model] = claim.model
         self._promise(claim, found)
 
@@ -410,7 +423,8 @@ class _Table:
         return self._fit(demand, [*self.avoided, *(each.place for each in self.residents if each.model not in gone)])
 
     def _fit(self, demand: Demand, taken: Sequence[Place]) -> Place | None:
-        return place(demand, self.devices, [*taken, *self.promised.values()])
+        reserved = (Place((gpu,)) for gpu in self.reserved)
+        return place(demand, self.devices, [*taken, *self.promised.values(), *reserved])
 
     def _promise(self, claim: Claim, found: Place) -> None:
         self.promised[claim.model] = found

@@ -18,7 +18,7 @@ from gateway.fleet.status import described
 from gateway.lifecycle import DOWN, State
 from tests.fleet.scenes import Scene, play, spec
 from tests.simulator.servers import Manners, SimulatedEngine
-from tests.simulator.world import Waiter
+from tests.simulator.watched import Waiter
 
 STEADY = Manners(make_s=10, load_s=90)
 """A start of 100 s: the server is made in 10 s, and then loads."""

@@ -110,6 +110,40 @@ def test_a_busy_model_finishes_what_it_has_and_those_who_queue_for_it_are_served
     play(scene)
 
 
+def test_who_has_made_room_waits_for_its_next_turn_though_its_callers_came_first() -> None:
+    async def scene() -> None:
+        on = Shared("a", "b", a={"max_concurrency": 1, "queue_timeout": 1000.0})
+        assert await on.ask("a") == "answered"
+        await asyncio.sleep(300)
+        queue = [on.ask("a", work_s=50.0) for _ in range(5)]
+        await asyncio.sleep(1)
+        other = on.ask("b")
+
+        assert await other == "answered"
+        assert [task for task in queue if not task.done()], "they came before, and are served later"
+        assert [await task for task in queue] == ["answered"] * 5
+        assert on.world.runtime.starts == {"tgi-a": 2, "tgi-b": 1}
+
+    play(scene)
+
+
+def test_who_is_told_to_come_back_because_of_pinned_models_finds_the_start_that_began_since() -> None:
+    async def scene() -> None:
+        on = Shared("a", "b", a={"pinned": True}, b={"abandon_after": 5.0})
+        on.world.runtime.next_manners = [WELL, Manners(make_s=1.0, load_s=40.0)]
+        assert await on.ask("a") == "answered"
+        assert await on.ask("b") == "NO_CAPACITY"
+        await on.world.order(on.specs["a"], "stop")
+        again = on.ask("b")
+        await asyncio.sleep(1)
+        await on.world.leave(again)
+        await asyncio.sleep(45)
+
+        assert on.status("b").state is State.READY, "it was promised a minute"
+
+    play(scene)
+
+
 def test_who_waits_for_gpus_is_told_so_and_refused_in_bound() -> None:
     async def scene() -> None:
         on = Shared("a", "b", a={"generation_timeout": 1000.0})

@@ -343,6 +343,40 @@ def test_an_aged_claim_does_not_wait_for_a_start_beside_which_it_would_fit_if_ot
     assert decided(gpus(2), [loading, idle], [aged]).evicted == {"b": "c"}
 
 
+def test_a_claim_that_is_promised_what_leaves_has_no_more_go_while_others_start() -> None:
+    residents = [
+        resident("s", "0", phase=Phase.STARTING, memory=4 * GIB),
+        resident("leaves", "1", phase=Phase.LEAVING, memory=20 * GIB),
+        resident("idle", "2", memory=20 * GIB),
+    ]
+
+    decision = decided(gpus(3), residents, [claim("b", share(14), age_s=AGED_S)])
+
+    assert (decision.placed, decision.evicted, decision.held) == ({}, {}, {})
+    assert "leaves makes room" in decision.waits["b"]
+
+
+def test_nobody_starts_on_a_gpu_for_which_an_aged_claim_waits_with_another_though_both_would_fit() -> None:
+    residents = [resident("busy", "0", in_flight=1)]
+    two, small = Demand(2, 8 * GIB), claim("small", share(4))
+
+    young = decided(gpus(2), residents, [claim("two", two, age_s=1), small])
+    aged = decided(gpus(2), residents, [claim("two", two, age_s=AGED_S), small])
+
+    assert young.placed == {"small": Place(("1",), 4 * GIB)}
+    assert (aged.held, aged.placed) == ({"busy": "two"}, {})
+
+
+@pytest.mark.parametrize("in_flight", [0, 1])
+def test_nobody_starts_beside_one_that_goes_in_this_very_moment(in_flight: int) -> None:
+    large = resident("large", "0,1", memory=20 * GIB, in_flight=in_flight)
+
+    decision = decided(gpus(2), [large], [claim("old", Demand(("0",), 20 * GIB), age_s=AGED_S), claim("b", share(4))])
+
+    assert {**decision.evicted, **decision.held} == {"large": "old"}
+    assert decision.placed == {}
+
+
 def test_nothing_is_placed_beside_a_share_that_is_leaving() -> None:
     leaving = resident("a", "0", phase=Phase.LEAVING, place=Place(("0",), 10 * GIB))
 

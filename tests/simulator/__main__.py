@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from functools import partial
 
 import click
@@ -20,6 +20,24 @@ from tests.simulator.promises import Day, simulate
 from tests.simulator.traces import MORE, POLICIES, SHAPES, Outcome, Setting
 
 SHARE = 25  # days that one process lives before it tells how they were
+
+
+@dataclass
+class Sums:
+    """What all days came to that were lived."""
+
+    days: int = 0
+    days_with_gpus: int = 0
+    starts: int = 0
+    evictions: int = 0
+    outcomes: dict[str, int] = field(default_factory=dict)
+
+    def add(self, day: Day) -> None:
+        self.days += 1
+        self.days_with_gpus += bool(day.gpus)
+        self.starts += day.starts
+        self.evictions += day.evictions
+        self.outcomes = dict(Counter(self.outcomes) + Counter(day.outcomes))
 
 
 @click.group()
@@ -34,14 +52,17 @@ def main() -> None:
 @click.option("--plant", type=click.Choice(BUGS), help="Plant a bug that breaks this promise.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def promises(days: int, seed: int | None, first_seed: int, plant: str | None, as_json: bool) -> None:
-    """Watch promises P1, P2, P4 to P11 after every step. Status 1 if one is broken."""
+    """Watch promises P1 to P11 after every step. Status 1 if one is broken.
+
+    P3 says of the GPUs, on three days of four: never over-committed, nobody waits for them beyond his bound, no busy
+    one makes room, none in vain or before it has served, and none comes or goes beside a start.
+    """
     began = time.monotonic()
     seeds = [seed] if seed is not None else range(first_seed, first_seed + days)
-    lived, outcomes, starts = 0, Counter[str](), 0
+    sums = Sums()
     broken: Day | None = None
     for day in _live(seeds, plant, quiet=as_json):
-        lived, starts = lived + 1, starts + day.starts
-        outcomes.update(day.outcomes)
+        sums.add(day)
         if day.broke:
             broken = day
             break
@@ -49,9 +70,9 @@ def promises(days: int, seed: int | None, first_seed: int, plant: str | None, as
             click.echo("\n".join(day.trace))
     took_s = time.monotonic() - began
     if as_json:
-        click.echo(json.dumps(_report(lived, starts, outcomes, broken, took_s)))
+        click.echo(json.dumps(_report(sums, broken, took_s)))
     else:
-        _tell(lived, starts, outcomes, broken, took_s, plant, whole=seed is not None)
+        _tell(sums, broken, took_s, plant, whole=seed is not None)
     sys.exit(1 if broken else 0)
 
 
@@ -74,28 +95,20 @@ def _day(plant: str | None, seed: int) -> Day:
     return simulate(seed, **parts_with(plant)) if plant else simulate(seed)
 
 
-def _report(lived: int, starts: int, outcomes: Counter[str], broken: Day | None, took_s: float) -> dict[str, object]:
+def _report(sums: Sums, broken: Day | None, took_s: float) -> dict[str, object]:
     failure = {"seed": broken.seed, "broke": broken.broke, "trace": broken.trace} if broken else None
-    return {"days": lived, "starts": starts, "outcomes": outcomes, "failure": failure, "seconds": round(took_s, 1)}
+    return {**asdict(sums), "failure": failure, "seconds": round(took_s, 1)}
 
 
-def _tell(
-    lived: int,
-    starts: int,
-    outcomes: Counter[str],
-    broken: Day | None,
-    took_s: float,
-    plant: str | None,
-    *,
-    whole: bool,
-) -> None:
+def _tell(sums: Sums, broken: Day | None, took_s: float, plant: str | None, *, whole: bool) -> None:
     if broken:
         click.echo("\n".join(broken.trace if whole else broken.trace[-30:]))
         click.echo(f"\nseed {broken.seed}: {broken.broke}", err=True)
         planted = f" --plant {plant}" if plant else ""
         click.echo(f"To live that day again: scripts/simulate promises --seed {broken.seed}{planted}", err=True)
-    click.echo(f"{lived} days, {starts} starts, {outcomes.total()} requests in {took_s:.0f} s")
-    for outcome, times in outcomes.most_common():
+    click.echo(f"{sums.days} days, {sums.starts} starts, {sum(sums.outcomes.values())} requests in {took_s:.0f} s")
+    click.echo(f"{sums.days_with_gpus} of the days with GPUs, {sums.evictions} evictions")
+    for outcome, times in Counter(sums.outcomes).most_common():
         click.echo(f"  {times:9}  {outcome}")
     click.echo("broken" if broken else "every promise held")
 

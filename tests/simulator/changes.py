@@ -18,7 +18,8 @@ from gateway.fleet.life import Lease, Life
 from gateway.fleet.placement import GIB
 from gateway.lifecycle import DOWN, MADE, SERVING, STARTING_UP, State
 from tests.simulator.servers import SimulatedEngine
-from tests.simulator.world import FORMER, ROUNDING_S, Waiter, Watched, World
+from tests.simulator.watched import Waiter, Watched
+from tests.simulator.world import FORMER, ROUNDING_S, World
 
 BAD = CatalogError(["models.yaml: m: gpus: must be a number", "models.yaml: default_model: there is no model x"])
 GONE = CatalogError(["models.yaml: there is no such file"])

@@ -21,6 +21,7 @@ class NeverBlocks(selectors.SelectSelector):
         if timeout is None:
             raise Deadlock
         if timeout > 0:
+            self.loop.before_time_passes(timeout)
             self.loop.now += timeout
         self.loop.shuffle()
         return []
@@ -36,6 +37,7 @@ class SimulatedLoop(asyncio.SelectorEventLoop):
         self.now = 0.0
         self.random = Random(seed)
         self.after_step = after_step
+        self.before_time_passes: Callable[[float], None] = lambda _: None
 
     def time(self) -> float:
         return self.now

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from dataclasses import replace
 from typing import TypedDict
 
 from gateway.catalog import Catalog
 from gateway.errors import CatalogError, GatewayError
 from gateway.fleet.fleet import Fleet
+from gateway.fleet.gpus import Gpus, Tenant
 from gateway.fleet.instance import CHANGED, Entry, Instance
 from gateway.fleet.life import Lease, Life
 from gateway.fleet.placement import Place
 from gateway.fleet.queue import Ticket
+from gateway.fleet.scheduling import Claim, Decision, Phase, Resident
 from gateway.lifecycle import Event, State
 from gateway.runtimes.base import Found, Handle
 
@@ -20,6 +23,7 @@ from gateway.runtimes.base import Found, Handle
 class Parts(TypedDict, total=False):
     instance: type[Instance]
     fleet: type[Fleet]
+    gpus: type[Gpus]
 
 
 class StopsBusyServers(Instance):
@@ -257,12 +261,83 @@ class EmptiesItself(Fleet):
             instance.remove()
 
 
+class NeverAges(Gpus):
+    """Breaks P3: nobody is ever held for a claim that has waited long, so busy ones may keep their GPUs for ever."""
+
+    def _claim(self, tenant: Tenant) -> Claim:
+        return replace(super()._claim(tenant), patience_s=1e9)
+
+
+class YoungestFirst(Gpus):
+    """Breaks P3: who came last is served first."""
+
+    def _claim(self, tenant: Tenant) -> Claim:
+        claim = super()._claim(tenant)
+        return replace(claim, asked_at=-claim.asked_at)
+
+
+class HoldsAtOnce(Gpus):
+    """Breaks P3: holds whoever starts for whoever waits, so that servers go before they have served anybody."""
+
+    def _resident(self, model: str, held: Place) -> Resident:
+        known = super()._resident(model, held)
+        if known.phase is Phase.STARTING:
+            return replace(known, phase=Phase.UP, in_flight=1, owes=False, since=-1e9)
+        return known
+
+
+class EvictsBusyServers(Instance):
+    """Breaks P3: makes room at once, whatever it is doing."""
+
+    def hold(self, claimant: str | None) -> None:
+        if claimant and self._life and self._life.leases:
+            self._end(self._life, f"makes room for {claimant}")
+        else:
+            super().hold(claimant)
+
+
+class EvictsMore(Gpus):
+    """Breaks P3: has one more make room than it takes."""
+
+    def _make_room(self, decision: Decision, now: float) -> None:
+        super()._make_room(decision, now)
+        for claimant in sorted(set(decision.evicted.values())):
+            known = [self._resident(model, held) for model, held in self._held.items()]
+            idle = [each.model for each in known if each.phase is Phase.UP and not (each.in_flight or each.pinned)]
+            for model in idle[:1]:
+                self._tenants[model].make_room(claimant)
+
+
+class ClaimsAsBefore(Instance):
+    """Breaks P3: comes before the one for which it has made room, since its callers came first."""
+
+    def make_room(self, claimant: str) -> None:
+        super().make_room(claimant)
+        self._yielded_at = -math.inf
+
+
+class LeavesBeside(Gpus):
+    """Breaks P3: lets an idle server go while another one measures what is free on their GPU."""
+
+    def starts_beside(self, model: str) -> bool:
+        return False
+
+
+GPUS: dict[str, type[Gpus]] = {
+    "P3-beside": LeavesBeside,
+    "P3-starve": NeverAges,
+    "P3-overtaken": YoungestFirst,
+    "P3-thrash": HoldsAtOnce,
+    "P3-more": EvictsMore,
+}
 FLEETS: dict[str, type[Fleet]] = {"P9-others": RestartsAll, "P9-bad": EmptiesItself}
 INSTANCES: dict[str, type[Instance]] = {
     "P1": StopsBusyServers,
     "P2": StartsTwice,
     "P2-left": LeavesServers,
     "P3": PromisesTooEarly,
+    "P3-again": ClaimsAsBefore,
+    "P3-busy": EvictsBusyServers,
     "P3-place": IgnoresItsPlace,
     "P4": LosesLeases,
     "P4-recovery": SleepsOn,
@@ -287,9 +362,11 @@ INSTANCES: dict[str, type[Instance]] = {
     "P11-adoption": GivesUpAdopting,
     "P11": BelievesTheFirstMiss,
 }
-BUGS = sorted([*INSTANCES, *FLEETS])
+BUGS = sorted([*INSTANCES, *FLEETS, *GPUS])
 
 
 def parts_with(bug: str) -> Parts:
     """Return the parts of a gateway with this bug, as `simulate` takes them."""
+    if bug in GPUS:
+        return {"gpus": GPUS[bug]}
     return {"instance": INSTANCES[bug]} if bug in INSTANCES else {"fleet": FLEETS[bug]}

@@ -12,8 +12,9 @@ from random import Random
 
 from gateway.catalog import ModelSpec
 from gateway.fleet.fleet import Fleet
+from gateway.fleet.gpus import Gpus, demand_of
 from gateway.fleet.instance import Instance
-from gateway.fleet.placement import GIB, Device
+from gateway.fleet.placement import GIB, Device, misfit
 from tests.simulator.changes import ChangingWorld, edit
 from tests.simulator.loop import SimulatedLoop
 from tests.simulator.servers import BadMannersRuntime, Broke
@@ -21,6 +22,9 @@ from tests.simulator.world import World
 
 DAY_S = 24 * 3600.0
 REQUESTS, ORDERS, FAULTS, EDITS = 300, 3, 2, 2
+CROWDS, CROWD = 2, 90
+"""On a day with GPUs so many times so many of the requests ask for more models in turn than there is room for."""
+WITH_GPUS = 0.75
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +36,8 @@ class Day:
     outcomes: dict[str, int]
     starts: int
     trace: list[str]
+    gpus: int
+    evictions: int
 
 
 def simulate(
@@ -40,6 +46,7 @@ def simulate(
     instance: type[Instance] = Instance,
     runtime: type[BadMannersRuntime] = BadMannersRuntime,
     fleet: type[Fleet] = Fleet,
+    gpus: type[Gpus] = Gpus,
 ) -> Day:
     """Live one day with this seed. The same seed gives the same day."""
     loop = SimulatedLoop(seed)
@@ -48,58 +55,64 @@ def simulate(
     errors: list[BaseException] = []
     loop.set_exception_handler(lambda _, context: errors.append(context.get("exception") or Broke(context["message"])))
     broke = None
+    made = partial(ChangingWorld, instance=instance, fleet=fleet, gpus=gpus)
     try:
         with _our_faults(errors), asyncio.Runner(loop_factory=lambda: loop) as runner:
-            runner.run(_day(seed, random, story, partial(ChangingWorld, instance=instance, fleet=fleet), runtime))
+            runner.run(_day(seed, random, story, made, runtime))
             _nothing_left(loop)
     except (Exception, asyncio.CancelledError) as error:
         broke = _words(error)
     if errors and not broke:
         broke = f"unhandled: {_words(errors[0])}"
     world = story[0]
-    return Day(seed, broke, world.outcomes, sum(world.runtime.starts.values()), world.trace)
+    starts, there = sum(world.runtime.starts.values()), len(world.devices or ())
+    return Day(seed, broke, world.outcomes, starts, world.trace, there, world.evictions)
 
 
 async def _day(
     seed: int, random: Random, story: list[World], made: Callable[..., ChangingWorld], runtime: type[BadMannersRuntime]
 ) -> None:
-    devices = _devices(random) if random.random() < 0.5 else None
+    devices = _devices(random) if random.random() < WITH_GPUS else None
     specs = [
         _spec(random, number, devices) for number in range(random.randint(5, 40) if devices else random.randint(2, 4))
     ]
     world = made(specs, seed, runtime(random), devices=devices)
     story.append(world)
-    bursts = _bursts(random)
+    crowds = [random.uniform(0, DAY_S) for _ in range(CROWDS)] if devices else []
+    bursts = _bursts(random, REQUESTS - CROWD * len(crowds))
+    busy = crowds * 5 + [when for when, _ in bursts]
     async with asyncio.TaskGroup() as group:
         for _ in range(ORDERS):
-            group.create_task(_order(world, random, _moment(random, bursts)))
+            group.create_task(_order(world, random, _moment(random, busy)))
         for _ in range(FAULTS):
-            group.create_task(_fault(world, random, _moment(random, bursts)))
+            group.create_task(_fault(world, random, _moment(random, busy)))
         for _ in range(EDITS):
-            group.create_task(_edit(world, random, _moment(random, bursts)))
+            group.create_task(_edit(world, random, _moment(random, busy)))
         for when, size in bursts:
             group.create_task(_burst(world, random, when, size))
+        for when in crowds:
+            group.create_task(_crowd(world, random, when))
     await world.close()
 
 
-def _bursts(random: Random) -> list[tuple[float, int]]:
+def _bursts(random: Random, callers: int) -> list[tuple[float, int]]:
     """Return when callers arrive, and how many at once."""
     sizes: list[int] = []
-    while (left := REQUESTS - sum(sizes)) > 0:
+    while (left := callers - sum(sizes)) > 0:
         sizes.append(min(left, random.choice([1, 1, 2, 5, 20, 60])))
     return [(random.uniform(0, DAY_S), size) for size in sizes]
 
 
-def _moment(random: Random, bursts: list[tuple[float, int]]) -> float:
+def _moment(random: Random, busy: list[float]) -> float:
     """Return a moment of the day, rather one at which much is going on."""
-    busy = random.choice(bursts)[0] + random.expovariate(1 / 20)
-    return busy if random.random() < 0.7 else random.uniform(0, DAY_S)
+    at_once = random.choice(busy) + random.expovariate(1 / random.choice([20, 600]))
+    return at_once if random.random() < 0.7 else random.uniform(0, DAY_S)
 
 
 def _devices(random: Random) -> list[Device]:
     """Return the GPUs of a machine, which are of one size as often as not."""
     sizes = random.choice([[24], [80], [24, 40, 80]])
-    return [Device(str(number), random.choice(sizes) * GIB) for number in range(random.randint(2, 8))]
+    return [Device(str(number), random.choice(sizes) * GIB) for number in range(random.choice([2, 2, 3, 4, 6, 8]))]
 
 
 def _on_gpus(random: Random, devices: list[Device]) -> dict[str, object]:
@@ -143,13 +156,40 @@ async def _burst(world: World, random: Random, when: float, size: int) -> None:
     spread_s = random.choice([0.0, 0.0, 1.0, 60.0])
     async with asyncio.TaskGroup() as group:
         for _ in range(size):
-            group.create_task(_caller(world, random, spec, random.uniform(0, spread_s)))
+            group.create_task(_anyone(world, random, spec, random.uniform(0, spread_s)))
 
 
-async def _caller(world: World, random: Random, spec: ModelSpec, after_s: float) -> None:
-    await asyncio.sleep(after_s)
+async def _crowd(world: World, random: Random, when: float) -> None:
+    """Let callers arrive for several models in turn, who want more GPUs than there are, and have time."""
+    await _until(world, random, when)
+    models = _contending(world, random)
+    gap_s = random.choice([5.0, 15.0, 40.0])
+    async with asyncio.TaskGroup() as group:
+        for _ in range(CROWD):
+            await asyncio.sleep(random.expovariate(1 / gap_s))
+            max_wait_s = random.choice([None] * 9 + [60.0])
+            work_s = random.choice([0.5, 5.0, 25.0, 55.0])
+            group.create_task(_caller(world, random, random.choice(models), 0.0, max_wait_s, work_s))
+
+
+def _contending(world: World, random: Random) -> list[ModelSpec]:
+    """Return some models that can run at all, a few more than there are GPUs."""
+    assert world.devices is not None
+    specs = [
+        spec for spec in world.fleet.catalog.models.values() if misfit(demand_of(spec), world.devices) is None
+    ] or list(world.fleet.catalog.models.values())
+    return random.sample(specs, min(len(specs), len(world.devices) + random.randint(1, 4)))
+
+
+async def _anyone(world: World, random: Random, spec: ModelSpec, after_s: float) -> None:
     max_wait_s = random.choice([None, None, None, 0.0, 3.0, 30.0])
-    work_s = random.choice([0.0, 0.5, 5.0, 25.0])
+    await _caller(world, random, spec, after_s, max_wait_s, random.choice([0.0, 0.5, 5.0, 25.0]))
+
+
+async def _caller(
+    world: World, random: Random, spec: ModelSpec, after_s: float, max_wait_s: float | None, work_s: float
+) -> None:
+    await asyncio.sleep(after_s)
     request = asyncio.create_task(world.request(spec, work_s, max_wait_s=max_wait_s))
     if random.random() < 0.25:
         await asyncio.wait([request], timeout=_patience_s(world, random))

@@ -17,7 +17,7 @@ def taken(devices: Sequence[Device], runtime: BadMannersRuntime) -> dict[str, in
     whole = {device.id: device.memory_bytes or 1 for device in devices}
     number = {name: device.id for device in devices for name in (device.id, device.uuid)}
     sums = dict.fromkeys(whole, 0)
-    for server in (server for name in runtime.servers for server in runtime.alive(name)):
+    for server in (servers[-1] for servers in runtime.servers.values() if servers[-1].alive):
         for gpu in (number[name] for name in server.gpus):
             sums[gpu] += server.gpu_memory_bytes or whole[gpu]
     return sums
@@ -25,6 +25,9 @@ def taken(devices: Sequence[Device], runtime: BadMannersRuntime) -> dict[str, in
 
 def check(devices: Sequence[Device], runtime: BadMannersRuntime, fleet: Fleet, breaks: Callable[[str], None]) -> None:
     """See that no GPU is promised or used beyond what it has."""
+    for name, more in runtime.grabbed.items():
+        if more and runtime.alive(name):
+            breaks(f"P3: {name} has {dict(more)} bytes more than its share: they came free while it started")
     used = taken(devices, runtime)
     for device in devices:
         has = device.memory_bytes or 1
@@ -41,11 +44,11 @@ def is_asked_for(found: Place, spec: ModelSpec) -> bool:
     return (len(found.gpus), found.memory_bytes) == (count, spec.gpu_memory_bytes)
 
 
-def cause_of_room(reason: str, spec: ModelSpec, fleet: Fleet) -> str | None:
+def cause_of_room(claimant: str, spec: ModelSpec, fleet: Fleet) -> str | None:
     """Return what is wrong with a model that goes to make room, or None."""
     if spec.pinned:
         return f"{spec.id} is pinned, and makes room"
-    claimant = fleet.catalog.models.get(reason.removeprefix(MAKES_ROOM))
-    if claimant is None or not fleet.status(claimant).waits_for:
-        return f"{spec.id} makes room for {reason.removeprefix(MAKES_ROOM)}, which does not wait for any"
+    known = fleet.catalog.models.get(claimant)
+    if known is None or not fleet.status(known).waits_for:
+        return f"{spec.id} makes room for {claimant}, which does not wait for any"
     return None

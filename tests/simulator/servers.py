@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
@@ -99,6 +100,10 @@ class Server:
         return self.made_at + self.manners.load_s
 
     @property
+    def loads(self) -> bool:
+        return self.alive and self.hung_since is None and self.loop.time() < self.ready_at
+
+    @property
     def is_ready(self) -> bool:
         return self.alive and self.hung_since is None and self.loop.time() >= self.ready_at
 
@@ -157,6 +162,11 @@ class BadMannersRuntime:
         self.perhaps_left: dict[str, bool] = {}  # names whose last stop did not succeed
         self.last_sign: dict[str, float] = {}  # when a server of the name last said anything
         self.next_manners: list[Manners] = []
+        self.let_go: set[str] = set()
+        """Names whose servers the gateway stops at a time of its own choice."""
+        self._making: dict[str, Launch] = {}
+        self.grabbed: dict[str, Counter[str]] = {}
+        """What each name's server has of its GPUs beyond its share: what came free there while it started."""
 
     def alive(self, name: str) -> list[Server]:
         return [server for server in self.servers.get(name, []) if server.alive]
@@ -188,10 +198,12 @@ class BadMannersRuntime:
             raise Broke(f"P2: two starts of {name} at once")
         self.starting[name] = 1
         self.starts[name] = self.starts.get(name, 0) + 1
+        self._making[name], self.grabbed[name] = launch, Counter()
         try:
             return await self._start(launch, listener)
         finally:
             self.starting[name] = 0
+            self._making.pop(name, None)
 
     async def _start(self, launch: Launch, listener: Listener) -> Handle:
         name = launch.name
@@ -209,6 +221,8 @@ class BadMannersRuntime:
             raise Broke(f"P2: a second server of {name}")
         server = Server(name, manners, _Noting(self, name, listener), launch)
         self.servers.setdefault(name, []).append(server)
+        del self._making[name]
+        self.perhaps_left[name] = False
         del self.servers[name][:-3]
         await self._answer()  # it exists, but the daemon has not said so yet
         return _handle(server)
@@ -226,8 +240,25 @@ class BadMannersRuntime:
                 raise Broke(f"P1: {name} is stopped while it serves {len(server.requests)} requests")
             await asyncio.sleep(min(server.manners.leaves_s, grace_s))
             server.die("stopped")
+            if name in self.let_go and server.gpu_memory_bytes:
+                self._grab(server.gpus, server.gpu_memory_bytes)
+        self.let_go.discard(name)
         self._removed(name)
         self.perhaps_left[name] = False
+
+    def _grab(self, free: tuple[str, ...], free_bytes: int) -> None:
+        """Have those who start on GPUs take what a server leaves there: they were told how much of them to leave free.
+
+        What comes free as a server dies or an operator stops it they leave alone, for nobody can help that.
+        """
+        loading = [servers[-1] for servers in self.servers.values() if servers[-1].loads]
+        shares = {
+            each.name: each.gpus for each in loading if each.gpu_memory_bytes and not self.perhaps_left[each.name]
+        }
+        shares |= {name: launch.gpus for name, launch in self._making.items() if launch.gpu_memory_bytes}
+        for name, gpus in shares.items():
+            for gpu in set(gpus).intersection(free):
+                self.grabbed[name][gpu] += free_bytes
 
     def _removed(self, name: str) -> None:
         for server in self.servers.get(name, []):
@@ -311,11 +342,14 @@ class SimulatedProbe:
         return (200 if server.is_ready else 503), b""
 
     async def rest(self, handle: Handle, seconds: float) -> None:
-        """Rest as the real one does, but jump over all checks that could only find the server well."""
+        """Rest as the real one does, but jump over all checks that could only find the server well, or loading."""
         loop = asyncio.get_running_loop()
         server, began = self._runtime.newest(handle.name), loop.time()
         if self._was_well.get(handle.name) and server.is_ready:
             await asyncio.shield(server.disturbed)
+        elif server.loads:
+            left_s = None if server.ready_at == NEVER else server.ready_at - began
+            await asyncio.wait([server.disturbed], timeout=left_s)
         checks = math.ceil((loop.time() - began) / seconds) or 1
         await asyncio.sleep(began + checks * seconds - loop.time())
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -21,12 +21,14 @@ from gateway.fleet.instance import BESIDE_S, CLEAR_AGAIN_S, Instance
 from gateway.fleet.journal import Journal
 from gateway.fleet.life import Lease
 from gateway.fleet.placement import Device
+from gateway.fleet.status import Status
 from gateway.lifecycle import DOWN, SERVING, STARTING_UP, State
 from gateway.relay import SECOND_ATTEMPT_S
 from gateway.runtimes.base import Handle
-from tests.simulator import rooms
+from tests.simulator import rooms, turns
 from tests.simulator.loop import SimulatedLoop
 from tests.simulator.servers import BadMannersRuntime, Broke, Deaf, Manners, Server, SimulatedEngine, SimulatedProbe
+from tests.simulator.watched import Room, Waiter, Watched
 
 COME_BACK = {"MODEL_NOT_LOADED", "QUEUE_FULL", "NO_CAPACITY", "MODEL_UNHEALTHY", "SHUTTING_DOWN"}
 STOPS = ("stop", "force-stop", "restart")
@@ -39,42 +41,6 @@ FORMER = "tgi-former"
 """A server of ours that the catalog knows nothing of any more."""
 CLEARED_AFTER_S = 60.0
 ADOPTED = "found running"
-
-
-@dataclass(eq=False, frozen=True)
-class Waiter:
-    """One who waits: a request for a lease, or an operator for the model."""
-
-    asked_at: float
-    max_wait_s: float | None = None
-    wants_lease: bool = True
-
-
-@dataclass
-class Watched:
-    """What the witness knows of one model, from what it has seen alone."""
-
-    spec: ModelSpec
-    state: State = State.STOPPED
-    since: float = 0.0
-    before: State = State.STOPPED
-    before_since: float = 0.0
-    hard_stop_at: float = 0.0
-    adopting: bool = False
-    waiting: dict[Waiter, None] = field(default_factory=dict)
-    serving_since: float = 0.0
-    last_use: float = 0.0
-    asked_for: bool = True
-    holding: dict[Lease, None] = field(default_factory=dict)
-    last_waiter_left: float = 0.0
-    promised_until: float = 0.0
-    kept: bool = False
-    start_s: float = 0.0  # the bounds of the start that is under way, which a changed catalog does not touch
-    stall_s: float = 0.0
-    placed: bool = True
-    placed_at: float = 0.0
-    forced: bool = False
-    stop_asked: bool = False
 
 
 class World:
@@ -90,6 +56,7 @@ class World:
         keep: bool = False,
         devices: Sequence[Device] | None = None,
         fleet: type[Fleet] = Fleet,
+        gpus: type[Gpus] = Gpus,
     ) -> None:
         self.random = Random(seed)
         self.devices = devices
@@ -98,6 +65,7 @@ class World:
         self.runtime = runtime or BadMannersRuntime(self.random)
         self._instance = instance
         self._fleet = fleet
+        self._gpus = gpus
         self._open(specs, keep=keep)
         self.down = False
         self._came_at = 0.0
@@ -107,8 +75,12 @@ class World:
         self.outcomes: dict[str, int] = {}
         self.trace: list[str] = []
         self.broken: str | None = None
+        self.evictions = 0
+        self._in_vain: Counter[str] = Counter()
+        """How often each model has made room since anybody was served."""
         self._checked_at = -1.0
         self.loop.after_step = self.check
+        self.loop.before_time_passes = self.time_passes
 
     def _open(self, specs: list[ModelSpec], *, keep: bool) -> None:
         """Make a gateway, and a witness who has seen nothing of it yet."""
@@ -120,7 +92,7 @@ class World:
             {"process": self.runtime},
             probe,
             self.journal,
-            gpus=Gpus(self.devices),
+            gpus=self._gpus(self.devices),
             keep_servers=keep,
             rest=probe.rest,
             instance=self._instance,
@@ -208,16 +180,32 @@ class World:
         has_place = bool(found.gpus) and rooms.is_asked_for(found, watched.spec)
         if watched.state is State.STARTING and not watched.placed and has_place:
             watched.placed, watched.placed_at = True, self.loop.time()
+            watched.claimed_at = watched.asked_at
+            self._witness_return(watched)
             watched.hard_stop_at = watched.placed_at + watched.start_s
+
+    def _witness_return(self, watched: Watched) -> None:
+        """Who has made room for another does not take it again while that one could have it (P3)."""
+        room = watched.made_room
+        claimant = self.watched.get(room.claimant) if room else None
+        if not room or not claimant or self.fleet.gpus.of(room.claimant):
+            return
+        still_waits = claimant.claims and claimant.since <= room.at
+        if still_waits and turns.takes_from(claimant, watched, self.watched.values(), self.fleet):
+            self.breaks(f"P3: {watched.spec.id} made room for {room.claimant}, and takes it again itself")
 
     def _fits(self, spec: ModelSpec, server: Server) -> bool:
         return server.fingerprint == fingerprint(SimulatedEngine(), spec)
 
-    def _check_orphan(self, watched: Watched) -> None:
+    def _check_orphans(self) -> None:
+        for name, servers in self.runtime.servers.items():
+            if servers[-1].alive and (owner := self.watched.get(name.removeprefix("tgi-"))):
+                self._check_orphan(owner, name)
+
+    def _check_orphan(self, watched: Watched, name: str) -> None:
         """Once it is known what runs, whatever runs belongs to a model that knows of it."""
-        name = server_name(watched.spec)
         known = watched.state not in DOWN or self.runtime.perhaps_left.get(name) or self.fleet.unknown
-        if not self.runtime.alive(name) or self.fleet.closing.done():
+        if self.fleet.closing.done():
             return
         if not known:
             self.breaks(f"P6: {name} runs, and its model is {watched.state}")
@@ -347,6 +335,8 @@ class World:
         """Hold the lease while the server works, and let the witness know that it is held."""
         holding = self.watched[spec.id].holding
         holding[lease] = None
+        self.watched[spec.id].served += 1
+        self._in_vain.clear()
         try:
             return await self._work(spec, lease, work_s)
         finally:
@@ -428,6 +418,8 @@ class World:
             self._witness_start(watched)
         if watched.state is State.READY:
             watched.kept = False
+            waiting = frozenset(waiter for waiter in watched.waiting if waiter.wants_lease)
+            watched.served, watched.owed = 0, waiting if watched.before in STARTING_UP else frozenset()
         if watched.adopting and data["reason"].startswith("RUNTIME_UNAVAILABLE"):
             self.breaks(f"P11: {watched.spec.id} is given up because its runtime is silent")
         if watched.state is State.STOPPING and watched.before in STARTING_UP:
@@ -442,6 +434,7 @@ class World:
         watched.hard_stop_at = watched.since + watched.start_s
         watched.placed = not watched.spec.gpus
         watched.forced = watched.stop_asked = False
+        watched.starved_s = 0.0
 
     def check(self) -> None:
         """After every step: no lease is lost (P4), no state outlives its deadline (P5), no unwanted start goes on."""
@@ -455,22 +448,34 @@ class World:
             rooms.check(self.devices, self.runtime, self.fleet, self.breaks)
         for watched in self.watched.values():
             if watched.state in DOWN and not watched.waiting and not watched.holding:
-                self._check_orphan(watched)
                 continue
             self._see_adopted(watched)
             self._see_placed(watched)
             if (deadline := self._deadline(watched)) is not None and now > deadline + ROUNDING_S:
                 self.breaks(f"P5: {watched.spec.id} is {watched.state} beyond its deadline ({deadline:.3f})")
-            if (held := self.fleet.status(watched.spec).in_flight) > len(watched.holding):
+            status = self.fleet.status(watched.spec)
+            if (held := status.in_flight) > len(watched.holding):
                 self.breaks(f"P4: {held} leases of {watched.spec.id} are out, and {len(watched.holding)} are held")
-            self._check_waiting(watched, now)
-            self._check_orphan(watched)
+            self._check_waiting(watched, status, now)
             if watched.state in STARTING_UP and now > self._unwanted_from(watched) + ROUNDING_S:
                 self.breaks(f"P8: nobody wants {watched.spec.id} any more, and it is {watched.state}")
+        self._check_orphans()
 
-    def _check_waiting(self, watched: Watched, now: float) -> None:
+    def time_passes(self, seconds: float) -> None:
+        """Before time passes, with all done that can be done by now: count who waits for GPUs though it is his turn."""
+        if self.devices is None or self.down or self.fleet.closing.done():
+            return
+        models, now = self.watched.values(), self.loop.time()
+        for watched in models:
+            self._see_placed(watched)
+        for watched in turns.starving(models, self.fleet, now):
+            watched.starved_s += seconds
+            if watched.starved_s > turns.bound_s(models) + ROUNDING_S:
+                self.breaks(f"P3: {watched.spec.id} waits for GPUs since {watched.asked_at:.3f}, and it is its turn")
+
+    def _check_waiting(self, watched: Watched, status: Status, now: float) -> None:
         """Nobody waits beside a free slot (P4) or beyond a bound (P7), and nothing idles beyond its time-out."""
-        spec, status = watched.spec, self.fleet.status(watched.spec)
+        spec = watched.spec
         held = status.held_for is not None and self._waits_for_gpus(status.held_for)
         if watched.state is State.READY and status.queued and status.in_flight < spec.max_concurrency and not held:
             self.breaks(f"P4: {status.queued} requests for {spec.id} wait beside a free slot")
@@ -478,9 +483,11 @@ class World:
             if waiter.wants_lease and now > self._waits_until(watched, waiter) + ROUNDING_S:
                 self.breaks(f"P7: a request for {spec.id} waits since {waiter.asked_at:.3f}")
         idle = watched.state is State.READY and not watched.holding and not watched.waiting and not spec.pinned
+        if not idle or spec.idle_timeout_s is None or now < watched.last_use + spec.idle_timeout_s - BESIDE_S:
+            return
         if self.fleet.gpus.starts_beside(spec.id):
-            watched.last_use = max(watched.last_use, now - (spec.idle_timeout_s or 0.0) + BESIDE_S)
-        if idle and spec.idle_timeout_s is not None and now > watched.last_use + spec.idle_timeout_s + ROUNDING_S:
+            watched.last_use = max(watched.last_use, now - spec.idle_timeout_s + BESIDE_S)
+        if now > watched.last_use + spec.idle_timeout_s + ROUNDING_S:
             self.breaks(f"{spec.id} is idle since {watched.last_use:.3f}, and still runs")
 
     def _waits_for_gpus(self, model: str) -> bool:
@@ -549,13 +556,27 @@ class World:
         """A ready server goes for a cause: somebody's order, idleness, its own end, or lasting silence (P11)."""
         server = self.runtime.newest(f"tgi-{watched.spec.id}")
         idle = reason == "idle" and not server.requests
+        if idle or reason.startswith(rooms.MAKES_ROOM):
+            self.runtime.let_go.add(server.name)
         if reason.startswith(rooms.MAKES_ROOM):
-            if wrong := rooms.cause_of_room(reason, watched.spec, self.fleet):
-                self.breaks(f"P3: {wrong}")
+            self._witness_room(watched, reason.removeprefix(rooms.MAKES_ROOM))
             return
         silent = watched.before is State.UNHEALTHY and self._was_silent(server)
         if not (watched.stop_asked or idle or not server.alive or silent):
             self.breaks(f"P11: {watched.spec.id} is stopped ({reason}), and its server is well")
+
+    def _witness_room(self, watched: Watched, claimant: str) -> None:
+        """Who makes room is idle, has cause to, and has had its turn (P3)."""
+        self.evictions += 1
+        self._in_vain[watched.spec.id] += 1
+        watched.made_room = Room(claimant, self.loop.time())
+        wrong = rooms.cause_of_room(claimant, watched.spec, self.fleet) or turns.wrong_time(watched)
+        if wrong:
+            self.breaks(f"P3: {wrong}")
+        elif turns.is_needless(self.watched[claimant], watched, self.watched.values(), self.fleet):
+            self.breaks(f"P3: {watched.spec.id} makes room for {claimant}, and those who leave already suffice")
+        if self._in_vain[watched.spec.id] > turns.MOST_IN_VAIN:
+            self.breaks(f"P3: {watched.spec.id} makes room again and again, and nobody has been served meanwhile")
 
     def _was_silent(self, server: Server) -> bool:
         """Say whether it was silent when it was last asked, at the latest."""
