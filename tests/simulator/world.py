@@ -189,7 +189,8 @@ class World:
         """Who has made room for another does not take it again while that one could have it (P3)."""
         room = watched.made_room
         claimant = self.watched.get(room.claimant) if room else None
-        if not room or not claimant or self.many or self.fleet.gpus.of(room.claimant):
+        never_left = self.runtime.perhaps_left.get(server_name(watched.spec))  # so that nobody else could have it
+        if not room or not claimant or never_left or self.many or self.fleet.gpus.of(room.claimant):
             return
         still_waits = claimant.claims and claimant.since <= room.at
         if still_waits and turns.takes_from(claimant, watched, self.watched.values(), self.fleet):
