@@ -272,6 +272,8 @@ class ChangingWorld(World):
     async def operate(self, spec: ModelSpec, verb: str) -> None:
         if spec.id in self.watched:
             await super().operate(spec, verb)
+        else:
+            self.tell(f"operator: {verb} {spec.id} means nobody")
 
 
 # ---- what people do to a catalog -----------------------------------------------------------------------------------

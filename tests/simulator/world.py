@@ -265,6 +265,7 @@ class World:
     async def operate(self, spec: ModelSpec, verb: str) -> None:
         """Carry out an operator's order, whatever comes of it."""
         if self.down:
+            self.tell(f"operator: {verb} {spec.id} reaches nobody")
             return
         spec = self.fleet.catalog.models.get(spec.id, spec)
         try:
