@@ -125,6 +125,7 @@ class ChangingWorld(World):
             self.fleet.change(catalog)
             return
         before, after = self.fleet.catalog.models, catalog.models
+        self.many |= {model for model, spec in after.items() if spec.replicas > 1}
         touched = {model for model in {*before, *after} if before.get(model) != after.get(model)}
         seen = {model: self._seen(model) for model in before}
         if touched:
@@ -135,10 +136,10 @@ class ChangingWorld(World):
         self._touching = frozenset(touched - stay)
         self.fleet.change(catalog)
         self._touching = None
-        for model in before:
+        for model in before.keys() - self.many:
             if (model not in touched or model in stay) and not seen[model].goes_on(self._seen(model)):
                 self.breaks(f"P9: {model} is touched by a change that is not its server's")
-        for model in touched:
+        for model in touched - self.many:
             self._witness_change(model, after.get(model))
 
     def _refuse(self, error: CatalogError) -> None:
@@ -272,6 +273,8 @@ class ChangingWorld(World):
     async def operate(self, spec: ModelSpec, verb: str) -> None:
         if spec.id in self.watched:
             await super().operate(spec, verb)
+        else:
+            self.tell(f"operator: {verb} {spec.id} means nobody")
 
 
 # ---- what people do to a catalog -----------------------------------------------------------------------------------
@@ -357,6 +360,8 @@ def with_other_words(spec: ModelSpec, random: Random) -> ModelSpec:
         "preload": random.random() < 0.2,
         "pinned": random.random() < 0.2,
     }
+    if spec.replicas > 1:
+        said["replicas"] = random.choice([1, 2, 3])
     return spec.model_copy(update=dict(random.sample(sorted(said.items()), random.randint(1, 4))))
 
 

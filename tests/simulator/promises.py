@@ -73,8 +73,10 @@ async def _day(
     seed: int, random: Random, story: list[World], made: Callable[..., ChangingWorld], runtime: type[BadMannersRuntime]
 ) -> None:
     devices = _devices(random) if random.random() < WITH_GPUS else None
+    most_replicas = random.choice([1, 1, 1, 1, 3])
     specs = [
-        _spec(random, number, devices) for number in range(random.randint(5, 40) if devices else random.randint(2, 4))
+        _spec(random, number, devices, most_replicas)
+        for number in range(random.randint(5, 40) if devices else random.randint(2, 4))
     ]
     world = made(specs, seed, runtime(random), devices=devices)
     story.append(world)
@@ -123,7 +125,7 @@ def _on_gpus(random: Random, devices: list[Device]) -> dict[str, object]:
     return {"gpus": named if random.random() < 0.15 else count, "gpu_memory": memory}
 
 
-def _spec(random: Random, number: int, devices: list[Device] | None) -> ModelSpec:
+def _spec(random: Random, number: int, devices: list[Device] | None, most_replicas: int) -> ModelSpec:
     """Return a model with bounds of its own, some of them tight."""
     return ModelSpec.model_validate(
         {
@@ -144,6 +146,7 @@ def _spec(random: Random, number: int, devices: list[Device] | None) -> ModelSpe
             "max_queue": random.choice([0, 8, 256]),
             "preload": random.random() < (0.05 if devices else 0.1),
             "pinned": random.random() < (0.03 if devices else 0.1),
+            "replicas": random.choice([1, most_replicas, random.randint(1, most_replicas)]),
             **(_on_gpus(random, devices) if devices else {}),
         }
     )

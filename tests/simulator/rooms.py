@@ -48,7 +48,6 @@ def cause_of_room(claimant: str, spec: ModelSpec, fleet: Fleet) -> str | None:
     """Return what is wrong with a model that goes to make room, or None."""
     if spec.pinned:
         return f"{spec.id} is pinned, and makes room"
-    known = fleet.catalog.models.get(claimant)
-    if known is None or not fleet.status(known).waits_for:
+    if not fleet.gpus.why(claimant):
         return f"{spec.id} makes room for {claimant}, which does not wait for any"
     return None

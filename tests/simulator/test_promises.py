@@ -67,6 +67,17 @@ def test_a_day_has_the_requests_the_orders_and_the_faults_that_it_must() -> None
     assert sum("the catalog changes: " in line for day in days for line in day.trace) >= len(days)
 
 
+def test_most_days_have_gpus_and_too_few_of_them() -> None:
+    days = [simulate(seed) for seed in range(12)]
+
+    with_gpus = [day for day in days if day.gpus]
+    assert len(with_gpus) > len(days) / 2
+    assert all(2 <= day.gpus <= 8 for day in with_gpus)
+    assert sum(day.evictions for day in with_gpus) > 5 * len(with_gpus)
+    assert sum(day.outcomes.get("NO_CAPACITY", 0) for day in with_gpus) > 0
+    assert any("-1: starting -> loading" in line for day in with_gpus for line in day.trace), "replicas"
+
+
 def test_a_failing_seed_is_replayed_with_one_command() -> None:
     root = Path(__file__).parent.parent.parent
     seed = first_broken_day("P1").seed

@@ -16,8 +16,8 @@ from gateway.fleet.admission import STOP_MARGIN_S
 from gateway.fleet.fleet import Fleet
 from gateway.fleet.gpus import Gpus
 from gateway.fleet.health import CHECK_TIMEOUT_S, RECOVERY_REST_S
-from gateway.fleet.identity import fingerprint, server_name
-from gateway.fleet.instance import BESIDE_S, CLEAR_AGAIN_S, Instance
+from gateway.fleet.identity import fingerprint, server_key, server_name
+from gateway.fleet.instance import BESIDE_S, CLEAR_AGAIN_S, IDLE, Instance
 from gateway.fleet.journal import Journal
 from gateway.fleet.life import Lease
 from gateway.fleet.placement import Device
@@ -98,6 +98,9 @@ class World:
             instance=self._instance,
         )
         self.watched = {spec.id: Watched(spec, since=self.loop.time()) for spec in specs}
+        self.many = {spec.id for spec in specs if spec.replicas > 1}
+        """Models that have or had replicas. What is watched of each model takes it for one server, so that of these
+        only what concerns the GPUs and the servers themselves is."""
 
     # The gateway goes, and comes again (P6)
 
@@ -188,7 +191,8 @@ class World:
         """Who has made room for another does not take it again while that one could have it (P3)."""
         room = watched.made_room
         claimant = self.watched.get(room.claimant) if room else None
-        if not room or not claimant or self.fleet.gpus.of(room.claimant):
+        never_left = self.runtime.perhaps_left.get(server_name(watched.spec))  # so that nobody else could have it
+        if not room or not claimant or never_left or self.many or self.fleet.gpus.of(room.claimant):
             return
         still_waits = claimant.claims and claimant.since <= room.at
         if still_waits and turns.takes_from(claimant, watched, self.watched.values(), self.fleet):
@@ -199,7 +203,8 @@ class World:
 
     def _check_orphans(self) -> None:
         for name, servers in self.runtime.servers.items():
-            if servers[-1].alive and (owner := self.watched.get(name.removeprefix("tgi-"))):
+            owner = self.watched.get(name.removeprefix("tgi-"))
+            if servers[-1].alive and owner and owner.spec.id not in self.many:
                 self._check_orphan(owner, name)
 
     def _check_orphan(self, watched: Watched, name: str) -> None:
@@ -262,6 +267,7 @@ class World:
     async def operate(self, spec: ModelSpec, verb: str) -> None:
         """Carry out an operator's order, whatever comes of it."""
         if self.down:
+            self.tell(f"operator: {verb} {spec.id} reaches nobody")
             return
         spec = self.fleet.catalog.models.get(spec.id, spec)
         try:
@@ -310,7 +316,8 @@ class World:
             status = self.fleet.status(spec.spec)
             if status.state not in DOWN or status.in_flight or status.queued:
                 raise Broke(f"P4: after the shutdown {status.name} is {status.state}, {status.in_flight} in flight")
-            self._nothing_left(status.name, status.state)
+            for one in status.replicas or (status,):
+                self._nothing_left(one.name, one.state)
         if FORMER in self.runtime.servers and self.loop.time() > self._came_at + CLEARED_AFTER_S:
             self._nothing_left(FORMER, State.STOPPED)
 
@@ -400,6 +407,12 @@ class World:
         self.tell(words)
         self.broken = self.broken or words
 
+    def saw(self, data: Mapping[str, Any]) -> None:
+        if data["model"] in self.many:
+            self._moved_one_of_many(data)
+        else:
+            self.moved(data)
+
     def moved(self, data: Mapping[str, Any]) -> None:
         """See one move of a model, and whether it was allowed."""
         watched, now = self.watched[data["model"]], self.loop.time()
@@ -428,6 +441,19 @@ class World:
         if watched.state is State.STOPPING and watched.before in (State.READY, State.UNHEALTHY):
             self._witness_cause(watched, data["reason"])
 
+    def _moved_one_of_many(self, data: Mapping[str, Any]) -> None:
+        """See one move of a replica: of its cause only that is judged which has to do with the GPUs."""
+        key, reason = server_key(self.watched[data["model"]].spec, data.get("replica", 0)), data["reason"]
+        self.tell(f"{key}: {data['from']} -> {data['to']} ({reason})")
+        makes_room = reason.startswith(rooms.MAKES_ROOM)
+        if data["to"] == State.STOPPING and (makes_room or reason == IDLE):
+            self.runtime.let_go.add(f"tgi-{key}")
+        if makes_room:
+            self.evictions += 1
+            spec = next(one.spec for one in self.fleet._instances() if one.key == key)
+            if wrong := rooms.cause_of_room(reason.removeprefix(rooms.MAKES_ROOM), spec, self.fleet):
+                self.breaks(f"P3: {wrong}")
+
     def _witness_start(self, watched: Watched) -> None:
         if not (watched.asked_for or watched.spec.preload):
             self.breaks(f"{watched.spec.id} was stopped, and is started though nobody asked for it")
@@ -449,6 +475,8 @@ class World:
         for watched in self.watched.values():
             if watched.state in DOWN and not watched.waiting and not watched.holding:
                 continue
+            if watched.spec.id in self.many:
+                continue
             self._see_adopted(watched)
             self._see_placed(watched)
             if (deadline := self._deadline(watched)) is not None and now > deadline + ROUNDING_S:
@@ -463,7 +491,7 @@ class World:
 
     def time_passes(self, seconds: float) -> None:
         """Before time passes, with all done that can be done by now: count who waits for GPUs though it is his turn."""
-        if self.devices is None or self.down or self.fleet.closing.done():
+        if self.devices is None or self.down or self.fleet.closing.done() or self.many:
             return
         models, now = self.watched.values(), self.loop.time()
         for watched in models:
@@ -491,7 +519,7 @@ class World:
             self.breaks(f"{spec.id} is idle since {watched.last_use:.3f}, and still runs")
 
     def _waits_for_gpus(self, model: str) -> bool:
-        return bool(self.fleet.status(self.fleet.catalog.models[model]).waits_for)
+        return bool(self.fleet.gpus.why(model))
 
     def _waits_until(self, watched: Watched, waiter: Waiter) -> float:
         spec = watched.spec
@@ -555,7 +583,7 @@ class World:
     def _witness_cause(self, watched: Watched, reason: str) -> None:
         """A ready server goes for a cause: somebody's order, idleness, its own end, or lasting silence (P11)."""
         server = self.runtime.newest(f"tgi-{watched.spec.id}")
-        idle = reason == "idle" and not server.requests
+        idle = reason == IDLE and not server.requests
         if idle or reason.startswith(rooms.MAKES_ROOM):
             self.runtime.let_go.add(server.name)
         if reason.startswith(rooms.MAKES_ROOM):
@@ -573,7 +601,7 @@ class World:
         wrong = rooms.cause_of_room(claimant, watched.spec, self.fleet) or turns.wrong_time(watched)
         if wrong:
             self.breaks(f"P3: {wrong}")
-        elif turns.is_needless(self.watched[claimant], watched, self.watched.values(), self.fleet):
+        elif not self.many and turns.is_needless(self.watched[claimant], watched, self.watched.values(), self.fleet):
             self.breaks(f"P3: {watched.spec.id} makes room for {claimant}, and those who leave already suffice")
         if self._in_vain[watched.spec.id] > turns.MOST_IN_VAIN:
             self.breaks(f"P3: {watched.spec.id} makes room again and again, and nobody has been served meanwhile")
@@ -585,6 +613,8 @@ class World:
 
     def _witness_cut(self, watched: Watched, lease: Lease) -> None:
         """A server that serves is only stopped for the reasons that promise P1 names."""
+        if watched.spec.id in self.many:
+            return
         drained = watched.before is State.DRAINING and self._stayed(watched) >= watched.spec.drain_timeout_s
         silent = watched.before is State.UNHEALTHY and self._stayed(watched) >= watched.spec.unhealthy_timeout_s
         late_silent = watched.before is State.DRAINING and self._was_silent(self.runtime.newest(lease.handle.name))
@@ -601,6 +631,8 @@ class World:
         self._promised(watched, error)
         if error.code in COME_BACK and not error.retry_after_s:
             self.breaks(f"P7: {error.code} without Retry-After")
+        if spec.id in self.many:
+            return
         hopeless = "pinned" in error.detail or "other programs" in error.detail
         if error.code == "NO_CAPACITY" and not hopeless and now - began < spec.queue_timeout_s - ROUNDING_S:
             self.breaks(f"P7: a request for {spec.id} is refused before its time")
@@ -629,4 +661,4 @@ class WitnessedJournal(Journal):
     def write(self, kind: str, **data: Any) -> None:
         super().write(kind, **data)
         if kind == "state" and not self.unread:
-            self._world.moved(data)
+            self._world.saw(data)
