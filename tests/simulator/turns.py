@@ -25,7 +25,7 @@ from gateway.fleet.scheduling import TURN_S
 from gateway.lifecycle import SERVING, STARTING_UP, State
 from tests.simulator.watched import Watched
 
-MOST_IN_VAIN = 2
+MOST_IN_VAIN = 4
 """So often a model may make room while nobody at all is served: when its callers have left before it was ready."""
 
 

@@ -183,7 +183,8 @@ class World:
         has_place = bool(found.gpus) and rooms.is_asked_for(found, watched.spec)
         if watched.state is State.STARTING and not watched.placed and has_place:
             watched.placed, watched.placed_at = True, self.loop.time()
-            watched.claimed_at = watched.asked_at
+            never_left = self.runtime.perhaps_left.get(server_name(watched.spec))  # then its GPUs were always its own
+            watched.claimed_at = 0.0 if never_left else watched.asked_at
             self._witness_return(watched)
             watched.hard_stop_at = watched.placed_at + watched.start_s
 
@@ -514,7 +515,7 @@ class World:
         if not idle or spec.idle_timeout_s is None or now < watched.last_use + spec.idle_timeout_s - BESIDE_S:
             return
         if self.fleet.gpus.starts_beside(spec.id):
-            watched.last_use = max(watched.last_use, now - spec.idle_timeout_s + BESIDE_S)
+            watched.last_use = max(watched.last_use, now - spec.idle_timeout_s + 2 * BESIDE_S)
         if now > watched.last_use + spec.idle_timeout_s + ROUNDING_S:
             self.breaks(f"{spec.id} is idle since {watched.last_use:.3f}, and still runs")
 
