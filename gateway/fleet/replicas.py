@@ -224,7 +224,7 @@ class Replicas:
             ModelNotRunning: all are down.
             StopFailed: it is not known whether one of them is gone.
         """
-        await _all(_if_it_runs(one.stop(force=force)) for one in self._running())
+        await _all(_stop_if_it_runs(one, force=force) for one in self._running())
 
     async def restart(self, *, force: bool = False) -> Handle | None:
         """Stop those that run, start all, and return the first one's handle once all are ready.
@@ -303,9 +303,9 @@ async def _all(orders: Iterable[Awaitable[Result]]) -> list[Result]:
     return [result for result in results if not isinstance(result, BaseException)]
 
 
-async def _if_it_runs(stop: Awaitable[None]) -> None:
-    """Let one stop that may have ended by itself in the meantime."""
+async def _stop_if_it_runs(one: Instance, *, force: bool) -> None:
+    """Stop one that may have ended by itself in the meantime."""
     try:
-        await stop
+        await one.stop(force=force)
     except ModelNotRunning:
         return
