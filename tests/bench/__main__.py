@@ -1,31 +1,244 @@
-"""`scripts/bench`: what is promised in milliseconds, measured on this machine, against doubles."""
+"""`scripts/bench`: what is promised in milliseconds and ratios, measured on this machine, side by side with others."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import click
 
-from tests.bench import departures
+from tests.bench import cold, departures, plot, relay, scale, telling
+from tests.bench.budgets import Budget, all_kept, of_cold_start, of_relay, of_scale
+from tests.bench.machine import CannotMeasure, about, cores
+from tests.bench.rivals import ADDRESSES, EVERY, litellm_version
+
+CANNOT = 2
+AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+QUICK_RUNS, QUICK_SECONDS = 1, 1.0
 
 
-@click.command()
+class Group(click.Group):
+    """Says in words what cannot be measured, and why."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except CannotMeasure as error:
+            click.echo(str(error), err=True)
+            ctx.exit(CANNOT)
+
+
+@click.group(cls=Group)
+def main() -> None:
+    """Measure what is promised. The status is 1 if a promise is missed, 2 if something could not be measured at all.
+
+    Needs nginx and wrk (apt-get install nginx-light wrk), and a package index for LiteLLM, once: it goes into a virtual
+    environment of its own in the user's cache. The machine should have two cores or more, and nothing else to do.
+    """
+
+
+def _tell_progress(words: str) -> None:
+    click.echo(f"... {words}", err=True)
+
+
+def _machine() -> dict[str, Any]:
+    found = about()
+    found["pinning"] = str(cores())
+    return found
+
+
+def _end(budgets: Sequence[Budget]) -> None:
+    sys.exit(0 if all_kept(budgets) else 1)
+
+
+# ---- relay ----
+
+
+def _plan_options(command: Callable[..., None]) -> Callable[..., None]:
+    for option in (
+        click.option("--runs", default=5, show_default=True, help="How often to measure; the medians count."),
+        click.option("--seconds", default=3.0, show_default=True, help="How long each measurement takes."),
+        click.option("--tokens", default=8, show_default=True, help="Length of the answers that are there at once."),
+        click.option(
+            "--rate", default=300, show_default=True, help="Requests/s of the open loop, several connections."
+        ),
+        click.option("--quick", is_flag=True, help="One run of one second each: a look, and no more."),
+        click.option("--only", multiple=True, type=click.Choice(list(EVERY)), help="Only these contestants."),
+        click.option("--address", multiple=True, type=click.Choice(ADDRESSES), help="Only these addresses."),
+        click.option("--connections", multiple=True, type=int, help="Only so many connections."),
+        click.option("--svg", type=click.Path(path_type=Path), help="Draw the picture of the README into this file."),
+        AS_JSON,
+    ):
+        command = option(command)
+    return command
+
+
+def _plan(
+    runs: int,
+    seconds: float,
+    tokens: int,
+    rate: int,
+    only: Sequence[str],
+    address: Sequence[str],
+    connections: Sequence[int],
+    *,
+    quick: bool,
+) -> relay.Plan:
+    return relay.Plan(
+        runs=QUICK_RUNS if quick else runs,
+        seconds=QUICK_SECONDS if quick else seconds,
+        tokens=tokens,
+        contestants=tuple(only) or tuple(EVERY),
+        connections=tuple(connections) or relay.CONNECTIONS,
+        addresses=tuple(address) or ADDRESSES,
+        rates_per_s=(100, rate),
+    )
+
+
+def _relay(plan: relay.Plan, svg: Path | None) -> dict[str, Any]:
+    """Return what was measured, and the budgets as values beside their JSON."""
+    machine = _machine()
+    measured = relay.measure(plan, cores(), _tell_progress)
+    machine["versions"]["litellm"] = litellm_version()
+    results = measured.results
+    if svg:
+        caption = "; ".join([*telling.of_machine(machine), f"median of {plan.runs} runs"])
+        svg.parent.mkdir(parents=True, exist_ok=True)
+        svg.write_text(plot.svg(plot.panels(results), caption))
+    return {"machine": machine, "plan": plan, "measured": measured, "budgets": of_relay(results)}
+
+
+def _relay_json(found: dict[str, Any]) -> dict[str, Any]:
+    results = found["measured"].results
+    medians = [
+        {
+            "contestant": name,
+            **asdict(case),
+            **{figure: results.median(name, case, figure) for figure in dict.fromkeys(_figures(results))},
+            "added_p50_ms": results.added(name, case, "p50_ms"),
+            "added_p99_ms": results.added(name, case, "p99_ms"),
+        }
+        for case in results.cases
+        for name in results.contestants
+    ]
+    return {
+        "machine": found["machine"],
+        "plan": asdict(found["plan"]),
+        "not_measured": found["measured"].missing,
+        "medians": medians,
+        "samples": [asdict(sample) for sample in results.samples],
+    }
+
+
+def _figures(results: Any) -> list[Any]:
+    return [figure for sample in results.samples for figure in sample.figures]
+
+
+def _tell_relay(found: dict[str, Any]) -> None:
+    for line in (*telling.of_machine(found["machine"]), *telling.of_relay(found["measured"].results)):
+        click.echo(line)
+    for what, why in found["measured"].missing.items():
+        click.echo(f"not measured: {what}: {why}")
+
+
+@main.command("relay")
+@_plan_options
+def relay_command(as_json: bool, svg: Path | None, **said: Any) -> None:
+    """Compare nobody, nginx, LiteLLM and this gateway in front of the same upstream."""
+    found = _relay(_plan(**said), svg)
+    _say(found, found["budgets"], as_json=as_json)
+
+
+def _say(found: dict[str, Any], budgets: Sequence[Budget], *, as_json: bool, **more: Any) -> None:
+    if as_json:
+        said = {**_relay_json(found), **more, "budgets": [budget.as_json() for budget in budgets]}
+        click.echo(json.dumps(said))
+    else:
+        _tell_relay(found)
+        _tell_budgets(budgets)
+    _end(budgets)
+
+
+def _tell_budgets(budgets: Sequence[Budget]) -> None:
+    click.echo()
+    for line in telling.of_budgets(budgets):
+        click.echo(line)
+
+
+# ---- cold starts, and many models ----
+
+
+def _cold(starts: int) -> tuple[dict[str, Any], list[Budget]]:
+    found = cold.measure(starts, cores(), _tell_progress)
+    return {"starts": [asdict(each) for each in found]}, of_cold_start(*cold.medians(found))
+
+
+def _scale(seconds: float) -> tuple[dict[str, Any], list[Budget]]:
+    found = scale.measure(seconds, cores(), _tell_progress)
+    return asdict(found), of_scale(found.p99_ms, found.idle_cpu_percent, found.rss_mib)
+
+
+def _say_one(name: str, found: dict[str, Any], budgets: Sequence[Budget], *, as_json: bool) -> None:
+    machine = _machine()
+    if as_json:
+        click.echo(json.dumps({"machine": machine, name: found, "budgets": [each.as_json() for each in budgets]}))
+    else:
+        for line in telling.of_machine(machine):
+            click.echo(line)
+        _tell_budgets(budgets)
+    _end(budgets)
+
+
+@main.command("cold")
+@click.option("--starts", default=30, show_default=True, help="How many models are started, one after another.")
+@AS_JSON
+def cold_command(starts: int, as_json: bool) -> None:
+    """Measure what the gateway adds to a cold start: before the server's own loading, and after it."""
+    _say_one("cold", *_cold(starts), as_json=as_json)
+
+
+@main.command("scale")
+@click.option("--seconds", default=40.0, show_default=True, help="How long it is idle, and then asked.")
+@AS_JSON
+def scale_command(seconds: float, as_json: bool) -> None:
+    """Measure a catalog of a thousand models, two hundred of which are alive and watched."""
+    _say_one("scale", *_scale(seconds), as_json=as_json)
+
+
+@main.command("all")
+@_plan_options
+def all_command(as_json: bool, svg: Path | None, **said: Any) -> None:
+    """Measure relay, cold and scale, and tell every budget in one table."""
+    quick = said["quick"]
+    found = _relay(_plan(**said), svg)
+    cold_found, cold_budgets = _cold(10 if quick else 30)
+    scale_found, scale_budgets = _scale(10.0 if quick else 40.0)
+    budgets = [*found["budgets"], *cold_budgets, *scale_budgets]
+    _say(found, budgets, as_json=as_json, cold=cold_found, scale=scale_found)
+
+
+# ---- departures ----
+
+
+@main.command("departures")
 @click.option("--runs", default=10, show_default=True, help="How often to measure each phase at each address.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def main(runs: int, as_json: bool) -> None:
+@AS_JSON
+def departures_command(runs: int, as_json: bool) -> None:
     """Measure how soon the engine is free of a caller who has left. Status 1 if that took longer than promised."""
-    measured = departures.measure(runs, lambda phase: None if as_json else click.echo(f"... {phase}", err=True))
+    measured = departures.measure(runs, lambda phase: None if as_json else _tell_progress(phase))
     found = departures.report(measured, runs)
     if as_json:
         click.echo(json.dumps({"departures": found}))
     else:
-        _tell(found)
+        _tell_departures(found)
     sys.exit(0 if found["kept"] else 1)
 
 
-def _tell(found: dict[str, Any]) -> None:
+def _tell_departures(found: dict[str, Any]) -> None:
     click.echo(f"{'a caller leaves':24}{'min':>9}{'median':>9}{'max':>9}   in ms")
     for phase, took in found["phases"].items():
         click.echo(f"{phase:24}{took['min_ms']:9.2f}{took['median_ms']:9.2f}{took['max_ms']:9.2f}")

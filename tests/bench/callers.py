@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tests.bench.answers import stamps
 from tests.bench.machine import CannotMeasure, needed
@@ -74,6 +75,11 @@ def ask(target: Target, timeout_s: float = 30.0) -> bytes:
     if not answer.startswith(b"HTTP/1.1 200"):
         raise CannotMeasure(f"{target.path} is answered so: {answer[:600].decode(errors='replace')}")
     return answer
+
+
+def json_of(answer: bytes) -> Any:
+    """Return the body of a whole answer, which is not chunked."""
+    return json.loads(answer.partition(b"\r\n\r\n")[2])
 
 
 # ---- as fast as it can ----

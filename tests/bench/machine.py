@@ -91,7 +91,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def tree(pid: int) -> list[int]:
     """Return a process and all that descend from it."""
-    parents = {child: parent for child, parent in _parents()}
+    parents = dict(_parents())
     found = [pid]
     for each in found:
         found += [child for child, parent in parents.items() if parent == each]

@@ -49,7 +49,7 @@ class Answerer(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.WriteTransport, transport)
 
-    def connection_lost(self, error: Exception | None) -> None:  # noqa: ARG002 - it is over either way
+    def connection_lost(self, error: Exception | None) -> None:
         if self._timer:
             self._timer.cancel()
 

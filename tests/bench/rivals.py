@@ -23,7 +23,7 @@ from tests.bench.answers import CHAT, COMPLETION, PROMPT, TGI_STREAM
 from tests.bench.arithmetic import Kind
 from tests.bench.callers import Target, ask
 from tests.bench.machine import PYTHON, CannotMeasure, running, tree
-from tests.bench.upstream import TOKENS_PER_S, UP_S, Upstream, nginx
+from tests.bench.upstream import UP_S, Upstream, nginx
 from tests.runtimes.processes import wait_until
 from tests.tgi_double.process import answers, free_port
 
@@ -110,9 +110,7 @@ PROXY = """\
 def nginx_proxy(place: Place) -> Iterator[Contestant]:
     """Run nginx as reverse proxy: one worker, connections kept, nothing held back, its access log on."""
     ports = {kind: free_port() for kind in KINDS}
-    servers = "".join(
-        PROXY.format(kind=kind, port=ports[kind], behind=place.upstream.ports[kind]) for kind in KINDS
-    )
+    servers = "".join(PROXY.format(kind=kind, port=ports[kind], behind=place.upstream.ports[kind]) for kind in KINDS)
     log = f"{place.folder}/nginx.access.log"
     with nginx(place.folder, "nginx", servers, ports["whole"], place.core, log) as pid:
         yield Contestant("nginx", pid, _as_upstream(ports))
@@ -251,4 +249,3 @@ def _of_litellm(port: int) -> Callable[[str, Kind, int], Target]:
 
 
 EVERY: dict[str, Rival] = {"direct": direct, "nginx": nginx_proxy, "litellm": litellm, "gateway": this_gateway}
-__all__ = ["ADDRESSES", "EVERY", "TOKENS_PER_S", "CannotMeasure", "Contestant", "Place"]

@@ -20,7 +20,7 @@ def test_one_departure_that_took_longer_breaks_the_bound() -> None:
 
 
 def test_the_report_tells_of_every_phase_at_every_address() -> None:
-    command = [sys.executable, "-m", "tests.bench", "--runs", "1", "--json"]
+    command = [sys.executable, "-m", "tests.bench", "departures", "--runs", "1", "--json"]
     bench = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
     found = json.loads(bench.stdout)["departures"]
 

@@ -1,4 +1,4 @@
-"""What stands behind every contestant: nginx for answers that are there at once, and our own program for paced streams."""
+"""What stands behind every contestant: nginx for answers that are there at once, our own program for paced streams."""
 
 from __future__ import annotations
 
@@ -33,6 +33,8 @@ http {{
 {servers}
 }}
 """
+
+ANYTHING_ELSE = "        location / { return 200; }\n"
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def _server(port: int, kind: Kind, tokens: int) -> str:
         places[path] = (openai(path, tokens), "text/event-stream" if kind == "streamed" else "application/json")
     places["/v1/models"] = (b'{"object":"list","data":[]}', "application/json")
     locations = "".join(_location(path, *said) for path, said in places.items())
-    return f"    server {{\n        listen 127.0.0.1:{port} backlog=4096;\n{locations}        location / {{ return 200; }}\n    }}\n"
+    return f"    server {{\n        listen 127.0.0.1:{port} backlog=4096;\n{locations}{ANYTHING_ELSE}    }}\n"
 
 
 def _location(path: str, body: bytes, content_type: str) -> str:
