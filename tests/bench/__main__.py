@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
@@ -69,7 +69,7 @@ def _plan_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--quick", is_flag=True, help="One run of one second each: a look, and no more."),
         click.option("--only", multiple=True, type=click.Choice(list(EVERY)), help="Only these contestants."),
         click.option("--address", multiple=True, type=click.Choice(ADDRESSES), help="Only these addresses."),
-        click.option("--connections", multiple=True, type=int, help="Only so many connections."),
+        click.option("--connections", multiple=True, type=int, help="Only so many connections or streams."),
         click.option("--svg", type=click.Path(path_type=Path), help="Draw the picture of the README into this file."),
         AS_JSON,
     ):
@@ -94,13 +94,14 @@ def _plan(
         tokens=tokens,
         contestants=tuple(only) or tuple(EVERY),
         connections=tuple(connections) or relay.CONNECTIONS,
+        streams=tuple(connections) or relay.STREAMS,
         addresses=tuple(address) or ADDRESSES,
         rates_per_s=(100, rate),
     )
 
 
 def _relay(plan: relay.Plan, svg: Path | None) -> dict[str, Any]:
-    """Return what was measured, and the budgets as values beside their JSON."""
+    """Return what was measured and judged; draw it, if wanted."""
     machine = _machine()
     measured = relay.measure(plan, cores(), _tell_progress)
     machine["versions"]["litellm"] = litellm_version()
@@ -150,15 +151,18 @@ def _tell_relay(found: dict[str, Any]) -> None:
 def relay_command(as_json: bool, svg: Path | None, **said: Any) -> None:
     """Compare nobody, nginx, LiteLLM and this gateway in front of the same upstream."""
     found = _relay(_plan(**said), svg)
-    _say(found, found["budgets"], as_json=as_json)
+    _say(found, [], as_json=as_json)
 
 
-def _say(found: dict[str, Any], budgets: Sequence[Budget], *, as_json: bool, **more: Any) -> None:
+def _say(found: dict[str, Any], others: Sequence[Found], *, as_json: bool) -> None:
+    budgets = [*found["budgets"], *(budget for other in others for budget in other.budgets)]
     if as_json:
-        said = {**_relay_json(found), **more, "budgets": [budget.as_json() for budget in budgets]}
-        click.echo(json.dumps(said))
+        more = {other.name: other.said for other in others}
+        click.echo(json.dumps({**_relay_json(found), **more, "budgets": [budget.as_json() for budget in budgets]}))
     else:
         _tell_relay(found)
+        for line in (line for other in others for line in other.lines):
+            click.echo(line)
         _tell_budgets(budgets)
     _end(budgets)
 
@@ -172,25 +176,37 @@ def _tell_budgets(budgets: Sequence[Budget]) -> None:
 # ---- cold starts, and many models ----
 
 
-def _cold(starts: int) -> tuple[dict[str, Any], list[Budget]]:
+class Found(NamedTuple):
+    """What was measured besides the relay: for machines, for people, and judged."""
+
+    name: str
+    said: dict[str, Any]
+    lines: list[str]
+    budgets: list[Budget]
+
+
+def _cold(starts: int) -> Found:
     found = cold.measure(starts, cores(), _tell_progress)
-    return {"starts": [asdict(each) for each in found]}, of_cold_start(*cold.medians(found))
+    said = {"starts": [asdict(each) for each in found]}
+    return Found("cold", said, telling.of_cold_starts(found), of_cold_start(*cold.medians(found)))
 
 
-def _scale(seconds: float) -> tuple[dict[str, Any], list[Budget]]:
+def _scale(seconds: float) -> Found:
     found = scale.measure(seconds, cores(), _tell_progress)
-    return asdict(found), of_scale(found.p99_ms, found.idle_cpu_percent, found.rss_mib)
+    budgets = of_scale(found.p99_ms, found.idle_cpu_percent, found.rss_mib)
+    return Found("scale", asdict(found), telling.of_scale(found), budgets)
 
 
-def _say_one(name: str, found: dict[str, Any], budgets: Sequence[Budget], *, as_json: bool) -> None:
+def _say_one(found: Found, *, as_json: bool) -> None:
     machine = _machine()
     if as_json:
-        click.echo(json.dumps({"machine": machine, name: found, "budgets": [each.as_json() for each in budgets]}))
+        budgets = [each.as_json() for each in found.budgets]
+        click.echo(json.dumps({"machine": machine, found.name: found.said, "budgets": budgets}))
     else:
-        for line in telling.of_machine(machine):
+        for line in (*telling.of_machine(machine), *found.lines):
             click.echo(line)
-        _tell_budgets(budgets)
-    _end(budgets)
+        _tell_budgets(found.budgets)
+    _end(found.budgets)
 
 
 @main.command("cold")
@@ -198,7 +214,7 @@ def _say_one(name: str, found: dict[str, Any], budgets: Sequence[Budget], *, as_
 @AS_JSON
 def cold_command(starts: int, as_json: bool) -> None:
     """Measure what the gateway adds to a cold start: before the server's own loading, and after it."""
-    _say_one("cold", *_cold(starts), as_json=as_json)
+    _say_one(_cold(starts), as_json=as_json)
 
 
 @main.command("scale")
@@ -206,7 +222,7 @@ def cold_command(starts: int, as_json: bool) -> None:
 @AS_JSON
 def scale_command(seconds: float, as_json: bool) -> None:
     """Measure a catalog of a thousand models, two hundred of which are alive and watched."""
-    _say_one("scale", *_scale(seconds), as_json=as_json)
+    _say_one(_scale(seconds), as_json=as_json)
 
 
 @main.command("all")
@@ -215,10 +231,8 @@ def all_command(as_json: bool, svg: Path | None, **said: Any) -> None:
     """Measure relay, cold and scale, and tell every budget in one table."""
     quick = said["quick"]
     found = _relay(_plan(**said), svg)
-    cold_found, cold_budgets = _cold(10 if quick else 30)
-    scale_found, scale_budgets = _scale(10.0 if quick else 40.0)
-    budgets = [*found["budgets"], *cold_budgets, *scale_budgets]
-    _say(found, budgets, as_json=as_json, cold=cold_found, scale=scale_found)
+    others = [_cold(10 if quick else 30), _scale(10.0 if quick else 40.0)]
+    _say(found, others, as_json=as_json)
 
 
 # ---- departures ----

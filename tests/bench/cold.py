@@ -53,7 +53,7 @@ class LoadingServer:
         return self.first_reached_at + self.loads_s
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.first_reached_at = self.first_reached_at or time.monotonic()
+        self._reached()
         try:
             while head := await reader.readuntil(b"\r\n\r\n"):
                 writer.write(self._answer(head))
@@ -62,8 +62,14 @@ class LoadingServer:
         finally:
             writer.close()
 
-    def _answer(self, head: bytes) -> bytes:
+    def _reached(self) -> float:
+        """Return the time; a health check on a kept connection may be read before the new connection is."""
         now = time.monotonic()
+        self.first_reached_at = self.first_reached_at or now
+        return now
+
+    def _answer(self, head: bytes) -> bytes:
+        now = self._reached()
         if b"/health" in head.partition(b"\r\n")[0]:
             status = b"200 OK" if now >= self.ready_at else b"503 Service Unavailable"
             return b"HTTP/1.1 %b\r\nContent-Length: 0\r\n\r\n" % status
@@ -115,12 +121,9 @@ def measure(starts: int, cores: Cores, told: Callable[[str], object]) -> list[Co
 
 
 def _model(number: int, port: int) -> dict[str, Any]:
-    return {
-        "engine": "tgi",
-        "hf_name": f"m{number}",
-        "runtime": "external",
-        "url": f"http://127.0.0.1:{port}/m{number}",
-    }
+    url = f"http://127.0.0.1:{port}/m{number}"
+    # one that is ready is not asked again while others start: it would be taken for them
+    return {"engine": "tgi", "hf_name": f"m{number}", "runtime": "external", "url": url, "health_interval": "1h"}
 
 
 def _body(number: int) -> bytes:

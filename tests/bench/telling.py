@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tests.bench.arithmetic import Case, Kind, Results
 from tests.bench.budgets import Budget
+from tests.bench.cold import ColdStart
+from tests.bench.scale import Scale
 
 NOTHING = "-"
 KIND_WORDS: Mapping[Kind, str] = {
@@ -110,6 +113,23 @@ def of_budgets(budgets: Iterable[Budget]) -> list[str]:
         measured = NOTHING if budget.measured is None else f"{number(budget.measured)} {budget.unit}"
         rows.append((budget.what, measured, f"{sign} {budget.bound:g} {budget.unit}", goal, budget.verdict))
     return table(rows)
+
+
+def of_cold_starts(found: Sequence[ColdStart]) -> list[str]:
+    """Return what cold starts took, from the shortest to the longest."""
+    rows = [("cold start, ms", "min", "median", "max")]
+    for words, values in (
+        ("from the request to the runtime's start", [each.to_start_ms for each in found]),
+        ("from a ready server to the request in it", [each.to_request_ms for each in found]),
+    ):
+        rows.append((words, number(min(values)), number(statistics.median(values)), number(max(values))))
+    return ["", *table(rows)]
+
+
+def of_scale(found: Scale) -> list[str]:
+    """Return what a large catalog costs."""
+    words = f"{found.models} models, {found.alive} of them alive: GET /models p50 {number(found.p50_ms)} ms"
+    return ["", f"{words}, p99 {number(found.p99_ms)} ms, {found.failed} unanswered"]
 
 
 def of_machine(machine: Mapping[str, Any]) -> list[str]:
