@@ -61,7 +61,7 @@ def _end(budgets: Sequence[Budget]) -> None:
 def _plan_options(command: Callable[..., None]) -> Callable[..., None]:
     for option in (
         click.option("--runs", default=5, show_default=True, help="How often to measure; the medians count."),
-        click.option("--seconds", default=3.0, show_default=True, help="How long each measurement takes."),
+        click.option("--seconds", default=2.0, show_default=True, help="How long each measurement takes."),
         click.option("--tokens", default=8, show_default=True, help="Length of the answers that are there at once."),
         click.option(
             "--rate", default=300, show_default=True, help="Requests/s of the open loop, several connections."
@@ -104,10 +104,11 @@ def _relay(plan: relay.Plan, svg: Path | None) -> dict[str, Any]:
     """Return what was measured and judged; draw it, if wanted."""
     machine = _machine()
     measured = relay.measure(plan, cores(), _tell_progress)
-    machine["versions"]["litellm"] = litellm_version()
+    if "litellm" in plan.contestants:
+        machine["versions"]["litellm"] = litellm_version()
     results = measured.results
     if svg:
-        caption = "; ".join([*telling.of_machine(machine), f"median of {plan.runs} runs"])
+        caption = [*telling.of_machine(machine), f"medians of {plan.runs} runs"]
         svg.parent.mkdir(parents=True, exist_ok=True)
         svg.write_text(plot.svg(plot.panels(results), caption))
     return {"machine": machine, "plan": plan, "measured": measured, "budgets": of_relay(results)}

@@ -18,6 +18,7 @@ COLOURS = {"direct": "#9aa0a6", "nginx": "#4c8f4c", "litellm": "#c0504d", "gatew
 NAMES = {"direct": "direct", "nginx": "nginx", "litellm": "LiteLLM", "gateway": "this gateway"}
 PANEL_WIDTH, LABEL_WIDTH, BAR_WIDTH, BAR_HEIGHT, LINE = 430, 100, 220, 16, 22
 HEAD_HEIGHT, MARGIN = 44, 16
+WIDE = 30.0
 DECADES = 4.0
 """How many powers of ten a logarithmic bar spans below the longest one."""
 
@@ -61,11 +62,12 @@ def _panel(results: Results, title: str, remark: str, case: Case, figure: Figure
     return Panel(title, remark, values)
 
 
-def svg(shown: Sequence[Panel], caption: str) -> str:
-    """Return the picture: two panels a row, a caption below."""
+def svg(shown: Sequence[Panel], caption: Sequence[str]) -> str:
+    """Return the picture: two panels a row, the lines of a caption below."""
     height_of = HEAD_HEIGHT + LINE * max((len(panel.values) for panel in shown), default=0) + MARGIN
     rows = math.ceil(len(shown) / 2)
-    width, height = 2 * PANEL_WIDTH + MARGIN, rows * height_of + 2 * MARGIN
+    width, height = 2 * PANEL_WIDTH + MARGIN, rows * height_of + MARGIN + LINE * len(caption)
+    size = f'width="{width}" height="{height}"'
     drawn = [
         line
         for at, panel in enumerate(shown)
@@ -73,10 +75,10 @@ def svg(shown: Sequence[Panel], caption: str) -> str:
     ]
     return "\n".join(
         [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif">',
-            f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
+            f'<svg xmlns="http://www.w3.org/2000/svg" {size} viewBox="0 0 {width} {height}" font-family="sans-serif">',
+            f'<rect {size} fill="#ffffff"/>',
             *drawn,
-            _text(MARGIN, height - 10, caption, size=10, colour="#5f6368"),
+            *(_text(MARGIN, rows * height_of + MARGIN + at * LINE, line, size=10) for at, line in enumerate(caption)),
             "</svg>",
             "",
         ]
@@ -85,7 +87,8 @@ def svg(shown: Sequence[Panel], caption: str) -> str:
 
 def _drawn(panel: Panel, left: int, top: int) -> Iterator[str]:
     yield _text(left, top + 12, panel.title, size=13, weight="bold")
-    yield _text(left, top + 28, panel.remark, size=10, colour="#5f6368")
+    scale = "; logarithmic" if is_wide(panel.values.values()) else ""
+    yield _text(left, top + 28, panel.remark + scale, size=10, colour="#5f6368")
     lengths = bar_lengths(panel.values.values())
     for at, ((name, value), length) in enumerate(zip(panel.values.items(), lengths, strict=True)):
         y = top + HEAD_HEIGHT + at * LINE
@@ -97,15 +100,21 @@ def _drawn(panel: Panel, left: int, top: int) -> Iterator[str]:
         yield _text(x + length + 6, y + 12, "not measured" if value is None else number(value))
 
 
+def is_wide(values: Iterable[float | None]) -> bool:
+    """Say whether they differ too much for bars in proportion."""
+    positive = [value for value in values if value and value > 0]
+    return bool(positive) and max(positive) / min(positive) > WIDE
+
+
 def bar_lengths(values: Iterable[float | None]) -> list[float]:
-    """Return the bars' lengths: in proportion, or to a logarithmic scale if they would differ too much to be seen."""
+    """Return the bars' lengths: in proportion, or to a logarithmic scale where the values differ much."""
     given = list(values)
     positive = [value for value in given if value and value > 0]
     if not positive:
         return [0.0] * len(given)
     most, least = max(positive), min(positive)
     decades = max(DECADES, math.ceil(math.log10(most / least)) + 0.5)
-    wide = most / least > 30
+    wide = is_wide(given)
 
     def length(value: float | None) -> float:
         if not value or value <= 0:

@@ -27,7 +27,7 @@ class Plan:
     """What to measure, and how long. `rates_per_s` is at how many requests a second the open loop asks."""
 
     runs: int = 5
-    seconds: float = 3.0
+    seconds: float = 2.0
     tokens: int = 8
     contestants: tuple[str, ...] = tuple(EVERY)
     connections: tuple[int, ...] = CONNECTIONS

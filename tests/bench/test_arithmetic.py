@@ -207,12 +207,13 @@ def test_the_tables_tell_every_case_of_every_contestant() -> None:
 def test_the_picture_is_well_formed_and_tells_what_was_not_measured() -> None:
     results = Results([sample("direct", requests_per_s=9000), sample("gateway", requests_per_s=90), sample("<b>")])
 
-    drawn = plot.svg(plot.panels(results), "a caption & more")
+    drawn = plot.svg(plot.panels(results), ["a caption & more", "a second line"])
 
     ElementTree.fromstring(drawn)  # noqa: S314 - our own
     assert "9,000" in drawn
     assert "not measured" in drawn
     assert "&lt;b&gt;" in drawn
+    assert drawn.count("logarithmic") == 1
     assert "a caption &amp; more" in drawn
 
 
