@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import click
 
-from tests.bench import cold, departures, plot, relay, scale, telling
-from tests.bench.budgets import Budget, all_kept, of_cold_start, of_relay, of_scale
+from tests.bench import cold, departures, plot, relay, scale, soak, telling
+from tests.bench.budgets import Budget, all_kept, of_cold_start, of_relay, of_scale, of_soak
 from tests.bench.machine import CannotMeasure, about, cores
 from tests.bench.rivals import ADDRESSES, EVERY, litellm_version
 
@@ -224,6 +224,17 @@ def cold_command(starts: int, as_json: bool) -> None:
 def scale_command(seconds: float, as_json: bool) -> None:
     """Measure a catalog of a thousand models, two hundred of which are alive and watched."""
     _say_one(_scale(seconds), as_json=as_json)
+
+
+@main.command("soak")
+@click.option("--minutes", default=30.0, show_default=True, help="How long the load goes on; two are a first look.")
+@AS_JSON
+def soak_command(minutes: float, as_json: bool) -> None:
+    """Measure what a long mixed load leaves behind: callers who leave and models that fail are part of it."""
+    found = soak.measure(minutes, cores(), _tell_progress)
+    left = (found.more_descriptors, found.more_sockets, found.under_way)
+    budgets = of_soak(found.growth_mb_per_minute, *left)
+    _say_one(Found("soak", asdict(found), telling.of_soak(found), budgets), as_json=as_json)
 
 
 @main.command("all")

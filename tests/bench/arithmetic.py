@@ -25,6 +25,19 @@ def percentile(values: Sequence[float], percent: float) -> float:
     return sorted(values)[max(rank, 1) - 1]
 
 
+def slope(points: Sequence[tuple[float, float]]) -> float:
+    """Return by how much y grows with each x, as the straight line through all points does (least squares).
+
+    Raises:
+        ValueError: they have no two different x.
+    """
+    xs, ys = zip(*points, strict=True) if points else ((), ())
+    try:
+        return statistics.linear_regression(xs, ys).slope
+    except statistics.StatisticsError:
+        raise ValueError("there is no slope of less than two points") from None
+
+
 def ratio(value: float | None, other: float | None) -> float | None:
     """Return how many times `other` the value is; None where either is not known, or `other` is nothing."""
     return value / other if value is not None and other else None

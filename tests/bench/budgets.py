@@ -89,3 +89,13 @@ def of_scale(p99_ms: float | None, idle_cpu_percent: float | None, rss_mib: floa
         Budget("1,000 models, 200 of them alive: idle CPU", "% of a core", 3, measured=idle_cpu_percent),
         Budget("1,000 models, 200 of them alive: resident memory", "MB", 150, measured=mb),
     ]
+
+
+def of_soak(growth_mb_per_minute: float, more_descriptors: int, more_sockets: int, under_way: int) -> list[Budget]:
+    """Return the budgets of a long mixed load: what it may leave behind."""
+    return [
+        Budget("soak: resident memory grows after the warm-up", "MB/min", 0.2, measured=growth_mb_per_minute),
+        Budget("soak: file descriptors more than before", "", 0, measured=more_descriptors),
+        Budget("soak: sockets more than before", "", 0, measured=more_sockets),
+        Budget("soak: requests still under way", "", 0, measured=under_way),
+    ]

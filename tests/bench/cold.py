@@ -10,10 +10,8 @@ from __future__ import annotations
 import asyncio
 import statistics
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from typing import Any
 from tests.bench.answers import TGI_STREAM, streamed
 from tests.bench.callers import Target, ask
 from tests.bench.machine import Cores, pinned
+from tests.bench.own_server import served
 from tests.bench.rivals import GENERATE, Place, gateway_of
 from tests.bench.upstream import Upstream
 
@@ -79,30 +78,6 @@ class LoadingServer:
         return head % len(body) + body
 
 
-@contextmanager
-def loading_server() -> Iterator[tuple[LoadingServer, int]]:
-    """Run one in a thread; yield it and its port."""
-    server, loop = LoadingServer(), asyncio.new_event_loop()
-    listener = loop.run_until_complete(asyncio.start_server(server.serve, "127.0.0.1", 0))
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
-    try:
-        yield server, listener.sockets[0].getsockname()[1]
-    finally:
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
-        loop.run_until_complete(_end(listener))
-        loop.close()
-
-
-async def _end(listener: asyncio.Server) -> None:
-    listener.close()
-    others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-    for task in others:
-        task.cancel()
-    await asyncio.gather(*others, return_exceptions=True)
-
-
 def measure(starts: int, cores: Cores, told: Callable[[str], object]) -> list[ColdStart]:
     """Return what so many cold starts took, each of another model of one gateway.
 
@@ -110,7 +85,8 @@ def measure(starts: int, cores: Cores, told: Callable[[str], object]) -> list[Co
         CannotMeasure: the gateway does not run, or a start fails.
     """
     told(f"cold start, {starts} times")
-    with tempfile.TemporaryDirectory() as name, pinned(cores.others), loading_server() as (server, port):
+    server = LoadingServer()
+    with tempfile.TemporaryDirectory() as name, pinned(cores.others), served(server.serve) as port:
         place = Place(Path(name), Upstream({}), cores.tested)
         with gateway_of(place, {f"m{each}": _model(each, port) for each in range(starts + 1)}) as (_, at, key):
             headers = {"Authorization": f"Bearer {key}"}

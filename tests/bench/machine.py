@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -127,6 +127,16 @@ def rss_mib(pids: Sequence[int]) -> float:
         except (FileNotFoundError, ProcessLookupError):
             continue
     return pages * PAGE_BYTES / 2**20
+
+
+def descriptors(pids: Sequence[int]) -> list[str]:
+    """Return what these processes have open, as the kernel names it: `socket:[123]`, or a path."""
+    found = []
+    for pid in pids:
+        for entry in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(OSError):  # it was closed meanwhile
+                found.append(str(entry.readlink()))
+    return found
 
 
 def needed(program: str, package: str) -> str:

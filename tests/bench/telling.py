@@ -10,6 +10,7 @@ from tests.bench.arithmetic import Case, Kind, Results
 from tests.bench.budgets import Budget
 from tests.bench.cold import ColdStart
 from tests.bench.scale import Scale
+from tests.bench.soak import Soaked
 
 NOTHING = "-"
 KIND_WORDS: Mapping[Kind, str] = {
@@ -111,7 +112,9 @@ def of_budgets(budgets: Iterable[Budget]) -> list[str]:
         sign = "at least" if budget.at_least else "at most"
         goal = NOTHING if budget.goal is None else f"{budget.goal:g}{' (reached)' if budget.reaches_goal else ''}"
         measured = NOTHING if budget.measured is None else f"{number(budget.measured)} {budget.unit}"
-        rows.append((budget.what, measured, f"{sign} {budget.bound:g} {budget.unit}", goal, budget.verdict))
+        rows.append(
+            (budget.what, measured.strip(), f"{sign} {budget.bound:g} {budget.unit}".strip(), goal, budget.verdict)
+        )
     return table(rows)
 
 
@@ -130,6 +133,14 @@ def of_scale(found: Scale) -> list[str]:
     """Return what a large catalog costs."""
     words = f"{found.models} models, {found.alive} of them alive: GET /models p50 {number(found.p50_ms)} ms"
     return ["", f"{words}, p99 {number(found.p99_ms)} ms, {found.failed} unanswered"]
+
+
+def of_soak(found: Soaked) -> list[str]:
+    """Return what was asked and how it ended, and memory from the first to the last sample."""
+    asked = [("asked by whom, or for what", "times"), *((name, f"{times:,}") for name, times in found.asked.items())]
+    ended = ", ".join(f"{status}: {times:,}" for status, times in sorted(found.answered.items()))
+    memory = f"resident memory, MiB: {number(found.rss_mib[0][1])} at first, {number(found.rss_mib[-1][1])} at last"
+    return ["", *table(asked), f"ended with {ended}", memory]
 
 
 def of_machine(machine: Mapping[str, Any]) -> list[str]:

@@ -23,7 +23,7 @@ from tests.bench.answers import (
     streamed,
     whole,
 )
-from tests.bench.arithmetic import Case, Figure, Results, Sample, percentile, ratio
+from tests.bench.arithmetic import Case, Figure, Results, Sample, percentile, ratio, slope
 from tests.bench.budgets import (
     MANY_STREAMS,
     ONE,
@@ -33,10 +33,12 @@ from tests.bench.budgets import (
     of_cold_start,
     of_relay,
     of_scale,
+    of_soak,
 )
 from tests.bench.callers import Target, Throughput, is_whole, lua, throughput
 from tests.bench.machine import CannotMeasure, cpu_s, needed, rss_mib, tree
 from tests.bench.paced_server import tokens_of
+from tests.bench.soak import Soaked
 from tests.runtimes.processes import wait_until
 
 # ---- arithmetic ----
@@ -62,6 +64,32 @@ def test_a_percentile_is_a_value_that_was_measured(values: list[float], percent:
 def test_there_is_no_percentile_of_nothing() -> None:
     with pytest.raises(ValueError, match="of nothing"):
         percentile([], 50)
+
+
+def test_a_slope_is_that_of_the_line_through_all_points() -> None:
+    assert slope([(0, 10), (1, 12), (2, 14)]) == 2
+    assert slope([(0, 1), (1, 0), (2, 1), (3, 0)]) == pytest.approx(-0.2)
+
+
+@pytest.mark.parametrize("points", [[], [(1.0, 1.0)], [(1.0, 1.0), (1.0, 2.0)]])
+def test_less_than_two_points_have_no_slope(points: list[tuple[float, float]]) -> None:
+    with pytest.raises(ValueError, match="no slope"):
+        slope(points)
+
+
+def test_memory_is_judged_without_its_warm_up() -> None:
+    rising = [(float(second), 50.0 if second >= 30 else float(second)) for second in range(121)]
+    leaking = [(float(second), 50 + second / 60) for second in range(121)]
+
+    assert Soaked({}, {}, rising, 0, 0, 0).growth_mb_per_minute == pytest.approx(0)
+    assert Soaked({}, {}, leaking, 0, 0, 0).growth_mb_per_minute == pytest.approx(2**20 / 1e6)
+
+
+def test_nothing_may_be_left_behind() -> None:
+    assert all_kept(of_soak(0.2, 0, 0, 0))
+    assert all_kept(of_soak(-1, -1, 0, 0))
+    for missed in ((0.3, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)):
+        assert not all_kept(of_soak(*missed))
 
 
 def test_a_ratio_to_nothing_is_not_known() -> None:
