@@ -58,6 +58,13 @@ def _end(budgets: Sequence[Budget]) -> None:
 # ---- relay ----
 
 
+NOTES = """
+requests/s and CPU: wrk, as fast as it goes. Times of what is not paced: an open loop at 100 requests/s (1 connection)
+or {rate}, from when each was due; none where fewer are answered. Times of tokens: from written to read; those that were
+never read are not in them (`unfinished`). LiteLLM is asked at /v1/completions for what is /generate elsewhere. The
+gateway always asks engine tgi for a stream, also where its caller wants none."""
+
+
 def _plan_options(command: Callable[..., None]) -> Callable[..., None]:
     for option in (
         click.option("--runs", default=5, show_default=True, help="How often to measure; the medians count."),
@@ -145,6 +152,7 @@ def _tell_relay(found: dict[str, Any]) -> None:
         click.echo(line)
     for what, why in found["measured"].missing.items():
         click.echo(f"not measured: {what}: {why}")
+    click.echo(NOTES.format(rate=found["plan"].rates_per_s[1]))
 
 
 @main.command("relay")

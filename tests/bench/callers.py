@@ -22,7 +22,7 @@ from typing import Any
 from tests.bench.answers import stamps
 from tests.bench.machine import CannotMeasure, needed
 
-PATIENCE_S = 5.0
+PATIENCE_S = 3.0
 """How long after the last request was due its answers are still waited for."""
 READ_BYTES = 256 * 1024
 
