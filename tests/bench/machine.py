@@ -9,7 +9,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -21,6 +22,7 @@ from tests.runtimes.processes import wait_until
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 END_S = 30.0
+LOOK_S = 0.02
 
 
 class CannotMeasure(Exception):
@@ -62,20 +64,34 @@ def running(
     command: Sequence[str], log: Path, on: frozenset[int], environ: Mapping[str, str] | None = None
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Run a program on these cores, its output in a file, until the context ends; then its whole tree is gone."""
+    its_cores = [needed("taskset", "util-linux"), "--cpu-list", ",".join(map(str, sorted(on)))]
     with log.open("ab") as output:
         process = subprocess.Popen(
-            command,
+            [*its_cores, *command],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
             env={**os.environ, **(environ or {})},
             start_new_session=True,
-            preexec_fn=lambda: os.sched_setaffinity(0, on),
         )
     try:
         yield process
     finally:
         _end(process)
+
+
+def until_up(name: str, is_up: Callable[[], bool], process: subprocess.Popen[bytes], log: Path, bound_s: float) -> None:
+    """Return when a program that was started is up.
+
+    Raises:
+        CannotMeasure: it ended, or is not up within the bound; says what it wrote last.
+    """
+    deadline = time.monotonic() + bound_s
+    while not is_up():
+        what = "ended" if process.poll() is not None else f"was not up within {bound_s:g} s"
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise CannotMeasure(f"{name} {what}: {log.read_text(errors='replace')[-2000:]}")
+        time.sleep(LOOK_S)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -93,8 +94,8 @@ def _one_turn(name: str, plan: Plan, place: Place, measured: Measured) -> None:
 def _one_case(contestant: Contestant, case: Case, plan: Plan, place: Place, measured: Measured) -> None:
     try:
         figures = figures_of(contestant, case, plan, place)
-    except CannotMeasure as error:
-        measured.missing[f"{contestant.name}, {case.address}, {case.kind}"] = str(error)
+    except (CannotMeasure, OSError, subprocess.TimeoutExpired) as error:  # what was measured before is not lost for it
+        measured.missing[f"{contestant.name}, {case.address}, {case.kind}, {case.connections}"] = str(error)
     else:
         measured.samples.append(Sample(contestant.name, case, figures))
 

@@ -22,9 +22,8 @@ from gateway.keys import MOST, add_key
 from tests.bench.answers import CHAT, COMPLETION, PROMPT, TGI_STREAM
 from tests.bench.arithmetic import Kind
 from tests.bench.callers import Target, ask
-from tests.bench.machine import PYTHON, CannotMeasure, running, tree
+from tests.bench.machine import PYTHON, CannotMeasure, running, tree, until_up
 from tests.bench.upstream import UP_S, Upstream, nginx
-from tests.runtimes.processes import wait_until
 from tests.tgi_double.process import answers, free_port
 
 GENERATE = "/generate"
@@ -143,9 +142,7 @@ def gateway_of(place: Place, models: dict[str, Any]) -> Iterator[tuple[int, int,
     port = free_port()
     command = [PYTHON, "-m", "gateway", "serve", "--port", str(port), "--catalog", str(catalog)]
     with running(command, log, place.core, {"GATEWAY_API_KEYS_FILE": str(keys)}) as process:
-        wait_until(lambda: answers(port) or process.poll() is not None, UP_S)
-        if process.poll() is not None:
-            raise CannotMeasure(f"the gateway ended: {log.read_text()[-2000:]}")
+        until_up("the gateway", lambda: answers(port), process, log, UP_S)
         yield process.pid, port, key
 
 
@@ -185,7 +182,10 @@ def litellm_program() -> Path:
         [str(home / "bin" / "python"), "-m", "pip", "install", "--quiet", "litellm[proxy]"],
     )
     for command in commands:
-        ran = subprocess.run(command, capture_output=True, text=True, timeout=INSTALL_S, check=False)
+        try:
+            ran = subprocess.run(command, capture_output=True, text=True, timeout=INSTALL_S, check=False)
+        except subprocess.TimeoutExpired:
+            raise CannotMeasure(f"LiteLLM cannot be installed within {INSTALL_S:g} s") from None
         if ran.returncode:
             raise CannotMeasure(f"LiteLLM cannot be installed: {ran.stderr.strip()[-400:]}")
     return program
@@ -205,9 +205,7 @@ def litellm(place: Place) -> Iterator[Contestant]:
     config.write_text(json.dumps(_litellm_config(place.upstream)))  # JSON is YAML
     command = [str(program), "--config", str(config), "--host", "127.0.0.1", "--port", str(port), "--num_workers", "1"]
     with running(command, log, place.core, {"LITELLM_LOCAL_MODEL_COST_MAP": "True"}) as process:
-        wait_until(lambda: _is_live(port) or process.poll() is not None, LITELLM_UP_S)
-        if process.poll() is not None:
-            raise CannotMeasure(f"LiteLLM ended: {log.read_text()[-2000:]}")
+        until_up("LiteLLM", lambda: _is_live(port), process, log, LITELLM_UP_S)
         yield Contestant("litellm", process.pid, _of_litellm(port))
 
 

@@ -19,10 +19,10 @@ import pytest
 from tests.bench import cold, relay
 from tests.bench.answers import CHAT, COMPLETION, TGI_STREAM
 from tests.bench.callers import Target, ask, at_fixed_rate, read_streams
-from tests.bench.machine import CannotMeasure, cores, running
+from tests.bench.machine import CannotMeasure, cores, running, until_up
 from tests.bench.rivals import GENERATE, KINDS, Place, direct
 from tests.bench.upstream import upstream
-from tests.runtimes.processes import wait_until
+from tests.runtimes.processes import runs, wait_until
 from tests.tgi_double.process import answers, free_port
 
 needs_nginx = pytest.mark.skipif(not shutil.which("nginx"), reason="there is no nginx on this machine")
@@ -104,6 +104,22 @@ def test_who_answers_with_an_error_is_not_measured() -> None:
 def test_nobody_there_is_no_answer() -> None:
     with pytest.raises(CannotMeasure, match="/x is not answered"):
         ask(Target(free_port(), "/x"))
+
+
+def test_a_program_that_ends_at_once_is_not_waited_for(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    command = [sys.executable, "-c", "print('no such flag')"]
+    with running(command, log, cores().others) as process, pytest.raises(CannotMeasure, match="it ended: no such flag"):
+        until_up("it", lambda: False, process, log, 20)
+
+
+def test_a_program_that_never_is_up_is_waited_for_within_a_bound_and_ended(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    command = [sys.executable, "-c", "import time; time.sleep(1000)"]
+    with running(command, log, cores().others) as process, pytest.raises(CannotMeasure, match="not up within"):
+        until_up("it", lambda: False, process, log, 0.1)
+
+    assert not runs(process.pid)
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,7 @@ from pathlib import Path
 
 from tests.bench.answers import CHAT, COMPLETION, TGI_STREAM, nginx_text, streamed, whole
 from tests.bench.arithmetic import Kind
-from tests.bench.machine import PYTHON, CannotMeasure, needed, running
-from tests.runtimes.processes import wait_until
+from tests.bench.machine import PYTHON, needed, running, until_up
 from tests.tgi_double.process import answers, free_port
 
 UP_S = 20.0
@@ -55,9 +54,7 @@ def nginx(folder: Path, name: str, servers: str, port: int, on: frozenset[int], 
     log = folder / f"{name}.log"
     program = needed("nginx", "nginx-light")
     with running([program, "-p", str(folder), "-c", str(config)], log, on) as process:
-        wait_until(lambda: answers(port) or process.poll() is not None, UP_S)
-        if process.poll() is not None:
-            raise CannotMeasure(f"nginx ({name}) ended: {log.read_text()[-600:]}")
+        until_up(f"nginx ({name})", lambda: answers(port), process, log, UP_S)
         yield process.pid
 
 
@@ -69,9 +66,7 @@ def upstream(folder: Path, tokens: int, on: frozenset[int]) -> Iterator[Upstream
     pacing = [PYTHON, "-m", "tests.bench.paced_server", str(ports["paced"]), str(TOKENS_PER_S)]
     log = folder / "paced.log"
     with nginx(folder, "upstream", servers, ports["whole"], on, "off"), running(pacing, log, on) as process:
-        wait_until(lambda: answers(ports["paced"]) or process.poll() is not None, UP_S)
-        if process.poll() is not None:
-            raise CannotMeasure(f"the upstream of streams ended: {log.read_text()[-600:]}")
+        until_up("the upstream of streams", lambda: answers(ports["paced"]), process, log, UP_S)
         yield Upstream(ports)
 
 
