@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -25,11 +26,17 @@ class Group(click.Group):
     """Says in words what cannot be measured, and why."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        signal.signal(signal.SIGTERM, _leave)
         try:
             return super().invoke(ctx)
         except CannotMeasure as error:
             click.echo(str(error), err=True)
             ctx.exit(CANNOT)
+
+
+def _leave(number: int, _: object) -> None:
+    """End as an exception does, so that whatever was started ends too."""
+    sys.exit(128 + number)
 
 
 @click.group(cls=Group)
