@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
 from pydantic import BaseModel
+from pydantic_core import to_json
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from gateway.api.problems import documented
@@ -115,11 +116,12 @@ class Message(BaseModel):
 
 def models_router(fleet: Fleet) -> APIRouter:
     router = APIRouter(tags=["models"])
+    listed = _Listed()
 
     @router.get("/models", response_model=Models, summary="List available models")
     @router.head("/models", include_in_schema=False)
     async def models() -> Any:
-        return {"models": [model_json(status) for status in fleet.statuses()]}
+        return Response(listed.page(fleet.statuses()), media_type="application/json")
 
     @router.get("/models/{model_id}", response_model=Model, summary="Show one model", responses=documented(404, 422))
     async def model(model_id: str) -> Any:
@@ -208,6 +210,21 @@ def models_router(fleet: Fleet) -> APIRouter:
         return LineStream(_terminated(output), "text/plain; charset=utf-8", until=fleet.closing)
 
     return router
+
+
+class _Listed:
+    """Writes the list of all models. What it says of one whose snapshot is the same as before is not written anew."""
+
+    def __init__(self) -> None:
+        self._written: dict[str, tuple[Status, bytes]] = {}
+
+    def page(self, statuses: Sequence[Status]) -> bytes:
+        self._written = {status.spec.id: (status, self._of(status)) for status in statuses}
+        return b'{"models":[' + b",".join(entry for _, entry in self._written.values()) + b"]}"
+
+    def _of(self, status: Status) -> bytes:
+        before = self._written.get(status.spec.id)
+        return before[1] if before and before[0] is status else to_json(model_json(status))
 
 
 def model_json(status: Status) -> dict[str, Any]:

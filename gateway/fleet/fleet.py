@@ -82,6 +82,7 @@ class Fleet:
         self._rest = rest
         self._instance_type = instance
         self._models: dict[str, Replicas] = {}
+        self._downs: dict[str, Status] = {}
         self._closing: asyncio.Future[None] | None = None
 
     @property
@@ -141,9 +142,16 @@ class Fleet:
         """Return a snapshot of every model, in the order of the catalog."""
         return [self.status(spec) for spec in self.catalog.models.values()]
 
+    def _never_started(self, spec: ModelSpec) -> Status:
+        """Return what is known of a model that was never started: always the same snapshot, for most are just that."""
+        status = self._downs.get(spec.id)
+        if status is None or status.spec is not spec:
+            status = self._downs[spec.id] = _down(spec)
+        return status
+
     def status(self, spec: ModelSpec) -> Status:
         model = self._models.get(spec.id)
-        status = model.status if model else _never_started(spec)
+        status = model.status if model else self._never_started(spec)
         if status.spec is not spec:  # the server before a change has not gone yet
             status = replace(status, spec=spec)
         if (why := self.unknown.get(spec.runtime)) is not None:
@@ -194,6 +202,7 @@ class Fleet:
         if contended := list(self._contended(catalog)):
             raise CatalogError([f"{catalog.path.name}: {words}" for words in contended])
         before, self.catalog = self.catalog.models, catalog
+        self._downs.clear()
         changes = changes_between(before, catalog.models)
         self._tell(changes)
         for name in self._not_looked_at():
@@ -515,7 +524,7 @@ def _warn_of_idle_keys(spec: ModelSpec) -> None:
         log.warning("%s: %s", server_name(spec), words)
 
 
-def _never_started(spec: ModelSpec) -> Status:
+def _down(spec: ModelSpec) -> Status:
     names = [server_name(spec, replica) for replica in range(spec.replicas)]
     down = [Status(spec, name, State.STOPPED, 0.0, 0, 0, None, None, None, None, None, None) for name in names]
     return as_one(down) if len(down) > 1 else down[0]
