@@ -374,17 +374,34 @@ class _Table:
         self._promise(claim, found)
 
     def _reserve(self, claim: Claim, staying: Sequence[Resident]) -> None:
-        """Keep younger claims from the GPUs that an aged one will have: those that come free the soonest."""
+        """Keep younger claims from the GPUs that an aged one will have: those that come free the soonest.
 
-        def free_at(each: Resident) -> float:
-            start_s = each.cost_s if each.phase is Phase.STARTING else 0.0
-            return each.since + start_s + self.rules.residency_s(each)
-
-        soonest = sorted(staying, key=free_at)
-        if (victims := self._sufficing(claim.demand, soonest)) is not None:
-            found = self._fit_without(victims, claim.demand)
-            assert found is not None, "the victims suffice"
+        If there can be none beside what older claims are to get, it is the next to have them after those.
+        """
+        soonest = sorted(staying, key=self._free_at)
+        if (found := self._plan(claim, soonest)) is not None:
             self.promised[claim.model] = found
+            return
+        older, self.promised, closed, self.reserved = self.promised, {}, self.reserved, set()
+        self._plan(claim, soonest)
+        self.promised, self.reserved = older, closed | self.reserved
+
+    def _free_at(self, each: Resident) -> float:
+        start_s = each.cost_s if each.phase is Phase.STARTING else 0.0
+        return each.since + start_s + self.rules.residency_s(each)
+
+    def _plan(self, claim: Claim, soonest: Sequence[Resident]) -> Place | None:
+        """Return what a claim will have once the first of these have gone, where nobody is to start until then.
+
+        Nor is anybody to start elsewhere beside one of them, who could not go meanwhile.
+        """
+        victims = self._sufficing(claim.demand, soonest)
+        if victims is None:
+            return None
+        found = self._fit_without(victims, claim.demand)
+        assert found is not None, "the victims suffice"
+        self.reserved.update(found.gpus, *(each.place.gpus for each in victims))
+        return found
 
     def _fewest(self, claim: Claim, candidates: Sequence[Resident]) -> list[Resident] | None:
         """Return the least regretted residents without which a claim fits, first those that are held for it."""

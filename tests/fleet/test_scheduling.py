@@ -81,6 +81,26 @@ def test_a_younger_claim_takes_what_the_older_cannot_use_yet() -> None:
     assert decision.placed == {"one": Place(("1",))}
 
 
+def test_two_claims_whose_patience_is_over_are_not_overtaken_though_the_older_one_will_have_what_both_need() -> None:
+    new = resident("new", "1", since=NOW, memory=14 * GIB)
+    idle = resident("idle", "0,2")
+    older = claim("older", Demand(("1",), 14 * GIB), age_s=AGED_S + 9)
+    next_one = claim("next", Demand(3, 14 * GIB), age_s=AGED_S)
+
+    decision = decided(gpus(3), [new, idle], [older, next_one, claim("young", Demand(2), age_s=60)])
+
+    assert (decision.placed, decision.evicted) == ({}, {})
+
+
+def test_nobody_starts_beside_one_that_is_to_go_for_a_claim_whose_patience_is_over() -> None:
+    new = resident("new", "0,1", since=NOW, memory=14 * GIB)
+    older = claim("older", Demand(("0",), 14 * GIB), age_s=AGED_S)
+
+    decision = decided(gpus(2), [new], [older, claim("young", Demand(("1",), 4 * GIB))])
+
+    assert decision.placed == {}
+
+
 @pytest.mark.parametrize("age_s", [1, AGED_S, 10 * AGED_S])
 def test_one_replica_never_makes_room_for_another(age_s: float) -> None:
     first = resident("m", "0", of="m")
