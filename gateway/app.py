@@ -59,7 +59,7 @@ from gateway.runtimes.inventory import DeviceFiles, JoinedInventory
 from gateway.runtimes.nvml import Nvml
 from gateway.runtimes.process import ProcessRuntime
 from gateway.settings import Settings, check_exposure, load_settings, unknown_variables
-from gateway.upstream import AiohttpClient
+from gateway.upstream import HttpClient
 from gateway.waiting import Room
 
 log = logging.getLogger(__name__)
@@ -134,7 +134,7 @@ def compose(settings: Settings, catalog: Catalog, load: Callable[[bytes], Catalo
         CatalogError: the file of keys cannot be used.
     """
     keys = load_keys(settings.api_keys_file) if settings.api_keys_file else None
-    processes, containers, probe, client = ProcessRuntime(), DockerRuntime(settings.name), HttpProbe(), AiohttpClient()
+    processes, containers, probe, client = ProcessRuntime(), DockerRuntime(settings.name), HttpProbe(), HttpClient()
     others = ExternalRuntime()
     figures = Figures(VERSION)
     inventory = inventory_of(settings)

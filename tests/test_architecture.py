@@ -40,6 +40,8 @@ FLOORS = [
     ["gateway.fleet"],
     ["gateway.writers", "gateway.dialects.openai", "gateway.figures"],
     ["gateway.relay"],
+    ["gateway.http11"],
+    ["gateway.dialing"],
     ["gateway.upstream", "gateway.dialects", "gateway.passage"],
     ["gateway.api"],
     ["gateway.app"],

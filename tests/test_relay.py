@@ -34,7 +34,7 @@ from gateway.fleet.health import HttpProbe
 from gateway.fleet.instance import Instance
 from gateway.fleet.journal import Journal
 from gateway.runtimes.base import Exit, Found, Handle, Launch, Listener
-from gateway.upstream import AiohttpClient
+from gateway.upstream import HttpClient
 from tests.fleet.scenes import spec
 from tests.scripted_server import HEAD, Conversation, Script, ScriptedServer, end, scripted, token
 
@@ -105,7 +105,7 @@ class Stage:
 async def stage(script: Script, *other_ports: int, **keys: Any) -> AsyncIterator[Stage]:
     async with AsyncExitStack() as stack:
         server, port = await stack.enter_async_context(scripted(script))
-        runtime, client, probe = AtAnAddress(*other_ports, port), AiohttpClient(), HttpProbe()
+        runtime, client, probe = AtAnAddress(*other_ports, port), HttpClient(), HttpProbe()
         model = spec(**keys)
         catalog = Catalog(path=Path("models.yaml"), default_model="m", models={"m": model})
         engines: dict[str, Engine] = {"llamacpp": LlamaCpp(), "openai": OpenAi(), "tgi": Tgi()}

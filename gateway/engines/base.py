@@ -27,6 +27,8 @@ class Call:
     body: bytes = field(default=b"", repr=False)
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     method: Literal["POST", "GET"] = "POST"
+    fresh: bool = False
+    """Goes over a connection of its own, closed after it: the server closes those that are kept when it likes."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -148,8 +148,9 @@ def _weights_missing(spec: ModelSpec) -> StartFailed:
 
 
 def _json_call(path: str, body: Mapping[str, Any], secret: str) -> Call:
+    """Return a call over a connection of its own: under load llama.cpp's server closes kept ones without warning."""
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {secret}"}
-    return Call(path=path, body=json.dumps(body).encode(), headers=headers)
+    return Call(path=path, body=json.dumps(body).encode(), headers=headers, fresh=True)
 
 
 def _completion(request: GenerationRequest) -> dict[str, Any]:

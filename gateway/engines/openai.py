@@ -82,7 +82,7 @@ class OpenAi:
     def call(self, spec: ModelSpec, request: GenerationRequest, secret: str) -> Call:  # noqa: ARG002 - see `launch`
         path = "/completions" if request.chat is None else "/chat/completions"
         asked = openai_calls.body_of(_server(spec), spec, request, reports=_reports_logprobs(spec))
-        return Call(path, json.dumps({"model": model_name(spec), **asked}).encode(), _headers(spec))
+        return _post(path, json.dumps({"model": model_name(spec), **asked}).encode(), spec)
 
     def decoder(self, request: GenerationRequest) -> Decoder:
         if request.chat is None:
@@ -106,8 +106,8 @@ class OpenAi:
         """
         path, name = call.path.removeprefix("/v1"), model_name(spec)
         if call.method == "GET":
-            return Call(path, headers=authorization(spec), method="GET")
-        return Call(path, _with_model(call.body, name), _headers(spec))
+            return Call(path, headers=authorization(spec), method="GET", fresh=_is_fresh(spec))
+        return _post(path, _with_model(call.body, name), spec)
 
 
 # ---- where it is, and what it is ----
@@ -143,8 +143,12 @@ def _never_ready(error: GatewayError) -> StartFailed:
 # ---- asking ----
 
 
-def _headers(spec: ModelSpec) -> dict[str, str]:
-    return {"Content-Type": "application/json", **authorization(spec)}
+def _post(path: str, body: bytes, spec: ModelSpec) -> Call:
+    return Call(path, body, {"Content-Type": "application/json", **authorization(spec)}, fresh=_is_fresh(spec))
+
+
+def _is_fresh(spec: ModelSpec) -> bool:
+    return not _server(spec).keeps_connections
 
 
 def _with_model(body: bytes, name: str) -> bytes:

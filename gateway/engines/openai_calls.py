@@ -37,6 +37,8 @@ class Server:
     """Whether it can be told which tool must be called; else it is told of no other."""
     fills_the_context: bool = False
     """Whether it goes on as long as there is room, if no length is told; else the default is OpenAI's: 16 tokens."""
+    keeps_connections: bool = True
+    """Whether it leaves one open that it said it would; else each call has its own (`Call.fresh`)."""
 
 
 def _schema_of(grammar: Json) -> dict[str, Any]:
@@ -81,6 +83,7 @@ SERVERS: Mapping[str, Server] = {
         form=lambda grammar: {"json_schema": _schema_of(grammar)},
         chooses_by_name=False,
         fills_the_context=True,
+        keeps_connections=False,
     ),
 }
 """What `args: {server: ...}` may say. The first is also right for whatever speaks OpenAI's API and nothing more."""

@@ -855,3 +855,8 @@ def test_tokens_that_are_not_in_the_prompt_have_no_length() -> None:
 def test_what_is_no_list_of_tokens_is_told_of(body: bytes) -> None:
     with pytest.raises(UpstreamFailed, match="not its own protocol"):
         ENGINE.tokens(ask(), body)
+
+
+def test_every_call_has_a_connection_of_its_own() -> None:
+    for call in (ENGINE.call(spec(), ask(), "s3cret"), ENGINE.tokenize(spec(), ask(), "s3cret")):
+        assert call.fresh

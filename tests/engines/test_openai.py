@@ -881,3 +881,13 @@ def test_a_prompt_that_is_too_long_by_unknown_words_keeps_them() -> None:
 
     assert isinstance(error, PromptTooLong)
     assert "prompt too big" in error.detail
+
+
+@pytest.mark.parametrize(("server", "fresh"), [("openai", False), ("vllm", False), ("llama.cpp", True)])
+def test_only_a_server_that_keeps_connections_is_sent_calls_over_kept_ones(server: str, fresh: bool) -> None:
+    model = spec(args={"server": server})
+    said = Call("/v1/chat/completions", b'{"model":"m"}')
+    asked = Call("/v1/models", method="GET")
+
+    calls = [ENGINE.call(model, ask(), ""), ENGINE.forward(model, said, ""), ENGINE.forward(model, asked, "")]
+    assert [call.fresh for call in calls] == [fresh] * 3
