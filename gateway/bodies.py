@@ -159,4 +159,7 @@ def candidates(chances: Sequence[TokenChance]) -> list[dict[str, Any]]:
 
 def as_json(answer: Mapping[str, Any] | Sequence[Any]) -> bytes:
     """Return a body of JSON, in UTF-8. What is no Unicode in it, a lone surrogate, becomes a question mark."""
-    return json.dumps(answer, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
+    return _WRITER.encode(answer).encode(errors="replace")
+
+
+_WRITER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))

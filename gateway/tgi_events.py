@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 from gateway.bodies import as_json
@@ -83,7 +82,7 @@ def rest_of(finished: Finished, *, with_stop: bool) -> str:
 def ended(last: TokenEvent, reason: FinishReason, rest: str) -> TokenEvent:
     """Return the last token with what follows it. Without any text, it is the model's own end where there is one."""
     text = last.text + rest
-    return replace(last, text=text, special=not text and (last.special or reason == "eos"))
+    return last._replace(text=text, special=not text and (last.special or reason == "eos"))
 
 
 def token(event: TokenEvent, unknown: Unknown) -> dict[str, Any]:

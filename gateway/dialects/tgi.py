@@ -429,7 +429,7 @@ def _with_end(result: GenerationResult) -> list[TokenEvent]:
     *others, last = result.tokens
     told = "".join(event.text for event in result.tokens)
     end = ended(last, result.reason, result.text.removeprefix(told) + result.stop)
-    return [each if each.token is None or each.special else replace(each, text=each.token) for each in (*others, end)]
+    return [each if each.token is None or each.special else each._replace(text=each.token) for each in (*others, end)]
 
 
 def headers(inputs: str, result: GenerationResult, *, total_s: float, device: str | None) -> dict[str, str]:
