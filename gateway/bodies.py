@@ -162,4 +162,9 @@ def as_json(answer: Mapping[str, Any] | Sequence[Any]) -> bytes:
     return _WRITER.encode(answer).encode(errors="replace")
 
 
+def quoted(text: str) -> str:
+    """Return a text as it stands in JSON, a lone surrogate in it as well."""
+    return _WRITER.encode(text)
+
+
 _WRITER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))

@@ -16,8 +16,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequen
 from contextlib import AbstractAsyncContextManager, aclosing, suppress
 from dataclasses import replace
 from functools import partial
-from itertools import zip_longest
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar, cast
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -29,7 +28,7 @@ from gateway.errors import GatewayError, GenerationFailed, GenerationTimeout, Mo
 from gateway.fleet.life import Lease
 from gateway.fleet.replicas import Served
 from gateway.fleet.status import Status
-from gateway.generation import Finished, GenerationRequest, GenerationResult, PromptToken, collect
+from gateway.generation import Finished, GenerationRequest, GenerationResult, PromptToken, TokenEvent, collect
 from gateway.lifecycle import State
 from gateway.outcome import LEFT, OK, note
 from gateway.waiting import Standing, Wait, standing
@@ -314,12 +313,12 @@ class Exchange(Errand[Finished]):
         decoder = self.engine.decoder(self._request)
         async with aclosing(answer.chunks()) as chunks:
             async for chunk in chunks:
-                events = decoder.feed(chunk)
-                for event, following in zip_longest(events, events[1:]):
-                    if isinstance(event, Finished):
-                        return replace(event, generation_s=pace.took_s)
-                    await self._sink.take(event, last=isinstance(following, Finished))
-                    pace.came()
+                tokens, finished = _apart(decoder.feed(chunk))
+                if tokens:
+                    await self._sink.take(tokens, last=finished is not None)
+                    pace.came(len(tokens))
+                if finished:
+                    return replace(finished, generation_s=pace.took_s)
         raise Broken("the answer has no end")
 
     async def complete(self, result: Finished, lease: Lease) -> Finished:
@@ -338,6 +337,13 @@ class Exchange(Errand[Finished]):
                 if answer.status != 200:
                     return 0
                 return len(self.engine.tokens(self._request, await start_of(answer, MOST_TOKENS_BYTES)))
+
+
+def _apart(events: list[TokenEvent | Finished]) -> tuple[list[TokenEvent], Finished | None]:
+    """Return the tokens, and the end if it is there: it is the last one."""
+    last = events[-1] if events else None
+    finished = last if isinstance(last, Finished) else None
+    return cast(list[TokenEvent], events[:-1] if finished else events), finished
 
 
 class Tokenization(Errand["tuple[PromptToken, ...]"]):
