@@ -159,12 +159,12 @@ def candidates(chances: Sequence[TokenChance]) -> list[dict[str, Any]]:
 
 def as_json(answer: Mapping[str, Any] | Sequence[Any]) -> bytes:
     """Return a body of JSON, in UTF-8. What is no Unicode in it, a lone surrogate, becomes a question mark."""
-    return _WRITER.encode(answer).encode(errors="replace")
+    return json_text(answer).encode(errors="replace")
 
 
-def quoted(text: str) -> str:
-    """Return a text as it stands in JSON, a lone surrogate in it as well."""
-    return _WRITER.encode(text)
+def json_text(value: Any) -> str:
+    """Return the same as text, of any value: for what is put together of pieces of JSON."""
+    return _WRITER.encode(value)
 
 
 _WRITER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))

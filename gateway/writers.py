@@ -284,9 +284,9 @@ class _Part:
         self._index = index
 
     async def take(self, events: Sequence[TokenEvent], *, last: bool = False) -> None:
-        said, index = self._choices.event, self._index
-        before = b"".join([said(index, event, last=False) for event in events[:-1]])
-        if data := before + said(index, events[-1], last=last):
+        *others, final = events
+        before = [self._choices.event(self._index, event, last=False) for event in others] if others else ()
+        if data := b"".join(before) + self._choices.event(self._index, final, last=last):
             await self._stream.write(data)
 
     async def end(self, finished: Finished) -> None:

@@ -28,6 +28,7 @@ class EventLines:
             self._unread += chunk
             return []
         *lines, unread = (bytes(self._unread) + chunk if self._unread else chunk).split(b"\n")
-        self._unread = bytearray(unread)
+        if unread or self._unread:
+            self._unread = bytearray(unread)
         cut = [line.partition(b":") for line in lines if line]
         return [(name, value.strip()) for field, _, value in cut if (name := field.strip())]
