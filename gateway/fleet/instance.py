@@ -180,6 +180,11 @@ class Instance:
         return self._life is not None
 
     @property
+    def in_flight(self) -> int:
+        """How many leases are held."""
+        return self._in_flight
+
+    @property
     def queued(self) -> int:
         """How many wait for a lease."""
         return self._queue.requests

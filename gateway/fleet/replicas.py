@@ -190,6 +190,9 @@ class Replicas:
 
     def _choose(self) -> Instance:
         """Return the replica that a newcomer goes to; wake those that he, and the next ones, will need."""
+        free = [one for one in self._wanted() if one.grants_at_once]
+        if free:  # the same as below, without snapshots, and nobody is to be woken: as it is for nearly everybody
+            return min(free, key=lambda one: one.in_flight)
         statuses = [one.status for one in self._wanted()]
         chosen = least_loaded(statuses)
         for n in to_wake(statuses):
