@@ -159,4 +159,12 @@ def candidates(chances: Sequence[TokenChance]) -> list[dict[str, Any]]:
 
 def as_json(answer: Mapping[str, Any] | Sequence[Any]) -> bytes:
     """Return a body of JSON, in UTF-8. What is no Unicode in it, a lone surrogate, becomes a question mark."""
-    return json.dumps(answer, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
+    return json_text(answer).encode(errors="replace")
+
+
+def json_text(value: Any) -> str:
+    """Return the same as text, of any value: for what is put together of pieces of JSON."""
+    return _WRITER.encode(value)
+
+
+_WRITER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from types import TracebackType
+from typing import Self
 
 from starlette.types import Receive
 
@@ -14,12 +14,28 @@ class Departed(Exception):
 
 
 class Interrupt:
-    """Ends the task that runs inside `interruptible` with a reason. Only the first one counts, and none afterwards."""
+    """A context whose inside can be ended with a reason. Only the first one counts, and none afterwards."""
 
-    def __init__(self, task: asyncio.Task[object]) -> None:
-        self._task = task
+    def __init__(self) -> None:
         self.reason: Exception | None = None
         self.over = False
+        self._task: asyncio.Task[object]
+        self._cancelling = 0
+
+    async def __aenter__(self) -> Self:
+        task = asyncio.current_task()
+        assert task is not None  # coroutines run in tasks
+        self._task, self._cancelling = task, task.cancelling()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.over = True
+        if not isinstance(error, asyncio.CancelledError) or self.reason is None:
+            return
+        if self._task.uncancel() <= self._cancelling:
+            raise self.reason from None
 
     def fire(self, reason: Exception) -> None:
         if self.reason is None and not self.over:
@@ -27,42 +43,41 @@ class Interrupt:
             self._task.cancel()
 
 
-@asynccontextmanager
-async def interruptible() -> AsyncIterator[Interrupt]:
+def interruptible() -> Interrupt:
     """Run what is inside until it ends or is interrupted; then raise the reason.
 
     A cancellation from elsewhere stays a cancellation. `fire` must be called from another task or a callback.
     """
-    task = asyncio.current_task()
-    assert task is not None  # coroutines run in tasks
-    cancelling = task.cancelling()
-    interrupt = Interrupt(task)
-    try:
-        yield interrupt
-    except asyncio.CancelledError:
-        if interrupt.reason is None or task.uncancel() > cancelling:
-            raise
-        raise interrupt.reason from None
-    finally:
-        interrupt.over = True
+    return Interrupt()
 
 
-@asynccontextmanager
-async def until_departure(receive: Receive) -> AsyncIterator[Interrupt]:
+def until_departure(receive: Receive) -> Interrupt:
     """As `interruptible`, and interrupted when the caller's connection closes.
 
     Raises:
         Departed: it did. Whatever is inside was ended at its next await.
     """
-    async with interruptible() as interrupt:
-        watcher = asyncio.create_task(_watch(receive, interrupt), name="departure")
-        try:
-            yield interrupt
-        finally:
-            watcher.cancel()
+    return _UntilDeparture(receive)
 
 
-async def _watch(receive: Receive, interrupt: Interrupt) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    interrupt.fire(Departed())
+class _UntilDeparture(Interrupt):
+    def __init__(self, receive: Receive) -> None:
+        super().__init__()
+        self._receive = receive
+        self._watcher: asyncio.Task[None]
+
+    async def __aenter__(self) -> Self:
+        await super().__aenter__()
+        self._watcher = asyncio.create_task(self._watch(), name="departure")
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._watcher.cancel()
+        await super().__aexit__(kind, error, trace)
+
+    async def _watch(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self.fire(Departed())

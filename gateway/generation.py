@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 FinishReason = Literal["length", "stop", "eos", "tool_calls"]
 """`length`: max_new_tokens or the context was reached; `stop`: a stop text; `eos`: the model ended by itself;
@@ -171,12 +171,11 @@ class ToolCallPiece:
     arguments: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class TokenEvent:
+class TokenEvent(NamedTuple):
     """One generated token; or several, where the server does not tell them apart.
 
     `text` is what it adds to the answer. It may be empty: part of a character, part of a tool call, special, or held
-    back as a possible stop text.
+    back as a possible stop text. (There is one for every token: a tuple is made in a third of a dataclass's time.)
     """
 
     id: int | None
@@ -234,14 +233,14 @@ def collect(events: Iterable[TokenEvent], finished: Finished) -> GenerationResul
     """Return the whole answer that the events of a finished generation add up to."""
     tokens = tuple(events)
     return GenerationResult(
-        text="".join(token.text for token in tokens) + finished.text,
+        text="".join([token.text for token in tokens]) + finished.text,
         tokens=tokens,
         reason=finished.reason,
         tokens_generated=finished.tokens_generated,
         prompt_tokens=finished.prompt_tokens,
         generation_s=finished.generation_s,
         stop=finished.stop,
-        tool_calls=_joined(piece for token in tokens for piece in token.tool_calls),
+        tool_calls=_joined([piece for token in tokens for piece in token.tool_calls]),
     )
 
 

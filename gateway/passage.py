@@ -163,18 +163,19 @@ class Passage(Errand["Whole | None"]):
 
     async def _over_with(self, lines: Sequence[bytes], stream: Stream, pace: Pace) -> bool:
         """Pass lines on up to the end of the answer, and return whether that was among them."""
-        passed, said_something, over = bytearray(), False, False
+        passed: list[bytes] = []
+        said_something = over = False
         try:
             for line in lines:
-                passed += self.manner.line(line)
-                self._told.line(line)
-                is_blank = not line.strip()
-                said_something |= not is_blank and not line.startswith(b":")  # comments may go on for ever
-                if over := is_blank and self.manner.is_over:
+                passed.append(self.manner.line(line))
+                if not line.isspace():
+                    self._told.line(line)
+                    said_something = said_something or not line.startswith(b":")  # comments may go on for ever
+                elif over := self.manner.is_over:
                     break
         finally:
-            if passed:
-                await stream.write(bytes(passed))
+            if data := b"".join(passed):
+                await stream.write(data)
         if said_something:
             pace.came()
         return over
@@ -309,10 +310,11 @@ class _Lines:
             GenerationFailed: one has no end.
         """
         *lines, begun = chunk.split(b"\n")
-        if lines:
+        if lines and self._begun:
             lines[0] = bytes(self._begun) + lines[0]
             self._begun.clear()
-        self._begun += begun
+        if begun:
+            self._begun += begun
         if len(self._begun) > MOST_LINE_BYTES:
             raise GenerationFailed(f"The model's server sent more than {MOST_LINE_BYTES:,} bytes that are no event.")
         return [line + b"\n" for line in lines]

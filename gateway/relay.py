@@ -12,12 +12,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, ExitStack, aclosing, asynccontextmanager, suppress
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, aclosing, suppress
 from dataclasses import replace
 from functools import partial
-from itertools import zip_longest
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar, cast
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -29,10 +28,10 @@ from gateway.errors import GatewayError, GenerationFailed, GenerationTimeout, Mo
 from gateway.fleet.life import Lease
 from gateway.fleet.replicas import Served
 from gateway.fleet.status import Status
-from gateway.generation import Finished, GenerationRequest, GenerationResult, PromptToken, collect
+from gateway.generation import Finished, GenerationRequest, GenerationResult, PromptToken, TokenEvent, collect
 from gateway.lifecycle import State
 from gateway.outcome import LEFT, OK, note
-from gateway.waiting import standing, waits
+from gateway.waiting import Standing, Wait, standing
 from gateway.writers import Choices, Sink, StreamWriter, Tokens, WholeWriter, Writer
 
 log = logging.getLogger(__name__)
@@ -45,6 +44,8 @@ CANCELLED = "cancelled"
 """What has become of a call whose caller left, or of which another part failed."""
 COUNT_S = 2.0
 """How long a server may take to count a prompt's tokens, once the answer is there."""
+CLOCK_S = 0.001
+"""A timer may fire this much before its time."""
 MOST_TOKENS_BYTES = 64 * 2**20
 """Of a prompt's tokens: some 50 bytes each."""
 
@@ -168,37 +169,47 @@ class Errand(Generic[Result]):
 
     async def _attempt(self, interrupt: Interrupt, *, streamed: bool) -> Result:
         """Hold a lease for as long as the server works on the call."""
-        async with self._lease() as lease:
-            timeout_s = lease.spec.generation_timeout_s
-            lease.on_cut = interrupt.fire
-            before, self.spec, self.engine = self.engine, lease.spec, lease.engine
-            if self.engine is not before:
-                self.engine_changed()
-            try:
-                async with asyncio.timeout(timeout_s) as bound:
-                    pace = Pace(bound, timeout_s, streamed=streamed, begins=self._begins)
-                    return await self._send(lease, pace)
-            except TimeoutError:
-                raise self._too_slow(timeout_s, streamed=streamed) from None
+        request, wait = standing(), Wait()
+        try:
+            self._begin_to_wait(request, wait)
+            async with self.instance.lease(max_wait_s=self._max_wait_s, admitted=self.admission.granted) as lease:
+                lease.on_cut = interrupt.fire
+                wait.end()
+                request.works()
+                try:
+                    return await self._under(lease, interrupt, streamed=streamed)
+                finally:
+                    request.worked()
+        finally:
+            wait.end()
 
-    @asynccontextmanager
-    async def _lease(self) -> AsyncIterator[Lease]:
-        """Wait for a lease and hold it. A wait for a model that is not up does not count against who asks.
+    def _begin_to_wait(self, request: Standing, wait: Wait) -> None:
+        """Note that who asks waits, if so. A wait for a model that is not up does not count against him.
 
-        Raises: as `Instance.lease`; QueueFull also if too many wait for models in all.
+        Raises:
+            QueueFull: too many wait for models in all.
         """
-        request, status, admitted = standing(), self.instance.status, self.admission.granted
+        if self.instance.grants_at_once:
+            return
+        status = self.instance.status
         if _is_cold(status):
             request.rests()
-        with ExitStack() as waiting:
-            if not admitted and (_is_cold(status) or _is_busy(status)):
-                waiting.enter_context(waits())
-            async with self.instance.lease(max_wait_s=self._max_wait_s, admitted=admitted) as lease:
-                waiting.close()
-                with request.works():
-                    self.admission.granted = True
-                    self.instance.figures.waited(time.monotonic() - self._asked_at)
-                    yield lease
+        if not self.admission.granted and (_is_cold(status) or _is_busy(status)):
+            wait.begin()
+
+    async def _under(self, lease: Lease, interrupt: Interrupt, *, streamed: bool) -> Result:
+        self.admission.granted = True
+        self.instance.figures.waited(time.monotonic() - self._asked_at)
+        before, self.spec, self.engine = self.engine, lease.spec, lease.engine
+        if self.engine is not before:
+            self.engine_changed()
+        timeout_s = lease.spec.generation_timeout_s
+        give_up = partial(self._give_up, interrupt, timeout_s, streamed=streamed)
+        pace = Pace(timeout_s, give_up, streamed=streamed, begins=self._begins)
+        try:
+            return await self._send(lease, pace)
+        finally:
+            pace.is_over()
 
     def _begins(self) -> None:
         self.instance.figures.first_token(time.monotonic() - self._asked_at)
@@ -235,12 +246,13 @@ class Errand(Generic[Result]):
             return GenerationFailed(f"{words} after {pace.came_so_far} tokens.")
         return UpstreamFailed(f"{words} before the first token; its log may say why.")
 
-    def _too_slow(self, timeout_s: float, *, streamed: bool) -> GenerationTimeout:
+    def _give_up(self, interrupt: Interrupt, timeout_s: float, *, streamed: bool) -> None:
         what = "sent no token" if streamed else "had not finished"
-        return GenerationTimeout(
+        words = (
             f"The server of {self.instance.spec.id} {what} within generation_timeout ({timeout_s:g} s). "
             "Ask for fewer tokens, stream the answer, or raise generation_timeout in models.yaml."
         )
+        interrupt.fire(GenerationTimeout(words))
 
 
 class Exchange(Errand[Finished]):
@@ -301,12 +313,12 @@ class Exchange(Errand[Finished]):
         decoder = self.engine.decoder(self._request)
         async with aclosing(answer.chunks()) as chunks:
             async for chunk in chunks:
-                events = decoder.feed(chunk)
-                for event, following in zip_longest(events, events[1:]):
-                    if isinstance(event, Finished):
-                        return replace(event, generation_s=pace.took_s)
-                    await self._sink.take(event, last=isinstance(following, Finished))
-                    pace.came()
+                tokens, finished = _apart(decoder.feed(chunk))
+                if tokens:
+                    await self._sink.take(tokens, last=finished is not None)
+                    pace.came(len(tokens))
+                if finished:
+                    return replace(finished, generation_s=pace.took_s)
         raise Broken("the answer has no end")
 
     async def complete(self, result: Finished, lease: Lease) -> Finished:
@@ -325,6 +337,13 @@ class Exchange(Errand[Finished]):
                 if answer.status != 200:
                     return 0
                 return len(self.engine.tokens(self._request, await start_of(answer, MOST_TOKENS_BYTES)))
+
+
+def _apart(events: list[TokenEvent | Finished]) -> tuple[list[TokenEvent], Finished | None]:
+    """Return the tokens, and the end if it is there: it is the last one."""
+    last = events[-1] if events else None
+    finished = last if isinstance(last, Finished) else None
+    return cast(list[TokenEvent], events[:-1] if finished else events), finished
 
 
 class Tokenization(Errand["tuple[PromptToken, ...]"]):
@@ -470,21 +489,23 @@ class Worked(Response):
 
 
 class Pace:
-    """Counts what comes from a server and, where it is streamed, bounds the time between two pieces of it.
+    """Counts what comes from a server, and bounds the time for all of it or, where it is streamed, between two pieces.
 
-    `begins` is called when the first piece of a stream has come.
+    `give_up` is called when that has passed, `begins` when the first piece of a stream has come. One timer looks when
+    the last piece came; to set it anew for each of them would take as long as all else that is done with a token.
     """
 
     def __init__(
-        self, bound: asyncio.Timeout, timeout_s: float, *, streamed: bool, begins: Callable[[], None] = lambda: None
+        self, timeout_s: float, give_up: Callable[[], None], *, streamed: bool, begins: Callable[[], None]
     ) -> None:
         self.came_so_far = 0
         self._begins = begins
-        self._bound = bound
+        self._give_up = give_up
         self._timeout_s = timeout_s
         self._streamed = streamed
         self._loop = asyncio.get_running_loop()
-        self._began_at = self._loop.time()
+        self._began_at = self._last_at = self._loop.time()
+        self._timer = self._loop.call_later(timeout_s, self._look)
 
     @property
     def took_s(self) -> float:
@@ -493,16 +514,22 @@ class Pace:
 
     def is_over(self) -> None:
         """Say that the answer is here, so that what is done with it does not count."""
-        if not self._bound.expired():
-            self._bound.reschedule(None)
+        self._timer.cancel()
 
-    def came(self) -> None:
-        """Say that another piece came, and is written."""
-        self.came_so_far += 1
-        if self._streamed and self.came_so_far == 1:
-            self._begins()
-        if self._streamed and not self._bound.expired():
-            self._bound.reschedule(self._loop.time() + self._timeout_s)
+    def came(self, pieces: int = 1) -> None:
+        """Say that more pieces came, and are written."""
+        if self._streamed:
+            self._last_at = self._loop.time()
+            if not self.came_so_far:
+                self._begins()
+        self.came_so_far += pieces
+
+    def _look(self) -> None:
+        left_s = self._last_at + self._timeout_s - self._loop.time()
+        if left_s <= CLOCK_S:
+            self._give_up()
+        else:
+            self._timer = self._loop.call_later(left_s, self._look)
 
 
 async def start_of(answer: Answer, most_bytes: int) -> bytes:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from math import isfinite
 from typing import Any, NamedTuple
 
-from gateway.bodies import as_json
+from gateway.bodies import as_json, json_text
 from gateway.generation import Finished, FinishReason, GenerationRequest, TokenChance, TokenEvent
 
 FINISH_REASONS: Mapping[FinishReason, str] = {
@@ -69,10 +69,22 @@ class TokenFrames:
         return self._frame(held) if held else b""
 
     def _frame(self, event: TokenEvent, **last: Any) -> bytes:
+        logprob = self._unknown.logprob if event.logprob is None else event.logprob
+        if not last and not event.top and logprob is not None and isfinite(logprob):
+            return _plain_frame(self._index, _known(event.id, self._unknown), event, logprob)
         frame = {"index": self._index, "token": token(event, self._unknown)}
         if event.top and self._top_tokens:
             frame["top_tokens"] = [likely(chance, self._unknown) for chance in event.top]
         return as_event({**frame, "generated_text": None, "details": None, **last})
+
+
+def _plain_frame(index: int, id: int, event: TokenEvent, logprob: float) -> bytes:  # noqa: A002 - what it is
+    """Return what nearly every event is; byte for byte as JSON is written elsewhere, in a third of the time."""
+    frame = (
+        f'data: {{"index":{index},"token":{{"id":{id},"text":{json_text(_text(event))},"logprob":{logprob!r},'
+        f'"special":{"true" if event.special else "false"}}},"generated_text":null,"details":null}}\n\n'
+    )
+    return frame.encode(errors="replace")
 
 
 def rest_of(finished: Finished, *, with_stop: bool) -> str:
@@ -83,17 +95,21 @@ def rest_of(finished: Finished, *, with_stop: bool) -> str:
 def ended(last: TokenEvent, reason: FinishReason, rest: str) -> TokenEvent:
     """Return the last token with what follows it. Without any text, it is the model's own end where there is one."""
     text = last.text + rest
-    return replace(last, text=text, special=not text and (last.special or reason == "eos"))
+    return last._replace(text=text, special=not text and (last.special or reason == "eos"))
 
 
 def token(event: TokenEvent, unknown: Unknown) -> dict[str, Any]:
     """Return a token as TGI shows it. A special one has its own text, which is no part of the answer."""
     return {
         "id": _known(event.id, unknown),
-        "text": event.token or "" if event.special else event.text,
+        "text": _text(event),
         "logprob": unknown.logprob if event.logprob is None else event.logprob,
         "special": event.special,
     }
+
+
+def _text(event: TokenEvent) -> str:
+    return event.token or "" if event.special else event.text
 
 
 def likely(chance: TokenChance, unknown: Unknown) -> dict[str, Any]:

@@ -7,7 +7,7 @@ servers say there when they wait for a cold model and when they hold a lease. Th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
 
 from gateway.errors import QueueFull
@@ -42,15 +42,14 @@ class Standing:
         if not self._leases:
             self._set(at_work=False)
 
-    @contextmanager
-    def works(self) -> Iterator[None]:
-        """Say that what is inside holds a lease. Nobody is refused here: the request was admitted."""
+    def works(self) -> None:
+        """Say that a part of the request holds a lease. Nobody is refused here: the request was admitted."""
         self._leases += 1
         self._set(at_work=True)
-        try:
-            yield
-        finally:
-            self._leases -= 1
+
+    def worked(self) -> None:
+        """Say that it holds it no longer."""
+        self._leases -= 1
 
     def _set(self, *, at_work: bool) -> None:
         if at_work is not self._at_work:
@@ -82,9 +81,8 @@ class Room:
         finally:
             _ROOM.reset(token)
 
-    @contextmanager
-    def waits(self) -> Iterator[None]:
-        """Count what is inside as one who waits.
+    def enter(self) -> None:
+        """Count one more who waits.
 
         Raises:
             QueueFull: there is no room.
@@ -93,20 +91,33 @@ class Room:
             words = f"{self._most:,} requests wait for models already (GATEWAY_MAX_WAITING); send this one again later."
             raise QueueFull(words, retry_after_s=FULL_RETRY_S)
         self._waiting += 1
-        try:
-            yield
-        finally:
-            self._waiting -= 1
+
+    def leave(self) -> None:
+        self._waiting -= 1
 
 
 _ROOM: ContextVar[Room | None] = ContextVar("room", default=None)
 
 
-def waits() -> AbstractContextManager[None]:
-    """Return what counts its inside as one who waits, in the room of the request that is being answered, if any.
+class Wait:
+    """One who waits, in the room of the request that is being answered, if there is one."""
 
-    Raises:
-        QueueFull: as it is entered, if there is no room.
-    """
-    room = _ROOM.get()
-    return room.waits() if room else nullcontext()
+    def __init__(self) -> None:
+        self._room: Room | None = None
+
+    def begin(self) -> None:
+        """Be counted from now on.
+
+        Raises:
+            QueueFull: there is no room.
+        """
+        room = _ROOM.get()
+        if room:
+            room.enter()
+            self._room = room
+
+    def end(self) -> None:
+        """Be counted no more; does nothing where that is so already."""
+        room, self._room = self._room, None
+        if room:
+            room.leave()

@@ -99,8 +99,11 @@ class Sink(Protocol):
     streams: bool
     """Whether each goes on to the caller as it comes."""
 
-    async def take(self, event: TokenEvent, *, last: bool = False) -> None:
-        """Take the next token; when it is written, waits until the caller has room for it."""
+    async def take(self, events: Sequence[TokenEvent], *, last: bool = False) -> None:
+        """Take the next tokens, at least one, which came at once. `last`: the last of them is that of the answer.
+
+        When they are written, waits until the caller has room for them.
+        """
 
     async def end(self, finished: Finished) -> None:
         """Take the end of the exchange."""
@@ -131,8 +134,8 @@ class Tokens:
     def __init__(self) -> None:
         self.events: list[TokenEvent] = []
 
-    async def take(self, event: TokenEvent, *, last: bool = False) -> None:  # noqa: ARG002 - the end comes anyway
-        self.events.append(event)
+    async def take(self, events: Sequence[TokenEvent], *, last: bool = False) -> None:  # noqa: ARG002 - the end comes
+        self.events += events
 
     async def end(self, finished: Finished) -> None:
         pass
@@ -211,7 +214,7 @@ class Stream:
         if not self.began:
             self.began = True
             await self._send({"type": "http.response.start", "status": 200, "headers": self.head})
-        self._last_bytes = (self._last_bytes + data)[-3:]
+        self._last_bytes = data[-3:] if len(data) >= 3 else (self._last_bytes + data)[-3:]
         await self._send({"type": "http.response.body", "body": data, "more_body": more})
 
     async def fail(self, error: GatewayError, words: bytes) -> None:
@@ -280,8 +283,10 @@ class _Part:
         self._choices = choices
         self._index = index
 
-    async def take(self, event: TokenEvent, *, last: bool = False) -> None:
-        if data := self._choices.event(self._index, event, last=last):
+    async def take(self, events: Sequence[TokenEvent], *, last: bool = False) -> None:
+        *others, final = events
+        before = [self._choices.event(self._index, event, last=False) for event in others] if others else ()
+        if data := b"".join(before) + self._choices.event(self._index, final, last=last):
             await self._stream.write(data)
 
     async def end(self, finished: Finished) -> None:

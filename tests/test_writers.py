@@ -64,7 +64,7 @@ def test_the_status_goes_out_after_ten_seconds_of_silence_with_comments_from_the
         wire = Wire()
         with writer(wire) as stream:
             await asyncio.sleep(25)
-            await stream.part(0).take(TokenEvent(1, "x"))
+            await stream.part(0).take([TokenEvent(1, "x")])
             await asyncio.sleep(11)
             await stream.fail(GenerationFailed("broke"))
         times = [round(when) for when, _ in wire.sent]
@@ -78,11 +78,24 @@ def test_the_status_goes_out_after_ten_seconds_of_silence_with_comments_from_the
     play(scene)
 
 
+def test_tokens_that_come_at_once_go_out_at_once_and_the_last_one_is_part_of_the_end() -> None:
+    async def scene() -> None:
+        wire, same = Wire(), TokenEvent(None, "x")
+        with writer(wire) as stream:
+            await stream.part(0).take([same, same, same], last=True)
+            await stream.finish([Finished("eos", 3, 3)])
+
+        assert [body.count(b"data:") for body in wire.bodies] == [2, 1]
+        assert b'"generated_text":"xxx"' in wire.bodies[1]
+
+    play(scene)
+
+
 def test_nothing_goes_out_any_more_once_the_exchange_is_over() -> None:
     async def scene() -> None:
         wire = Wire()
         with writer(wire) as stream:
-            await stream.part(0).take(TokenEvent(1, "x"))
+            await stream.part(0).take([TokenEvent(1, "x")])
             await stream.finish([Finished("eos", 1, 3)])
         sent = len(wire.sent)
         await asyncio.sleep(60)
@@ -98,7 +111,7 @@ def test_a_caller_who_does_not_read_is_not_told_for_ever() -> None:
         wire = Wire()
         stream = writer(wire)
         with stream:
-            await stream.part(0).take(TokenEvent(1, "x"))
+            await stream.part(0).take([TokenEvent(1, "x")])
             wire._blocked = True
             began = asyncio.get_running_loop().time()
             await stream.fail(GenerationFailed("broke"))

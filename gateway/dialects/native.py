@@ -7,7 +7,6 @@ Pure: a body in, a `GenerationRequest` out; events in, bytes out. Streams have T
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -157,7 +156,7 @@ class NativeReply:
 
     def event(self, event: TokenEvent, *, last: bool = False) -> bytes:
         # the texts of a stream's tokens make the answer: the model's own end has none here, as TGI's would
-        return self._frames.event(replace(event, token="") if event.special else event, last=last)
+        return self._frames.event(event._replace(token="") if event.special else event, last=last)
 
     def end(self, finished: Finished) -> bytes:
         details = {

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, Protocol
 from pydantic import AfterValidator, BaseModel, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
-from gateway.bodies import MOST_TOKENS, Body, StopTexts, as_json, is_unicode
+from gateway.bodies import MOST_TOKENS, Body, StopTexts, as_json, is_unicode, json_text
 from gateway.errors import GatewayError
 from gateway.generation import Finished, FinishReason, GenerationRequest, GenerationResult, TokenEvent
 from gateway.shapes import shown, tgi_stream_failure
@@ -257,6 +257,7 @@ class OpenAiChoices:
         self._include_usage = body.include_usage
         self._n = body.n
         self._whole_kind, self._chunk_kind = kinds
+        self._chunk_begins = json_text(self._head(self._chunk_kind))[:-1]
         self._choices: defaultdict[int, Choice] = defaultdict(new_choice)
 
     def whole(self, results: Sequence[GenerationResult]) -> bytes:
@@ -283,10 +284,14 @@ class OpenAiChoices:
         return {**head, "system_fingerprint": about.tgi_fingerprint} if about.tgi_fingerprint else head
 
     def _chunks(self, index: int, pieces: Sequence[dict[str, Any]]) -> bytes:
-        usage_so_far = {"usage": None} if self._include_usage else {}
-        head = self._head(self._chunk_kind)
         told = map(_as_tgi, pieces) if self._heading.tgi_fingerprint else pieces
-        return b"".join(_event({**head, "choices": [{"index": index, **each}], **usage_so_far}) for each in told)
+        return b"".join([self._chunk(index, each) for each in told])
+
+    def _chunk(self, index: int, piece: dict[str, Any]) -> bytes:
+        """Return a piece of a choice as an event. What all of them begin with is written once."""
+        usage_so_far = ',"usage":null' if self._include_usage else ""
+        choice = f'{{"index":{index},{json_text(piece)[1:]}'
+        return f'data: {self._chunk_begins},"choices":[{choice}]{usage_so_far}}}\n\n'.encode(errors="replace")
 
 
 def _as_tgi(piece: dict[str, Any]) -> dict[str, Any]:

@@ -61,7 +61,8 @@ class Renaming:
         return b"data: " + as_json(shown(error, "openai").body) + b"\n\n"
 
     def _renamed(self, words: bytes) -> bytes:
-        return _MODEL.sub(lambda found: found[1] + self._name, words, count=1)
+        found = _MODEL.search(words)
+        return words[: found.end(1)] + self._name + words[found.end() :] if found else words
 
 
 def _words(line: bytes) -> str:

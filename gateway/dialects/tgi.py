@@ -429,7 +429,7 @@ def _with_end(result: GenerationResult) -> list[TokenEvent]:
     *others, last = result.tokens
     told = "".join(event.text for event in result.tokens)
     end = ended(last, result.reason, result.text.removeprefix(told) + result.stop)
-    return [each if each.token is None or each.special else replace(each, text=each.token) for each in (*others, end)]
+    return [each if each.token is None or each.special else each._replace(text=each.token) for each in (*others, end)]
 
 
 def headers(inputs: str, result: GenerationResult, *, total_s: float, device: str | None) -> dict[str, str]:
@@ -515,7 +515,7 @@ def served_name(spec: ModelSpec) -> str:
 
 
 _DONE = re.compile(rb"data:\s*\[DONE\]\s*")
-_LAST_FRAME = re.compile(rb'"(?:generated_text|error)"\s*:\s*".*\n', re.DOTALL)
+_LAST_FRAME, _ERROR = (re.compile(rb'"%b"\s*:\s*".*\n' % key, re.DOTALL) for key in (b"generated_text", b"error"))
 """Both are null or absent before. Within a text the quotes of the keys would be escaped."""
 _OPENAI_ERROR = re.compile(rb'"error"\s*:\s*\{.*\n', re.DOTALL)
 
@@ -537,7 +537,9 @@ class Untouched:
     def line(self, line: bytes) -> bytes:
         """Return the line. After an error under `/v1`, [DONE] still follows."""
         if line.startswith(b"data:"):
-            self.is_over = self.is_over or bool(_DONE.fullmatch(line) or _LAST_FRAME.search(line))
+            self.is_over = self.is_over or bool(
+                _DONE.fullmatch(line) or _LAST_FRAME.search(line) or _ERROR.search(line)
+            )
             self.may_end = self.may_end or self.is_over or bool(_OPENAI_ERROR.search(line))
         return line
 

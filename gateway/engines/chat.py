@@ -168,21 +168,20 @@ class ChatDecoder:
         self._finished = False
 
     def feed(self, chunk: bytes) -> list[TokenEvent | Finished]:
-        return [event for field, value in self._lines.feed(chunk) for event in self._line(field, value)]
-
-    def _line(self, field: bytes, value: bytes) -> Iterator[TokenEvent | Finished]:
-        if self._finished or field not in (b"data", b"error"):
-            return
+        events: list[TokenEvent | Finished] = []
         try:
-            yield from self._end() if value == b"[DONE]" else self._frame(field, object_in(value))
+            for field, value in self._lines.feed(chunk):
+                if not self._finished and field in (b"data", b"error"):
+                    events += self._end() if value == b"[DONE]" else self._frame(field, object_in(value))
         except NOT_THE_PROTOCOL as error:
             raise not_understood() from error
+        return events
 
     def _frame(self, field: bytes, frame: dict[str, Any]) -> Iterator[TokenEvent | Finished]:
         if field == b"error" or frame.get("error") or "choices" not in frame:
             raise self._failure(frame, self._tokens > 0)
         self._usage = frame.get("usage") or self._usage
-        told = _Told(**_told(frame.get("timings") or {}))
+        told = _told(timings) if (timings := frame.get("timings")) else NOTHING_TOLD
         if told.prompt_tokens:
             self._usage = {"prompt_tokens": told.prompt_tokens, **self._usage}
         for choice in frame["choices"][:1]:
@@ -240,6 +239,8 @@ class ChatDecoder:
         yield TokenEvent(piece.id, text, piece.logprob, top, piece.token, piece.special, self._wanted(piece.calls))
 
     def _wanted(self, calls: tuple[ToolCallPiece, ...]) -> tuple[ToolCallPiece, ...]:
+        if not calls:
+            return ()
         wanted = tuple(piece for piece in calls if piece.index == 0) if self._one_call else calls
         if len(wanted) < len(calls):
             self._end_here("tool_calls")
@@ -285,9 +286,12 @@ class _Told(NamedTuple):
     prompt_tokens: int = 0
 
 
-def _told(timings: Mapping[str, Any]) -> dict[str, int]:
+NOTHING_TOLD = _Told()
+
+
+def _told(timings: Mapping[str, Any]) -> _Told:
     prompt_tokens = count_in(timings.get("prompt_n")) + count_in(timings.get("cache_n"))
-    return {"tokens": count_in(timings.get("predicted_n")), "prompt_tokens": prompt_tokens}
+    return _Told(count_in(timings.get("predicted_n")), prompt_tokens)
 
 
 class _Calls:

@@ -22,12 +22,13 @@ class EventLines:
         Raises:
             GenerationFailed: a line has no end within `MOST_LINE_BYTES`.
         """
-        self._unread += chunk
-        if len(self._unread) > MOST_LINE_BYTES + len(chunk):
+        if len(self._unread) > MOST_LINE_BYTES:
             raise GenerationFailed("The model's server sent a line without end, which is no protocol; see its log.")
         if b"\n" not in chunk:  # what is unread is looked at once, however small its pieces are
+            self._unread += chunk
             return []
-        *lines, unread = bytes(self._unread).split(b"\n")
-        self._unread = bytearray(unread)
-        cut = (line.partition(b":") for line in lines)
+        *lines, unread = (bytes(self._unread) + chunk if self._unread else chunk).split(b"\n")
+        if unread or self._unread:
+            self._unread = bytearray(unread)
+        cut = [line.partition(b":") for line in lines if line]
         return [(name, value.strip()) for field, _, value in cut if (name := field.strip())]

@@ -6,6 +6,8 @@ import json
 import re
 from typing import Any
 
+from pydantic_core import from_json
+
 from gateway.bodies import MOST_TOKENS
 from gateway.generation import TokenEvent
 
@@ -23,9 +25,15 @@ def json_in(text: bytes) -> Any:
     Raises:
         ValueError, RecursionError: it is not JSON, or too deep.
     """
-    said = text.decode("utf-8-sig", errors="replace")
-    found = json.loads(said)
-    return _clean(found) if _ESCAPED_SURROGATE.search(said) else found
+    try:
+        return from_json(text)  # several times as fast, and refuses whatever is not quite right
+    except ValueError:
+        return _mended_json(text.decode("utf-8-sig", errors="replace"))
+
+
+def _mended_json(text: str) -> Any:
+    found = json.loads(text)
+    return _clean(found) if _ESCAPED_SURROGATE.search(text) else found
 
 
 def object_in(text: bytes) -> dict[str, Any]:

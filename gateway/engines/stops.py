@@ -10,6 +10,7 @@ class StopTexts:
 
     def __init__(self, texts: Sequence[str]) -> None:
         self._texts = tuple(text for text in texts if text)
+        self._longest = max(map(len, self._texts), default=0)
         self._held = ""
         self.found = False
         self.matched = ""
@@ -18,6 +19,8 @@ class StopTexts:
     def feed(self, piece: str) -> str:
         """Return what can be passed on now. Once a stop text is complete, `found` is set and nothing more comes."""
         text, self._held = self._held + piece, ""
+        if not self._texts:
+            return text
         if self.found:
             return ""
         found = [(start, stop) for stop in self._texts if (start := text.find(stop)) >= 0]
@@ -36,7 +39,7 @@ class StopTexts:
 
     def _may_become_stop(self, text: str) -> int:
         """Return how many characters at the end of `text` begin a stop text."""
-        longest = min(len(text), max(map(len, self._texts), default=0))
+        longest = min(len(text), self._longest)
         starts = (length for length in range(longest, 0, -1) if self._begins_stop(text[-length:]))
         return next(starts, 0)
 

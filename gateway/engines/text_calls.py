@@ -82,7 +82,7 @@ class TextCallDecoder:
 
     def _translated(self, event: TokenEvent | Finished) -> TokenEvent | Finished:
         if isinstance(event, TokenEvent):
-            return replace(event, text="", tool_calls=self._pieces(event.text))
+            return event._replace(text="", tool_calls=self._pieces(event.text))
         reason = "tool_calls" if self._has_begun and event.reason != "length" else event.reason
         return replace(event, reason=reason, text="")
 

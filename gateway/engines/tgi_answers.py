@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -56,25 +56,26 @@ class StreamDecoder:
         self._finished = False
 
     def feed(self, chunk: bytes) -> list[TokenEvent | Finished]:
-        return [event for field, value in self._lines.feed(chunk) for event in self._line(field, value)]
-
-    def _line(self, field: bytes, value: bytes) -> Iterator[TokenEvent | Finished]:
-        if self._finished or field != b"data":
-            return
+        events: list[TokenEvent | Finished] = []
         try:
-            yield from self._event(object_in(value))
+            for field, value in self._lines.feed(chunk):
+                if field == b"data" and not self._finished:
+                    self._event(object_in(value), events)
         except NOT_THE_PROTOCOL as error:
             raise _not_understood() from error
+        return events
 
-    def _event(self, event: dict[str, Any]) -> Iterator[TokenEvent | Finished]:
+    def _event(self, event: dict[str, Any], events: list[TokenEvent | Finished]) -> None:
         if "error" in event:
             raise self._failure(event)
-        token, special = event["token"], bool(event["token"]["special"])
-        text = self._stop.feed("" if special else token["text"])
+        token = event["token"]
+        own, special = text_in(token["text"]), bool(token["special"])
+        text = self._stop.feed("" if special else own)
         self._tokens += 1
-        yield TokenEvent(int(token["id"]), text, _logprob(token), self._chances(event), text_in(token["text"]), special)
+        chances = self._chances(event["top_tokens"]) if event.get("top_tokens") else ()
+        events.append(TokenEvent(int(token["id"]), text, _logprob(token), chances, own, special))
         if reason := self._reason(event):
-            yield self._end(reason, event.get("details"))
+            events.append(self._end(reason, event.get("details")))
 
     def _reason(self, event: dict[str, Any]) -> FinishReason | None:
         if self._stop.found:
@@ -89,9 +90,9 @@ class StreamDecoder:
         rest = "" if self._stop.found else self._stop.rest()
         return Finished(reason, self._tokens, prompt_tokens, rest, self._stop.matched)
 
-    def _chances(self, event: dict[str, Any]) -> tuple[TokenChance, ...]:
+    def _chances(self, tokens: Any) -> tuple[TokenChance, ...]:
         """Return the likeliest tokens: TGI sends more of them than asked for where some are equally likely."""
-        found = ((token, _logprob(token)) for token in event.get("top_tokens") or ())
+        found = ((token, _logprob(token)) for token in tokens)
         chances = [_chance(token, logprob) for token, logprob in found if logprob is not None]
         return tuple(chances[: self._top])
 

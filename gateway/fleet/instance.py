@@ -11,8 +11,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -36,7 +36,7 @@ from gateway.fleet.gpus import Gpus, Occupancy, demand_of, place_of
 from gateway.fleet.health import Health
 from gateway.fleet.identity import launch_of, same_server, server_key, server_name
 from gateway.fleet.journal import Journal
-from gateway.fleet.life import Lease, Life, Paused
+from gateway.fleet.life import Lease, Leasing, Life, Paused
 from gateway.fleet.placement import Place
 from gateway.fleet.queue import Among, Grant, Queue, SentAway, Ticket
 from gateway.fleet.scheduling import Phase, Usage
@@ -83,8 +83,8 @@ class Entry:
     """Whether its server goes on when the gateway ends."""
 
 
-Elsewhere = Callable[[float | None, float], AbstractAsyncContextManager[Lease]]
-"""Leases any of a model's replicas, for a caller who waits for so long at most, and came at this time."""
+Elsewhere = Callable[[float | None, float], Awaitable[Lease]]
+"""Returns a lease of any of a model's replicas, for a caller who waits for so long at most, and came at this time."""
 
 
 def _nothing() -> None:
@@ -186,43 +186,54 @@ class Instance:
         return self._life is not None
 
     @property
+    def in_flight(self) -> int:
+        """How many leases are held."""
+        return self._in_flight
+
+    @property
     def queued(self) -> int:
         """How many wait for a lease."""
         return self._queue.requests
 
-    @asynccontextmanager
-    async def lease(
-        self, *, max_wait_s: float | None = None, admitted: bool = False, among: Among | None = None
-    ) -> AsyncIterator[Lease]:
+    @property
+    def grants_at_once(self) -> bool:
+        """Whether who asks for a lease now does not wait for it."""
+        return not self._queue and self._has_slot()
+
+    def lease(self, *, max_wait_s: float | None = None, admitted: bool = False) -> Leasing:
         """Hold the right to send one request, starting the model first if it is down.
 
         Waits for the start, then for a free slot, in the order of arrival. `max_wait_s` bounds the wait for
         a model that is not running yet; the start goes on without the caller who gave up. `admitted`: it is for
-        a further part of a request that was let in, so a full queue does not turn it away. `among`: there are other
-        replicas, and the caller may be sent away to them.
+        a further part of a request that was let in, so a full queue does not turn it away.
 
         Raises:
             StartFailed, StartTimeout: the model could not be started, or failed recently and cools down.
             ModelNotLoaded: `max_wait_s` has passed, or an operator called the start off.
             ModelUnhealthy, NoCapacity, QueueFull, ShuttingDown: come back later.
+        """
+        return Leasing(partial(self.obtain, max_wait_s, admitted=admitted))
+
+    async def obtain(self, max_wait_s: float | None, *, admitted: bool, among: Among | None = None) -> Lease:
+        """Return a lease as `lease` has it, which is to be given back. Nothing is awaited once it is granted.
+
+        `among`: there are other replicas, and the caller may be sent away to them.
+
+        Raises: as `lease`, and
             SentAway: only `among` others: one of them has a slot free.
         """
-        self._usage = self._usage.asked(self._loop.time())
         came_at = self._loop.time()
-        lease = self._grant_at_once()
+        self._usage = self._usage.asked(came_at)
+        if self.grants_at_once:
+            return self._new_lease()
+        self._refuse_newcomer(among, admitted=admitted)
+        lease = await self._lease_in_turn(max_wait_s, among)
         if not lease:
-            self._refuse_newcomer(among, admitted=admitted)
-            lease = await self._lease_in_turn(max_wait_s, among)
-        if not lease:
-            async with self.elsewhere(max_wait_s, came_at) as lease:
-                yield lease
-            return
-        try:
-            if lease.error:  # cut in the very tick in which it was granted
-                raise lease.error
-            yield lease
-        finally:
+            return await self.elsewhere(max_wait_s, came_at)
+        if lease.error:  # cut in the very tick in which it was granted
             self._give_back(lease)
+            raise lease.error
+        return lease
 
     async def _lease_in_turn(self, max_wait_s: float | None, among: Among | None) -> Lease | None:
         """Wait for a lease; return None if another one is to serve a caller who came when there was no other."""
@@ -432,11 +443,6 @@ class Instance:
     def _in_flight(self) -> int:
         return len(self._life.leases) if self._life else 0
 
-    def _grant_at_once(self) -> Lease | None:
-        if self._queue or not self._has_slot():
-            return None
-        return self._new_lease()
-
     async def _wait(self, *, lease: bool, max_wait_s: float | None = None, among: Among | None = None) -> Grant:
         came_at = among.came_at if among else self._loop.time()
         try:
@@ -507,7 +513,8 @@ class Instance:
         life = self._life
         assert life is not None  # a READY model has a life with a handle
         assert life.handle is not None
-        lease = Lease(life.handle, life.secret, life, self.spec, self.engine, granted_at=self._loop.time())
+        now = self._loop.time()
+        lease = Lease(life.handle, life.secret, life, self.spec, self.engine, granted_at=now, give_back=self._give_back)
         life.leases[lease] = None
         self._rearm()
         return lease

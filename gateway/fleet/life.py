@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from gateway.catalog import ModelSpec
 from gateway.engines.base import Engine
@@ -35,11 +35,28 @@ class Lease:
     error: GatewayError | None = None
     """Why it was cut, if it was; also before its holder could know of it."""
     granted_at: float = 0.0
+    give_back: Callable[[Lease], None] = field(kw_only=True)
+    """Has whoever granted it take it back; never waits."""
 
     def cut(self, error: GatewayError) -> None:
         self.error = error
         if self.on_cut is not None:
             self.on_cut(error)
+
+
+class Leasing:
+    """A context that holds a lease: waits for it as it is entered, and gives it back as it is left."""
+
+    def __init__(self, obtain: Callable[[], Awaitable[Lease]]) -> None:
+        self._obtain = obtain
+        self._lease: Lease
+
+    async def __aenter__(self) -> Lease:
+        self._lease = await self._obtain()
+        return self._lease
+
+    async def __aexit__(self, *_: object) -> None:
+        self._lease.give_back(self._lease)
 
 
 class Paused(Exception):

@@ -6,9 +6,9 @@ Who asks is sent to the least loaded one. Whoever queues for one of them is serv
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 from gateway.catalog import ModelSpec
@@ -22,7 +22,7 @@ from gateway.errors import (
 )
 from gateway.fleet.figures import Figures
 from gateway.fleet.instance import Entry, Instance
-from gateway.fleet.life import Lease
+from gateway.fleet.life import Lease, Leasing
 from gateway.fleet.queue import Among, SentAway
 from gateway.fleet.status import Status
 from gateway.lifecycle import DOWN, STARTING_UP, State
@@ -160,8 +160,12 @@ class Replicas:
 
     # What callers ask for
 
-    @asynccontextmanager
-    async def lease(self, *, max_wait_s: float | None = None, admitted: bool = False) -> AsyncIterator[Lease]:
+    @property
+    def grants_at_once(self) -> bool:
+        """Whether who asks for a lease now does not wait for it."""
+        return any(one.grants_at_once for one in self._wanted())
+
+    def lease(self, *, max_wait_s: float | None = None, admitted: bool = False) -> Leasing:
         """Hold the right to send one request to the least loaded replica, as `Instance.lease` does.
 
         Where none is ready all are started, and where those that are ready are full one more. Should the one that he
@@ -169,26 +173,16 @@ class Replicas:
 
         Raises: as `Instance.lease`, but for SentAway.
         """
-        async with self._lease_any(max_wait_s, self._loop.time(), admitted=admitted) as lease:
-            yield lease
+        return Leasing(partial(self._obtain, max_wait_s, self._loop.time(), admitted=admitted))
 
-    @asynccontextmanager
-    async def _lease_any(
-        self, max_wait_s: float | None, came_at: float, *, admitted: bool = True
-    ) -> AsyncIterator[Lease]:
-        async with AsyncExitStack() as held:
-            yield await self._granted(held, max_wait_s, came_at, admitted=admitted)
-
-    async def _granted(
-        self, held: AsyncExitStack, max_wait_s: float | None, came_at: float, *, admitted: bool
-    ) -> Lease:
+    async def _obtain(self, max_wait_s: float | None, came_at: float, *, admitted: bool = True) -> Lease:
         had_failed = False
         while True:
             one = self._choose()
             queued_elsewhere = sum(other.queued for other in self._wanted()) - one.queued
             among = Among(came_at, queued_elsewhere)
             try:
-                return await held.enter_async_context(one.lease(max_wait_s=max_wait_s, admitted=admitted, among=among))
+                return await one.obtain(max_wait_s, admitted=admitted, among=among)
             except SentAway:
                 admitted = True
             except _FAILURES:
@@ -198,6 +192,9 @@ class Replicas:
 
     def _choose(self) -> Instance:
         """Return the replica that a newcomer goes to; wake those that he, and the next ones, will need."""
+        free = [one for one in self._wanted() if one.grants_at_once]
+        if free:  # the same as below, without snapshots, and nobody is to be woken: as it is for nearly everybody
+            return min(free, key=lambda one: one.in_flight)
         statuses = [one.status for one in self._wanted()]
         chosen = least_loaded(statuses)
         for n in to_wake(statuses):
@@ -263,7 +260,7 @@ class Replicas:
             one.send_away(one.queued)
             one.remove()
         for one in self._members if len(self._members) > 1 else ():
-            one.on_free_slot, one.elsewhere = self._spread, self._lease_any
+            one.on_free_slot, one.elsewhere = self._spread, self._obtain
 
     def _spread(self) -> None:
         """Have those who queue come to where slots are free, from the longest queue first."""

@@ -6,6 +6,8 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from gateway.dialects.openai import Heading, SampledBody
@@ -410,6 +412,25 @@ def test_what_no_engine_can_do_is_refused_as_unsupported(make: Any, field: str, 
 
 
 # ---- whole answers ---------------------------------------------------------------------------------------------------
+
+
+ANY_TEXT = st.text(st.characters(codec=None, exclude_categories=())) | st.sampled_from(['"', "\\", "\u2028", "\ud800"])
+
+
+@given(ANY_TEXT.filter(bool), ANY_TEXT, st.booleans(), st.none() | ANY_TEXT.filter(bool), st.integers(0, 127))
+def test_every_chunk_is_written_as_json_is_written(
+    said: str, model: str, usage: bool, fingerprint: str | None, index: int
+) -> None:
+    options = {"stream_options": {"include_usage": True}} if usage else {}
+    choices = ChatChoices(Heading("id-1", 17, model, fingerprint), chat(stream=True, **options))
+    delta = {"role": "assistant", "content": said}
+    wanted: dict[str, Any] = {"id": "id-1", "object": "chat.completion.chunk", "created": 17, "model": model}
+    wanted |= {"system_fingerprint": fingerprint} if fingerprint else {}
+    wanted |= {"choices": [{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}]}
+    wanted |= {"usage": None} if usage else {}
+    written = json.dumps(wanted, ensure_ascii=False, separators=(",", ":"))
+
+    assert choices.event(index, TokenEvent(None, said)) == f"data: {written}\n\n".encode(errors="replace")
 
 
 def test_a_whole_chat() -> None:

@@ -190,7 +190,49 @@ def test_whole_characters_stay_as_they_are_however_they_are_written() -> None:
     assert json_in(b'{"\\ud800": 1}') == {"\ufffd": 1}
 
 
+JSON_TEXTS = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda parts: st.lists(parts) | st.dictionaries(st.text(), parts),
+).map(lambda value: json.dumps(value).encode())
+ODD_TEXTS = st.sampled_from(
+    [
+        b"",
+        b"\xef\xbb\xbf{}",
+        b'{"a": 1, "a": 2}',
+        b"-0",
+        b"1e400",
+        b"0123",
+        b"[1,]",
+        b"{} {}",
+        b'"a\x00"',
+        b'"\xff"',
+        b"1" * 5000,
+        b"[" * 500 + b"]" * 500,
+        b"[" * 50_000,
+    ]
+)
+
+
+@given(JSON_TEXTS | ODD_TEXTS | st.binary())
+def test_json_means_what_pythons_own_reader_takes_it_for(text: bytes) -> None:
+    def read(by: Callable[[bytes], Any]) -> str:
+        try:
+            return repr(by(text))
+        except (ValueError, RecursionError):
+            return "no JSON"
+
+    assert read(json_in) == read(lambda said: json.loads(said.decode("utf-8-sig", errors="replace")))
+
+
 # ---- lines ----
+
+
+@given(st.lists(st.binary(max_size=3) | st.sampled_from([b"data: a", b"\r\n", b"\n\n", b" event : b \n", b":c\n"])))
+def test_lines_are_the_same_however_they_come_in_chunks(chunks: list[bytes]) -> None:
+    lines = EventLines()
+    found = [line for chunk in chunks for line in lines.feed(chunk)]
+
+    assert found == EventLines().feed(b"".join(chunks))
 
 
 def test_a_line_may_be_long_but_not_without_end() -> None:
