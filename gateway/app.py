@@ -25,6 +25,7 @@ from gateway.api.api_server import api_server_router
 from gateway.api.authorization import Authorization
 from gateway.api.autotrain import autotrain_router
 from gateway.api.generate import generate_router
+from gateway.api.hot_routes import HotRoutes
 from gateway.api.inference import inference_router
 from gateway.api.llm_service import llm_service_router
 from gateway.api.metrics import Counted, metrics_router
@@ -172,7 +173,7 @@ def compose(settings: Settings, catalog: Catalog, load: Callable[[bytes], Catalo
     app.state.fleet = fleet
     problems.install(app)
     reports = Reports(fleet, VERSION, device=settings.device)
-    for router in (
+    routers = (
         generate_router(fleet, client),
         inference_router(fleet, client),
         autotrain_router(fleet, client),
@@ -183,9 +184,11 @@ def compose(settings: Settings, catalog: Catalog, load: Callable[[bytes], Catalo
         models_router(fleet),
         overview_router(fleet, reports),
         metrics_router(fleet, figures),
-    ):
+    )
+    for router in routers:
         app.include_router(router)
     # the last one added comes first
+    app.add_middleware(HotRoutes, routes=[route for router in routers for route in router.routes])
     app.add_middleware(BodyLimit, most_bytes=settings.max_body_bytes, closing=lambda: fleet.closing)
     app.add_middleware(Waiting, room=Room(settings.max_waiting))
     if keys is not None:

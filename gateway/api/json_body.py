@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Coroutine
+from email.message import Message
 from typing import Any
 
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
 
 from gateway.errors import InvalidRequest
+
+Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 
 class JsonRequest(Request):
@@ -40,13 +43,27 @@ def refuse_compressed(request: Request) -> None:
         raise InvalidRequest(f"Content-Encoding {encoding[:20]!r} is not supported; send the body as it is.")
 
 
+def is_json(content_type: str) -> bool:
+    """Say whether a body of this type is JSON, as FastAPI judges it."""
+    if content_type == "application/json":
+        return True
+    message = Message()
+    message["content-type"] = content_type
+    subtype = message.get_content_subtype()
+    return message.get_content_maintype() == "application" and (subtype == "json" or subtype.endswith("+json"))
+
+
 class JsonRoute(APIRoute):
     """A route whose body is read by `JsonRequest`."""
 
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+    def answering(self, handle: Handler) -> Handler:
+        """Return what answers the route's requests, by `handle` where the body has to be read and checked here."""
+        return handle
+
+    def get_route_handler(self) -> Handler:
         handle = super().get_route_handler()
 
         async def handle_json(request: Request) -> Response:
             return await handle(JsonRequest(request.scope, request.receive))
 
-        return handle_json
+        return self.answering(handle_json)
