@@ -17,6 +17,7 @@ from types import FrameType
 from typing import Any
 
 from fastapi import FastAPI
+from fastapi.telemetry import TelemetryConfig
 from starlette.middleware.cors import CORSMiddleware
 
 from gateway import machine
@@ -72,6 +73,9 @@ CORS: dict[str, Any] = {
     "expose_headers": ["X-Request-ID", "Retry-After"],
 }
 """What a page of an allowed origin may send, and read of the answer."""
+
+NO_TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False}
+"""The gateway has figures and a log of its own; FastAPI's would be looked for at every request."""
 
 
 def create_app(settings: Settings | None = None, environ: Mapping[str, str] = os.environ) -> FastAPI:
@@ -168,7 +172,13 @@ def compose(settings: Settings, catalog: Catalog, load: Callable[[bytes], Catalo
             for part in (client, probe, processes, containers, others, inventory):
                 await part.aclose()
 
-    app = FastAPI(title="TGI Gateway", version=VERSION, lifespan=lifespan, root_path=settings.root_path)
+    app = FastAPI(
+        title="TGI Gateway",
+        version=VERSION,
+        lifespan=lifespan,
+        root_path=settings.root_path,
+        telemetry=NO_TELEMETRY,
+    )
     app.router.redirect_slashes = False
     app.state.fleet = fleet
     problems.install(app)

@@ -18,6 +18,7 @@ from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.api import problems
+from gateway.api.headers import header
 from gateway.api.json_body import Handler, JsonRequest, JsonRoute, is_json
 from gateway.errors import GatewayError, InvalidRequest
 
@@ -71,7 +72,7 @@ def straight(route: JsonRoute) -> Handler:
 
     async def handle(request: Request) -> Response:
         body = _checked(route, await _said(request))
-        prefer = request.headers.get("prefer")
+        prefer = header(request.scope, b"prefer")
         response = await route.endpoint(**request.path_params, request=request, body=body, prefer=prefer)
         assert isinstance(response, Response)  # nothing is left to be rendered
         return response
@@ -92,7 +93,7 @@ async def _said(request: Request) -> Any:
         raise InvalidRequest("The body could not be read.") from None
     if not sent:
         raise RequestValidationError([{"loc": ("body",), "msg": "Field required", "type": "missing"}])
-    return await request.json() if is_json(request.headers.get("content-type", "")) else sent
+    return await request.json() if is_json(header(request.scope, b"content-type")) else sent
 
 
 def _checked(route: JsonRoute, said: Any) -> Any:

@@ -9,7 +9,9 @@ from typing import Any
 
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
+from starlette.requests import ClientDisconnect
 
+from gateway.api.headers import header
 from gateway.errors import InvalidRequest
 
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
@@ -17,6 +19,23 @@ Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 class JsonRequest(Request):
     """A request whose body is JSON in UTF-8 and nothing else."""
+
+    async def body(self) -> bytes:
+        """Return the body, which mostly comes in one piece: then this is that piece.
+
+        Raises:
+            ClientDisconnect: the caller left before it had come.
+        """
+        if not hasattr(self, "_body"):
+            message = await self.receive()
+            pieces = [message.get("body", b"")]
+            while message.get("more_body", False):
+                message = await self.receive()
+                pieces.append(message.get("body", b""))
+            if message["type"] == "http.disconnect":
+                raise ClientDisconnect
+            self._body = b"".join(pieces)
+        return self._body
 
     async def json(self) -> Any:
         """Return the body's value.
@@ -39,7 +58,7 @@ class JsonRequest(Request):
 
 def refuse_compressed(request: Request) -> None:
     """Raise InvalidRequest for a body that has to be decompressed."""
-    if encoding := request.headers.get("content-encoding"):
+    if encoding := header(request.scope, b"content-encoding"):
         raise InvalidRequest(f"Content-Encoding {encoding[:20]!r} is not supported; send the body as it is.")
 
 

@@ -19,6 +19,7 @@ from starlette.responses import JSONResponse
 
 from gateway.api import openai
 from gateway.api.asking import Prefer, exchange, invalid, max_wait_s
+from gateway.api.headers import header
 from gateway.api.json_body import Handler, JsonRoute, refuse_compressed
 from gateway.api.middleware import request_id_of
 from gateway.api.pages import add_pages
@@ -276,15 +277,15 @@ async def _put_through(instance: Served, client: Client, request: Request, path:
         sent = await request.body()
     except ClientDisconnect:
         raise InvalidRequest("The connection was closed before the body had come.") from None
-    kind = {name: value for name in ("content-type",) if (value := request.headers.get(name))}
+    kind = header(request.scope, b"content-type")
     passage = Passage(
         instance,
-        Call(path or "/", sent, kind),
+        Call(path or "/", sent, {"content-type": kind} if kind else {}),
         client,
         Untouched(as_openai=path.startswith("/v1/")),
         streamed=_is_streamed(path, sent),
         request_id=request_id_of(request.scope),
-        max_wait_s=max_wait_s(request.headers.get("prefer")),
+        max_wait_s=max_wait_s(header(request.scope, b"prefer")),
     )
     return PutThrough(passage)
 
