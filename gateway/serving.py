@@ -66,6 +66,7 @@ def prepared(environ: Mapping[str, str], checkpoint: str | None) -> Prepared:
     load = partial(catalog_with, settings.catalog, dict(environ), checkpoint)
     catalog = load()
     logging.config.dictConfig(_log_config(settings.log_format))
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False  # no line tells of them
     for complaint in unknown_variables(environ):
         log.warning("%s", complaint)
     return Prepared(settings, catalog, load)
