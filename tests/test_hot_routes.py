@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fastapi import APIRouter, FastAPI
+from fastapi import APIRouter, FastAPI, Request
 
 from gateway.api.hot_routes import HotRoutes
 from gateway.api.json_body import JsonRoute
@@ -239,7 +239,11 @@ def test_an_endpoint_with_parameters_that_nobody_gives_is_refused_at_once() -> N
     router = APIRouter(route_class=JsonRoute)
 
     @router.post("/odd")
-    async def odd(body: dict[str, int], number: int = 0) -> None: ...
+    async def odd(request: Request, body: dict[str, int], number: int = 0, prefer: str | None = None) -> None: ...
 
-    with pytest.raises(TypeError, match="odd"):
-        HotRoutes(FastAPI(), router.routes)
+    @router.post("/v1/models/{name}")
+    async def other(name: str, request: Request, body: dict[str, int], prefer: str | None = None) -> None: ...
+
+    for route in router.routes:
+        with pytest.raises(TypeError, match="nobody gives"):
+            HotRoutes(FastAPI(), [route])

@@ -65,9 +65,12 @@ def straight(route: JsonRoute) -> Handler:
     """Return what answers as the route does.
 
     Raises:
-        TypeError: its endpoint takes something else than the request, its body, `prefer` and what the path names.
+        TypeError: its path names more than a model, or its endpoint takes something else than that, the request, its
+            body and `prefer`.
     """
-    if signature(route.endpoint).parameters.keys() != {"request", "body", "prefer", *route.param_convertors}:
+    named = {"model_id"} if route.path.startswith(OF_A_MODEL) else set()
+    taken = signature(route.endpoint).parameters.keys()
+    if route.param_convertors.keys() != named or taken != {"request", "body", "prefer", *named}:
         raise TypeError(f"{route.path}: nobody gives {route.endpoint} its parameters")
 
     async def handle(request: Request) -> Response:
