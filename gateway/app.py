@@ -17,6 +17,7 @@ from types import FrameType
 from typing import Any
 
 from fastapi import FastAPI
+from fastapi.telemetry import TelemetryConfig
 from starlette.middleware.cors import CORSMiddleware
 
 from gateway import machine
@@ -25,6 +26,7 @@ from gateway.api.api_server import api_server_router
 from gateway.api.authorization import Authorization
 from gateway.api.autotrain import autotrain_router
 from gateway.api.generate import generate_router
+from gateway.api.hot_routes import HotRoutes
 from gateway.api.inference import inference_router
 from gateway.api.llm_service import llm_service_router
 from gateway.api.metrics import Counted, metrics_router
@@ -71,6 +73,9 @@ CORS: dict[str, Any] = {
     "expose_headers": ["X-Request-ID", "Retry-After"],
 }
 """What a page of an allowed origin may send, and read of the answer."""
+
+NO_TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False}
+"""The gateway has figures and a log of its own; FastAPI's would be looked for at every request."""
 
 
 def create_app(settings: Settings | None = None, environ: Mapping[str, str] = os.environ) -> FastAPI:
@@ -167,12 +172,18 @@ def compose(settings: Settings, catalog: Catalog, load: Callable[[bytes], Catalo
             for part in (client, probe, processes, containers, others, inventory):
                 await part.aclose()
 
-    app = FastAPI(title="TGI Gateway", version=VERSION, lifespan=lifespan, root_path=settings.root_path)
+    app = FastAPI(
+        title="TGI Gateway",
+        version=VERSION,
+        lifespan=lifespan,
+        root_path=settings.root_path,
+        telemetry=NO_TELEMETRY,
+    )
     app.router.redirect_slashes = False
     app.state.fleet = fleet
     problems.install(app)
     reports = Reports(fleet, VERSION, device=settings.device)
-    for router in (
+    routers = (
         generate_router(fleet, client),
         inference_router(fleet, client),
         autotrain_router(fleet, client),
@@ -183,9 +194,11 @@ def compose(settings: Settings, catalog: Catalog, load: Callable[[bytes], Catalo
         models_router(fleet),
         overview_router(fleet, reports),
         metrics_router(fleet, figures),
-    ):
+    )
+    for router in routers:
         app.include_router(router)
     # the last one added comes first
+    app.add_middleware(HotRoutes, routes=[route for router in routers for route in router.routes])
     app.add_middleware(BodyLimit, most_bytes=settings.max_body_bytes, closing=lambda: fleet.closing)
     app.add_middleware(Waiting, room=Room(settings.max_waiting))
     if keys is not None:

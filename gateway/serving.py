@@ -66,6 +66,7 @@ def prepared(environ: Mapping[str, str], checkpoint: str | None) -> Prepared:
     load = partial(catalog_with, settings.catalog, dict(environ), checkpoint)
     catalog = load()
     logging.config.dictConfig(_log_config(settings.log_format))
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False  # no line tells of them
     for complaint in unknown_variables(environ):
         log.warning("%s", complaint)
     return Prepared(settings, catalog, load)
@@ -226,6 +227,7 @@ def _config(app: FastAPI | str, what: Prepared, **more: Any) -> uvicorn.Config:
         lifespan="on",
         workers=1,
         access_log=False,  # the gateway has its own
+        proxy_headers=False,  # nothing here depends on who called the proxy, or how
         log_config=_log_config(what.settings.log_format),
         timeout_graceful_shutdown=_patience_s(max(spec.drain_timeout_s for spec in what.catalog.models.values())),
         **more,
@@ -234,7 +236,11 @@ def _config(app: FastAPI | str, what: Prepared, **more: Any) -> uvicorn.Config:
 
 def _log_config(log_format: str) -> dict[str, Any]:
     """Return the log's configuration: a line on stderr for each event, uvicorn's own among them."""
-    text = {"format": "%(asctime)s %(levelname)s %(name)s: %(message)s", "datefmt": "%Y-%m-%dT%H:%M:%S%z"}
+    text = {
+        "()": "gateway.serving.TextLines",
+        "fmt": "%(asctime)s %(levelname)s %(name)s: %(message)s",
+        "datefmt": "%Y-%m-%dT%H:%M:%S%z",
+    }
     return {
         "version": 1,
         "disable_existing_loggers": False,
@@ -243,6 +249,18 @@ def _log_config(log_format: str) -> dict[str, Any]:
         "root": {"level": "INFO", "handlers": ["stderr"]},
         "loggers": {"httpx": {"level": "WARNING"}},  # it would tell of every health check
     }
+
+
+class TextLines(logging.Formatter):
+    """Lines for people; the time, in seconds, is written out once for all lines of a second."""
+
+    _second = -1
+    _time = ""
+
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802 - logging's own
+        if int(record.created) != self._second:
+            self._second, self._time = int(record.created), super().formatTime(record, datefmt)
+        return self._time
 
 
 class JsonLines(logging.Formatter):

@@ -380,6 +380,11 @@ def test_names_are_escaped_where_the_format_asks_for_it() -> None:
         ("/v10", "other"),
         ("", "other"),
         ("/models\n", "other"),
+        ("*", "other"),
+        ("//generate", "gateway"),
+        ("/models//tgi", "models"),
+        ("/api/llm/inference/", "autotrain"),
+        ("/api/llm", "other"),
     ],
 )
 def test_an_address_belongs_to_one_of_few_apis(path: str, api: str) -> None:

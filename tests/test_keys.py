@@ -229,8 +229,8 @@ def test_no_more_requests_begin_within_any_minute() -> None:
     def begins_at(second: float) -> float | None:
         now[0] = second
         try:
-            with allowance.request():
-                return None
+            allowance.admit()
+            return None
         except RateLimited as error:
             return error.retry_after_s
 

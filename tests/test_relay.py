@@ -17,6 +17,7 @@ from fastapi import FastAPI
 from gateway.api import problems
 from gateway.api.autotrain import autotrain_router
 from gateway.api.generate import generate_router
+from gateway.api.hot_routes import HotRoutes
 from gateway.api.inference import inference_router
 from gateway.api.llm_service import llm_service_router
 from gateway.api.middleware import RequestLog
@@ -114,15 +115,17 @@ async def stage(script: Script, *other_ports: int, **keys: Any) -> AsyncIterator
         app = FastAPI()
         problems.install(app)
         reports = Reports(fleet, "1", device="auto")
-        for router in (
+        routers = (
             generate_router(fleet, client),
             inference_router(fleet, client),
             autotrain_router(fleet, client),
             llm_service_router(fleet, client, reports),
             openai_router(fleet, client),
             tgi_router(fleet, client, reports),
-        ):
+        )
+        for router in routers:
             app.include_router(router)
+        app.add_middleware(HotRoutes, routes=[route for router in routers for route in router.routes])
         app.add_middleware(RequestLog)
         config = uvicorn.Config(app, port=0, log_config=None, lifespan="off", access_log=False)
         serving = uvicorn.Server(config)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 
 from starlette._utils import get_route_path
-from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.api import problems
+from gateway.api.headers import headers
 from gateway.api.rights import right_for
 from gateway.errors import Forbidden, RateLimited, Unauthorized
 from gateway.keys import Key, Right, holder_of
@@ -34,9 +33,8 @@ class Allowance:
         self._under_way = 0
         self._began_at: deque[float] = deque()
 
-    @contextmanager
-    def request(self) -> Iterator[None]:
-        """Count what is inside as one request, but while it waits for a model that is not up yet: that costs nobody.
+    def admit(self) -> Standing:
+        """Return what counts a request that begins now, but while it waits for a cold model: that costs nobody.
 
         Only who comes is refused. So after a cold start more may be at work for a while than the key allows.
 
@@ -45,8 +43,7 @@ class Allowance:
         """
         self._check_concurrency()
         self._check_rate()
-        with Standing(self._count).request():
-            yield
+        return Standing(self._count)
 
     def _count(self, change: int) -> None:
         self._under_way += change
@@ -74,7 +71,7 @@ class Authorization:
     """Asks every request for its key, but at the addresses that are open to all.
 
     It must see the path that the router sees. A request counts for its key until the application is done with it: for a
-    generation whose caller leaves, that is at once. Its wait for a cold model does not count (`Allowance.request`).
+    generation whose caller leaves, that is at once. Its wait for a cold model does not count (`Allowance.admit`).
     """
 
     def __init__(self, app: ASGIApp, keys: Sequence[Key], clock: Callable[[], float] = time.monotonic) -> None:
@@ -87,15 +84,15 @@ class Authorization:
         if right is None:
             await self._app(scope, receive, send)
             return
-        with ExitStack() as counted:
-            try:
-                key = self._key(scope, right)
-                counted.enter_context(self._allowances[key.name].request())
-            except Unauthorized as error:  # the body of a stranger is not read
-                await problems.render(error, scope, REFUSED)(scope, receive, send)
-            except (Forbidden, RateLimited) as error:
-                await problems.render(error, scope)(scope, receive, send)
-            else:
+        try:
+            key = self._key(scope, right)
+            standing = self._allowances[key.name].admit()
+        except Unauthorized as error:  # the body of a stranger is not read
+            await problems.render(error, scope, REFUSED)(scope, receive, send)
+        except (Forbidden, RateLimited) as error:
+            await problems.render(error, scope)(scope, receive, send)
+        else:
+            with standing.request():
                 await self._app(scope, receive, send)
 
     def _key(self, scope: Scope, right: Right) -> Key:
@@ -105,7 +102,7 @@ class Authorization:
             Unauthorized: it shows none that is known.
             Forbidden: that one lacks the right.
         """
-        sent = Headers(scope=scope).getlist("authorization")
+        sent = headers(scope, b"authorization")
         token = _BEARER.fullmatch(sent[0]) if len(sent) == 1 else None
         key = holder_of(token[1].encode(), self._keys) if token else None
         if key is None:

@@ -18,20 +18,16 @@ from gateway.fleet.fleet import Fleet
 from gateway.fleet.gpus import Gpus
 from gateway.outcome import note, outcome_of
 
-_APIS = tuple(
-    (re.compile(rf"/(?:{pattern})(?:/.*)?", re.DOTALL), api)
-    for pattern, api in (
-        ("generate|generate_stream", "generate"),
-        ("inference", "inference"),
-        ("api/llm/inference", "autotrain"),
-        ("models/[^/]+/llm-service", "llm-service"),
-        ("models/[^/]+/api-server", "api-server"),
-        ("models/[^/]+/tgi", "tgi"),
-        ("v1", "openai"),
-        ("models", "models"),
-        ("|health|status|info|events|metrics|docs|redoc|openapi.json", "gateway"),
-    )
-)
+_APIS = {
+    **dict.fromkeys(("generate", "generate_stream"), "generate"),
+    "inference": "inference",
+    "v1": "openai",
+    **dict.fromkeys(("", "health", "status", "info", "events", "metrics", "docs", "redoc", "openapi.json"), "gateway"),
+}
+"""By the first step of a path."""
+_OF_A_MODEL = {"llm-service": "llm-service", "api-server": "api-server", "tgi": "tgi"}
+"""By what follows a model's id."""
+_AUTOTRAIN = re.compile(r"/api/llm/inference(?:/.*)?", re.DOTALL)
 
 
 def metrics_router(fleet: Fleet, figures: Figures) -> APIRouter:
@@ -57,7 +53,13 @@ def gpus_of(gpus: Gpus) -> Sequence[Gpu]:
 
 def api_of(path: str) -> str:
     """Return which API an address belongs to: one of a table, whatever the path holds."""
-    return next((api for pattern, api in _APIS if pattern.fullmatch(path)), "other")
+    if not path.startswith("/"):
+        return "other"
+    first, _, rest = path[1:].partition("/")
+    if first == "models":
+        model_id, _, rest = rest.partition("/")
+        return _OF_A_MODEL.get(rest.partition("/")[0], "models") if model_id else "models"
+    return _APIS.get(first) or ("autotrain" if _AUTOTRAIN.fullmatch(path) else "other")
 
 
 class Counted:

@@ -6,17 +6,17 @@ import asyncio
 import ipaddress
 import logging
 import re
+import secrets
 import sys
 import time
-import uuid
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 
-from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.api import problems
-from gateway.departure import interruptible
+from gateway.api.headers import header
+from gateway.departure import Interrupt, interruptible
 from gateway.errors import BodyTimeout, BodyTooLarge, GatewayError
 from gateway.fleet.refusals import shutting_down
 from gateway.waiting import Room
@@ -26,6 +26,8 @@ log = logging.getLogger("gateway.access")
 BODY_S = 60.0
 BODY_PIECE_S = 10.0
 """How long a body may take to come, as a whole and between two pieces of it."""
+LOOK_S = 1.0
+"""How often that is looked after."""
 LINGER_S = 2.0
 """How long what is left of a refused request is still taken."""
 UNANSWERED = "unanswered"
@@ -63,8 +65,8 @@ class RequestLog:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        sent = Headers(scope=scope).get("x-request-id", "")
-        request_id = sent if _ID.fullmatch(sent) else uuid.uuid4().hex
+        sent = header(scope, b"x-request-id")
+        request_id = sent if _ID.fullmatch(sent) else secrets.token_hex(16)
         scope.setdefault("state", {})["request_id"] = request_id
         exchange = _Exchange(request_id, send)
         began = time.perf_counter()
@@ -76,26 +78,28 @@ class RequestLog:
                 raise  # too late for an answer: the server cuts the connection
             await problems.our_fault(error, scope)(scope, receive, exchange.send)
         finally:
-            took_ms = (time.perf_counter() - began) * 1000
-            # the path as it came may hold anything: %r keeps one request on one line
-            words = "%s %r %s %.1f ms %s%s%s"
-            key, model = (_named(scope, what) for what in ("key", "model"))
-            facts = {"facts": _facts(scope, exchange.status, took_ms)}
-            log.info(
-                words, scope["method"], scope["path"], exchange.status, took_ms, request_id, key, model, extra=facts
-            )
-
-
-def _named(scope: Scope, what: str) -> str:
-    """Return what the log says of the request's key or model: its name, if it named one that is known."""
-    name = scope["state"].get(what)
-    return f" {what} {name}" if name else ""
+            if log.isEnabledFor(logging.INFO):
+                _tell(_facts(scope, exchange.status, (time.perf_counter() - began) * 1000))
 
 
 def _facts(scope: Scope, status: int | str, took_ms: float) -> dict[str, object]:
-    """Return the same for machines: what a log in JSON says of a request, field by field."""
+    """Return what the log says of a request, field by field: key and model if it named some that are known."""
     known = {name: scope["state"][name] for name in ("request_id", "key", "model") if name in scope["state"]}
     return {"method": scope["method"], "path": scope["path"], "status": status, "took_ms": round(took_ms, 1), **known}
+
+
+def _tell(facts: Mapping[str, object]) -> None:
+    """Write the line of a request. Where it is written from does not matter, so nobody has to look for that."""
+    line = logging.LogRecord(log.name, logging.INFO, __file__, 0, _words(facts), (facts,), None)
+    line.facts = facts
+    log.handle(line)
+
+
+def _words(facts: Mapping[str, object]) -> str:
+    """Return the words of a line for people, in which the facts are still to be put."""
+    # the path as it came may hold anything: %r keeps one request on one line
+    words = "%(method)s %(path)r %(status)s %(took_ms).1f ms %(request_id)s"
+    return words + "".join(f" {name} %({name})s" for name in ("key", "model") if name in facts)
 
 
 class Waiting:
@@ -113,13 +117,13 @@ class Waiting:
 class _Exchange:
     def __init__(self, request_id: str, send: Send) -> None:
         self.status: int | str = UNANSWERED
-        self._request_id = request_id
+        self._tag = (b"x-request-id", request_id.encode())
         self._send = send
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            MutableHeaders(scope=message)["x-request-id"] = self._request_id
+            message = {**message, "headers": [*message["headers"], self._tag]}
         await self._send(message)
 
 
@@ -129,66 +133,102 @@ class BodyLimit:
     def __init__(self, app: ASGIApp, most_bytes: int, closing: Callable[[], asyncio.Future[None]]) -> None:
         self._app = app
         self._most_bytes = most_bytes
-        self._closing = closing
+        self._pieces = _Pieces(closing)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         try:
-            said_bytes = int(Headers(scope=scope).get("content-length", "0"))
+            said_bytes = int(header(scope, b"content-length") or 0)
         except ValueError:
             said_bytes = 0
         if said_bytes > self._most_bytes:
             # the rest of the body is not read, so the connection cannot be used again
-            await problems.render(self._too_large(), scope, {"connection": "close"})(scope, receive, send)
+            await problems.render(_too_large(self._most_bytes), scope, {"connection": "close"})(scope, receive, send)
             return
-        await self._app(scope, self._counting(receive), send)
+        await self._app(scope, _Body(receive, self._most_bytes, self._pieces).receive, send)
 
-    def _counting(self, receive: Receive) -> Receive:
-        read_bytes, whole = 0, False
-        deadline = asyncio.get_running_loop().time() + BODY_S
 
-        async def counted() -> Message:
-            nonlocal read_bytes, whole
-            if whole:  # what is waited for now is the caller's departure, and that may take long
-                return await receive()
-            message = await self._soon(receive, deadline)
-            whole = not message.get("more_body", False)
-            read_bytes += len(message.get("body", b""))
-            if read_bytes > self._most_bytes:
-                raise self._too_large()
-            return message
+class _Body:
+    """One request's body as it comes."""
 
-        return counted
+    def __init__(self, receive: Receive, most_bytes: int, pieces: _Pieces) -> None:
+        self._receive = receive
+        self._most_bytes = most_bytes
+        self._pieces = pieces
+        self._due_at = asyncio.get_running_loop().time() + BODY_S
+        self._read_bytes = 0
+        self._is_whole = False
 
-    async def _soon(self, receive: Receive, deadline: float) -> Message:
-        now = asyncio.get_running_loop().time()
-        try:
-            async with self._until_closing(), asyncio.timeout_at(min(deadline, now + BODY_PIECE_S)):
-                return await receive()
-        except TimeoutError:
-            words = f"The body did not come: a piece may take {BODY_PIECE_S:g} s, and all of it {BODY_S:g} s."
-            raise BodyTimeout(words) from None
+    async def receive(self) -> Message:
+        """Return the next message of the server.
 
-    @asynccontextmanager
-    async def _until_closing(self) -> AsyncIterator[None]:
-        """Refuse what has not even come yet when the gateway shuts down: nobody waits for it."""
+        Raises:
+            BodyTooLarge, BodyTimeout, GatewayError: as `BodyLimit` says.
+        """
+        if self._is_whole:  # what is waited for now is the caller's departure, and that may take long
+            return await self._receive()
+        message = await self._pieces.next(self._receive, self._due_at)
+        self._is_whole = not message.get("more_body", False)
+        self._read_bytes += len(message.get("body", b""))
+        if self._read_bytes > self._most_bytes:
+            raise _too_large(self._most_bytes)
+        return message
+
+
+class _Pieces:
+    """Waits for pieces of bodies: not for ever, and not beyond the gateway's end.
+
+    Nearly all of them are there already, so one timer looks after all that are waited for.
+    """
+
+    def __init__(self, closing: Callable[[], asyncio.Future[None]]) -> None:
+        self._closing = closing
+        self._due_at: dict[Interrupt, float] = {}
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def next(self, receive: Receive, due_at: float) -> Message:
+        """Return what `receive` returns.
+
+        Raises:
+            BodyTimeout: it has not come at that time, or within the time that a piece may take.
+            GatewayError: the gateway shuts down, and it has not even come.
+        """
         async with interruptible() as interrupt:
-            closing = self._closing()
-
-            def refuse(_: object) -> None:
-                interrupt.fire(shutting_down())
-
-            closing.add_done_callback(refuse)
+            self._look_after(interrupt, due_at)
             try:
-                yield
+                return await receive()
             finally:
-                closing.remove_done_callback(refuse)
+                del self._due_at[interrupt]
 
-    def _too_large(self) -> GatewayError:
-        words = f"The body is larger than {self._most_bytes:,} bytes; send less, or raise GATEWAY_MAX_BODY."
-        return BodyTooLarge(words)
+    def _look_after(self, interrupt: Interrupt, due_at: float) -> None:
+        loop = asyncio.get_running_loop()
+        self._due_at[interrupt] = min(due_at, loop.time() + BODY_PIECE_S)
+        if self._closing().done():
+            loop.call_soon(self._refuse)
+        elif self._timer is None:
+            self._closing().add_done_callback(self._refuse)
+            self._timer = loop.call_later(LOOK_S, self._look)
+
+    def _look(self) -> None:
+        """Give up what is overdue; look again as long as anything is waited for."""
+        loop = asyncio.get_running_loop()
+        words = f"The body did not come: a piece may take {BODY_PIECE_S:g} s, and all of it {BODY_S:g} s."
+        for interrupt, due_at in self._due_at.items():
+            if due_at <= loop.time():
+                interrupt.fire(BodyTimeout(words))
+        self._timer = loop.call_later(LOOK_S, self._look) if self._due_at else None
+        if self._timer is None:
+            self._closing().remove_done_callback(self._refuse)
+
+    def _refuse(self, _: object = None) -> None:
+        for interrupt in self._due_at:
+            interrupt.fire(shutting_down())
+
+
+def _too_large(most_bytes: int) -> GatewayError:
+    return BodyTooLarge(f"The body is larger than {most_bytes:,} bytes; send less, or raise GATEWAY_MAX_BODY.")
 
 
 class Lingering:
@@ -206,7 +246,7 @@ class Lingering:
         async def send_and_linger(message: Message) -> None:
             nonlocal closes
             if message["type"] == "http.response.start":
-                closes = Headers(raw=message["headers"]).get("connection") == "close"
+                closes = (b"connection", b"close") in message["headers"]
             elif closes and message["type"] == "http.response.body" and not message.get("more_body", False):
                 await send({**message, "more_body": True})
                 await _discard(receive)

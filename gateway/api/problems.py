@@ -189,27 +189,33 @@ def render(error: GatewayError, scope: Scope, headers: Mapping[str, str] | None 
 
 def install(app: FastAPI) -> None:
     """Let `app` answer every error in the shape of the API that was asked."""
-    app.add_exception_handler(GatewayError, _gateway_error)
-    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(GatewayError, _raised)
+    app.add_exception_handler(RequestValidationError, _raised)
     app.add_exception_handler(HTTPException, _http)
     app.openapi = openapi_of(app)  # type: ignore[method-assign]
 
 
-async def _gateway_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, GatewayError)  # registered for it
-    return render(error, request.scope, _of_unread_body(error))
+def answer_to(error: GatewayError | RequestValidationError, scope: Scope) -> Response:
+    """Return the answer for what a route has raised."""
+    if isinstance(error, GatewayError):
+        return render(error, scope, _of_unread_body(error))
+    return _invalid(error, scope)
 
 
-async def _invalid(request: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)  # registered for it
+async def _raised(request: Request, error: Exception) -> Response:
+    assert isinstance(error, GatewayError | RequestValidationError)  # registered for them
+    return answer_to(error, request.scope)
+
+
+def _invalid(error: RequestValidationError, scope: Scope) -> Response:
     complaints = [_complaint(each) for each in error.errors()]
-    code, api = _code(complaints), api_of(get_route_path(request.scope))
+    code, api = _code(complaints), api_of(get_route_path(scope))
     if blank := [each for each in complaints if each["type"] == "empty_prompt"]:
         words = _tgi_words(blank) if api == "tgi" else f"Prompt cannot be empty: {blank[0]['msg']}."
-        note(request.scope, EmptyPrompt.code)
+        note(scope, EmptyPrompt.code)
         shape = shown(EmptyPrompt(words), api, param=str(blank[0]["loc"][1]))
         return JSONResponse(shape.body, shape.status)
-    note(request.scope, code)
+    note(scope, code)
     if api == "documents":
         return JSONResponse({"detail": complaints, "error_code": code}, 422)
     words = _tgi_words(complaints) if api == "tgi" else _words(complaints)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Annotated, Any
 
@@ -20,7 +19,8 @@ from starlette.responses import JSONResponse
 
 from gateway.api import openai
 from gateway.api.asking import Prefer, exchange, invalid, max_wait_s
-from gateway.api.json_body import JsonRoute, refuse_compressed
+from gateway.api.headers import header
+from gateway.api.json_body import Handler, JsonRoute, refuse_compressed
 from gateway.api.middleware import request_id_of
 from gateway.api.pages import add_pages
 from gateway.api.problems import documented
@@ -56,8 +56,6 @@ OWN_PAGES = ("/docs", "/redoc")
 """TGI's own page would look for its parts where the gateway is."""
 NEVER_STREAMED = ("/generate", "/tokenize", "/chat_tokenize", "/vertex")
 _WELL = {State.READY, State.STOPPED}
-
-Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 
 class ServedModel(BaseModel):
@@ -252,19 +250,18 @@ def _route_class(fleet: Fleet, client: Client) -> type[APIRoute]:
     """Return the kind of route that puts callers through where they may be, before anything of the body is read."""
 
     class TgiRoute(JsonRoute):
-        def get_route_handler(self) -> Handler:
-            translate = super().get_route_handler()
+        def answering(self, handle: Handler) -> Handler:
             path = self.path.removeprefix(BASE)
 
-            async def handle(request: Request) -> Response:
+            async def put_through_or_handle(request: Request) -> Response:
                 instance = fleet.get(fleet.catalog.by_id(request.path_params["model_id"]))
                 if not speaks_tgi(instance) or path in OWN_PAGES:
-                    return await translate(request)
+                    return await handle(request)
                 if request.method == "POST":
                     return await _put_through(instance, client, request, path)
                 return Worked(partial(_looked_up, instance, client, request, path))
 
-            return handle
+            return put_through_or_handle
 
     return TgiRoute
 
@@ -280,15 +277,15 @@ async def _put_through(instance: Served, client: Client, request: Request, path:
         sent = await request.body()
     except ClientDisconnect:
         raise InvalidRequest("The connection was closed before the body had come.") from None
-    kind = {name: value for name in ("content-type",) if (value := request.headers.get(name))}
+    kind = header(request.scope, b"content-type")
     passage = Passage(
         instance,
-        Call(path or "/", sent, kind),
+        Call(path or "/", sent, {"content-type": kind} if kind else {}),
         client,
         Untouched(as_openai=path.startswith("/v1/")),
         streamed=_is_streamed(path, sent),
         request_id=request_id_of(request.scope),
-        max_wait_s=max_wait_s(request.headers.get("prefer")),
+        max_wait_s=max_wait_s(header(request.scope, b"prefer")),
     )
     return PutThrough(passage)
 
