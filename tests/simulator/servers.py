@@ -240,7 +240,7 @@ class BadMannersRuntime:
                 raise Broke(f"P1: {name} is stopped while it serves {len(server.requests)} requests")
             await asyncio.sleep(min(server.manners.leaves_s, grace_s))
             server.die("stopped")
-            if name in self.let_go and server.gpu_memory_bytes:
+            if name in self.let_go and server.gpu_memory_bytes and not self.perhaps_left.get(name):
                 self._grab(server.gpus, server.gpu_memory_bytes)
         self.let_go.discard(name)
         self._removed(name)
@@ -249,7 +249,8 @@ class BadMannersRuntime:
     def _grab(self, free: tuple[str, ...], free_bytes: int) -> None:
         """Have those who start on GPUs take what a server leaves there: they were told how much of them to leave free.
 
-        What comes free as a server dies or an operator stops it they leave alone, for nobody can help that.
+        What comes free as a server dies or an operator stops it they leave alone, for nobody can help that; nor that
+        of a server of which nobody knew whether it was gone.
         """
         loading = [servers[-1] for servers in self.servers.values() if servers[-1].loads]
         shares = {
