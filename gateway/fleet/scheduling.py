@@ -395,7 +395,8 @@ class _Table:
 
         Nor is anybody to start elsewhere beside one of them, who could not go meanwhile.
         """
-        victims = self._sufficing(claim.demand, soonest)
+        leaving_suffice = self._fit_without((), claim.demand) is not None
+        victims = () if leaving_suffice else self._sufficing(claim.demand, soonest)
         if victims is None:
             return None
         found = self._fit_without(victims, claim.demand)

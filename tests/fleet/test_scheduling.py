@@ -92,6 +92,19 @@ def test_two_claims_whose_patience_is_over_are_not_overtaken_though_the_older_on
     assert (decision.placed, decision.evicted) == ({}, {})
 
 
+def test_a_claim_for_several_gpus_is_not_overtaken_where_an_older_one_is_to_have_one_of_those_that_come_free() -> None:
+    leaving = resident("leaving", "0,1", phase=Phase.LEAVING)
+    older, both, young = (
+        claim(name, demand, age_s=AGED_S + age_s)
+        for name, demand, age_s in (("older", share(22), 9), ("both", Demand(2), 5), ("young", share(10), 1))
+    )
+
+    decision = decided(gpus(2), [leaving], [older, both, young])
+
+    assert "gets GPU" in decision.waits["older"]
+    assert "gets GPU" not in decision.waits["young"]
+
+
 def test_nobody_starts_beside_one_that_is_to_go_for_a_claim_whose_patience_is_over() -> None:
     new = resident("new", "0,1", since=NOW, memory=14 * GIB)
     older = claim("older", Demand(("0",), 14 * GIB), age_s=AGED_S)
