@@ -98,8 +98,19 @@ class _Waiting:
 
 @dataclass(frozen=True, slots=True)
 class _Hold:
+    """`lasts_s`: how long it may."""
+
     claimant: str
     since: float
+    lasts_s: float = HOLD_S
+
+
+@dataclass(frozen=True, slots=True)
+class _Spared:
+    """One whose work has outlasted a hold: until when it takes requests, and how long the next hold may last."""
+
+    until: float = -math.inf
+    then_held_s: float = HOLD_S
 
 
 NOT_HELD = _Hold("", math.inf)
@@ -131,7 +142,7 @@ class Gpus:
         self._tenants: dict[str, Tenant] = {}
         self._waiting: dict[str, _Waiting] = {}
         self._holds: dict[str, _Hold] = {}
-        self._spared_until: dict[str, float] = {}
+        self._spared: dict[str, _Spared] = {}
         self._look: asyncio.Handle | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._closed = False
@@ -223,7 +234,7 @@ class Gpus:
     def give_back(self, model: str) -> None:
         """Take back what a model held, whose server is gone: it is given to others once it is seen to be free."""
         self._holds.pop(model, None)
-        self._spared_until.pop(model, None)
+        self._spared.pop(model, None)
         if found := self._held.pop(model, None):
             if self._memory and not self._closed:
                 comes_back = asyncio.create_task(self._until_returned(model, found), name=f"memory of {model}")
@@ -329,6 +340,7 @@ class Gpus:
             self._timer = None
         loop = asyncio.get_running_loop()
         now = loop.time()
+        self._forget_old_holds(now)
         decision = decide(self._snapshot(now))
         self._place(decision)
         self._explain(decision)
@@ -353,7 +365,8 @@ class Gpus:
         tenant = self._tenants.get(model)
         if tenant is None:  # a stranger, who is being removed
             return _leaving(model, held)
-        now, hold = tenant.occupancy(), self._holds.get(model, NOT_HELD)
+        now, spared = tenant.occupancy(), self._spared.get(model, _Spared())
+        hold = self._holds.get(model, NOT_HELD)
         return Resident(
             model,
             held,
@@ -366,7 +379,8 @@ class Gpus:
             cost_s=now.cost_s,
             held_for=hold.claimant or None,
             held_at=hold.since,
-            spared_until=self._spared_until.get(model, -math.inf),
+            hold_s=hold.lasts_s if hold.claimant else spared.then_held_s,
+            spared_until=spared.until,
             usage=now.usage,
             owes=now.owes,
             of=tenant.spec.id,
@@ -399,17 +413,24 @@ class Gpus:
             before = self._holds.get(model, NOT_HELD)
             if before.claimant != claimant:
                 log.info("tgi-%s: takes no new requests: %s has waited long enough", model, claimant)
-            self._holds[model] = _Hold(claimant, min(before.since, now))
+            lasts_s = before.lasts_s if before.claimant else self._spared.pop(model, _Spared()).then_held_s
+            self._holds[model] = _Hold(claimant, min(before.since, now), lasts_s)
             self._tenants[model].hold(claimant)
         for model, claimant in decision.evicted.items():
             self._tenants[model].make_room(claimant)
 
     def _let_go_on(self, model: str, now: float) -> None:
-        """Hold a model no longer, and not again at once if it was held for as long as one is."""
-        held_at = self._holds.pop(model).since
-        if now >= held_at + HOLD_S:
-            self._spared_until[model] = held_at + 2 * HOLD_S
+        """Hold a model no longer, and not again at once if its work has outlasted that."""
+        hold = self._holds.pop(model)
+        held_until = hold.since + hold.lasts_s
+        if now >= held_until:
+            self._spared[model] = _Spared(held_until + HOLD_S, 2 * hold.lasts_s)
         self._tenants[model].hold(None)
+
+    def _forget_old_holds(self, now: float) -> None:
+        """Begin anew with those who were not held again soon."""
+        for model in [model for model, spared in self._spared.items() if now > spared.until + HOLD_S]:
+            del self._spared[model]
 
     def _give_up(self, model: str, why: str) -> None:
         waiting = self._waiting.pop(model)

@@ -9,7 +9,7 @@ ones suffice, the least regretted first.
   that requests for one model are served together before the next switch.
 - A claim that has no patience left reserves the GPUs that it needs, so that no younger one overtakes it there or starts
   there meanwhile, and residents are held for it: they take no new requests, finish those that they have, and go. One
-  whose work outlasts `HOLD_S` takes requests again for as long, and is then held anew.
+  whose work outlasts `HOLD_S` takes requests again for as long, and is then held anew for twice as long.
 
 All times are seconds; `now` and every `*_at` are readings of one monotonic clock. The clock is only ever compared with
 instants that do not move, so `look_again_at` is exact.
@@ -34,8 +34,9 @@ WORTH = 4.0
 TURN_S = 120.0
 """How long a server serves those who waited for its start, at most, before it is held for others."""
 HOLD_S = 60.0
-"""How long a server is held at a stretch. If its work outlasts that, it takes requests again for as long, for all its
-callers would wait with the claim for one of them."""
+"""How long a server is held at a stretch, at first. If its work outlasts that, it takes requests again for so long:
+all its callers would wait with the claim for one of them. The next stretch is twice as long, so it comes to an end.
+"""
 MOST_EXAMINED = 16
 """So many claims at once have room made for them; those behind them get what is free."""
 LINGER = 0.5
@@ -116,6 +117,8 @@ class Resident:
     """The claim for which the last decision held it."""
     held_at: float = math.inf
     """Since when it is held, for whomever."""
+    hold_s: float = HOLD_S
+    """How long that may last, or the next time that it is."""
     spared_until: float = -math.inf
     """It was held for so long that it is not to be held again before this."""
     owes: bool = False
@@ -233,6 +236,7 @@ class _Table:
         }
         self.leaving = {gpu for each in self.residents if each.phase is Phase.LEAVING for gpu in each.place.gpus}
         self.avoided: list[Place] = []
+        self.examined: list[Demand] = []
         self.promised: dict[str, Place] = {}
         self.reserved: set[str] = set()
         self.placed: dict[str, Place] = {}
@@ -255,9 +259,10 @@ class _Table:
             self.starting |= dict.fromkeys(found.gpus, claim.model)
         elif words := in_vain(claim.demand, self.devices, self.residents):
             self.hopeless[claim.model] = self.waits[claim.model] = words
-        elif len(self.waits) >= MOST_EXAMINED:
-            self.waits[claim.model] = f"waits for {_demanded(claim.demand)}, behind {len(self.waits)} others"
+        elif (ahead := sum(_may_meet(claim.demand, other) for other in self.examined)) >= MOST_EXAMINED:
+            self.waits[claim.model] = f"waits for {_demanded(claim.demand)}, behind {ahead} others"
         else:
+            self.examined.append(claim.demand)
             self._wait(claim)
 
     def _taken(self) -> list[Place]:
@@ -269,7 +274,7 @@ class _Table:
 
     def _wait(self, claim: Claim) -> None:
         held = [each for each in self.residents if self._is_held(each, claim)]
-        aged = bool(held) or self.now >= claim.hold_at
+        aged = bool(held) or (self.now >= claim.hold_at and not self._may_wait(claim))
         found = self._fit_elsewhere(claim.demand) or self._fit_without((), claim.demand)
         if found is None:
             if not self._make_room(claim, aged=aged):
@@ -280,6 +285,11 @@ class _Table:
         if aged and claim.model in self.promised:
             self.reserved.update(self.promised[claim.model].gpus)
 
+    def _may_wait(self, claim: Claim) -> bool:
+        """Say whether it is one replica more, for which nobody waits: nobody busy is held for that."""
+        up = (each for each in self.residents if each.phase is Phase.UP)
+        return not claim.waiting and any(_are_replicas(each, claim) for each in up)
+
     def _keep_held(self, held: Sequence[Resident], claim: Claim) -> None:
         for each in held:
             if each.model not in self.evicted:
@@ -287,7 +297,7 @@ class _Table:
 
     def _hold(self, each: Resident, claim: Claim) -> None:
         self.held.setdefault(each.model, claim.model)
-        self.looks.append((each.held_at if each.held_for else self.now) + HOLD_S)
+        self.looks.append((each.held_at if each.held_for else self.now) + each.hold_s)
 
     def _is_held(self, each: Resident, claim: Claim) -> bool:
         held = each.held_for == claim.model and each.phase is Phase.UP and not each.pinned
@@ -298,8 +308,9 @@ class _Table:
         return bool(each.in_flight) and self.now < self._spared_until(each)
 
     def _spared_until(self, each: Resident) -> float:
-        outlasts = each.held_for is not None and self.now >= each.held_at + HOLD_S
-        return each.held_at + 2 * HOLD_S if outlasts else each.spared_until
+        held_until = each.held_at + each.hold_s
+        outlasts = each.held_for is not None and self.now >= held_until
+        return held_until + HOLD_S if outlasts else each.spared_until
 
     def _make_room_elsewhere(self, claim: Claim) -> bool:
         """Have residents go on GPUs where nothing starts, which may take long, for a claim that has waited enough."""
@@ -490,6 +501,12 @@ class _Table:
 
 def _are_replicas(resident: Resident, claim: Claim) -> bool:
     return bool(claim.of) and resident.of == claim.of
+
+
+def _may_meet(one: Demand, other: Demand) -> bool:
+    """Say whether two demands may be for the same GPUs."""
+    both_named = isinstance(one.gpus, tuple) and isinstance(other.gpus, tuple)
+    return not both_named or not set(one.gpus).isdisjoint(other.gpus)  # type: ignore[arg-type]
 
 
 def _demanded(demand: Demand) -> str:

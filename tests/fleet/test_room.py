@@ -198,6 +198,26 @@ def test_one_long_stream_keeps_neither_its_models_callers_nor_the_claim_waiting_
     play(scene)
 
 
+@pytest.mark.parametrize(("work_s", "every_s"), [(70.0, 20.0), (90.0, 20.0), (130.0, 30.0), (200.0, 60.0)])
+def test_a_claim_has_its_turn_though_all_work_of_the_other_outlasts_a_hold(work_s: float, every_s: float) -> None:
+    async def scene() -> None:
+        on = Shared("x", "y", x={"max_concurrency": 8, "generation_timeout": 1000.0}, y={"queue_timeout": 900.0})
+        assert await on.ask("x") == "answered"
+
+        async def ask_on() -> None:
+            while True:
+                on.ask("x", work_s=work_s)
+                await asyncio.sleep(every_s)
+
+        asking = asyncio.create_task(ask_on())
+        await asyncio.sleep(300)
+
+        assert await on.ask("y") == "answered"
+        asking.cancel()
+
+    play(scene)
+
+
 def test_a_start_that_nobody_wants_any_more_gives_up_its_claim() -> None:
     async def scene() -> None:
         on = Shared("a", "b", a={"generation_timeout": 1000.0})

@@ -15,6 +15,7 @@ from gateway.fleet.placement import GIB, Demand, Device, Place, free_bytes, misf
 from gateway.fleet.scheduling import (
     HOLD_S,
     LINGER,
+    MOST_EXAMINED,
     RESIDENCY,
     TURN_S,
     Claim,
@@ -297,6 +298,22 @@ def test_who_is_not_needed_any_more_is_held_no_longer() -> None:
     held = [resident(name, gpu, in_flight=1, held_for="c") for name, gpu in (("a", "0"), ("b", "1"))]
 
     assert decided(gpus(2), held, [claim("c", age_s=AGED_S)]).held == {"a": "c"}
+
+
+def test_nobody_busy_is_held_for_one_replica_more_that_nobody_waits_for() -> None:
+    busy = resident("busy", "0", in_flight=1, usage=IN_USE)
+    first = resident("m", "1", of="m")
+    second = replace(claim("m-1", Demand(("0",)), age_s=10 * AGED_S), of="m")
+
+    assert decided(gpus(2), [busy, first], [replace(second, waiting=0)]).held == {}
+    assert decided(gpus(2), [busy, first], [second]).held == {"busy": "m-1"}
+
+
+def test_a_crowd_that_waits_for_one_gpu_keeps_nobody_from_another() -> None:
+    there = [resident("busy", "0", in_flight=1, usage=IN_USE), resident("idle", "1")]
+    crowd = [claim(f"c-{number}", Demand(("0",)), age_s=50) for number in range(2 * MOST_EXAMINED)]
+
+    assert decided(gpus(2), there, [*crowd, claim("z", Demand(("1",)))]).evicted == {"idle": "z"}
 
 
 def test_where_one_does_not_come_to_an_end_another_is_held() -> None:
@@ -604,9 +621,11 @@ def _as_the_ledger_has_it(each: Resident, decision: Decision) -> Resident:
     """Return a resident as the next snapshot shows it, if nothing else has happened."""
     if of := decision.held.get(each.model):
         return replace(each, held_for=of, held_at=each.held_at if each.held_for else NOW)
-    outlasted = each.held_for is not None and each.held_at + HOLD_S <= NOW
-    spared_until = each.held_at + 2 * HOLD_S if outlasted else each.spared_until
-    return replace(each, held_for=None, held_at=math.inf, spared_until=spared_until)
+    held_until = each.held_at + each.hold_s
+    outlasted = each.held_for is not None and held_until <= NOW
+    spared_until = held_until + HOLD_S if outlasted else each.spared_until
+    hold_s = 2 * each.hold_s if outlasted else each.hold_s
+    return replace(each, held_for=None, held_at=math.inf, hold_s=hold_s, spared_until=spared_until)
 
 
 @EVERY

@@ -135,7 +135,7 @@ def _spec(random: Random, number: int, devices: list[Device] | None, most_replic
             "weights": f"weights-{number}.gguf",
             "start_timeout": random.choice([60.0, 300.0, 1200.0]),
             "stall_timeout": random.choice([20.0, 180.0]),
-            "generation_timeout": random.choice([20.0, 60.0]),
+            "generation_timeout": random.choice([20.0, 60.0, 60.0, 250.0]),
             "queue_timeout": random.choice([5.0, 60.0, 300.0]),
             "drain_timeout": random.choice([2.0, 60.0]),
             "stop_grace": random.choice([1.0, 10.0]),
@@ -171,7 +171,7 @@ async def _crowd(world: World, random: Random, when: float) -> None:
         for _ in range(CROWD):
             await asyncio.sleep(random.expovariate(1 / gap_s))
             max_wait_s = random.choice([None] * 9 + [60.0])
-            work_s = random.choice([0.5, 5.0, 25.0, 55.0])
+            work_s = random.choice([0.5, 5.0, 25.0, 55.0, 150.0])
             group.create_task(_caller(world, random, random.choice(models), 0.0, max_wait_s, work_s))
 
 

@@ -237,6 +237,7 @@ class Server:
     cost_s: float = DEFAULT_COST_S
     held_for: str | None = None
     held_at: float = math.inf
+    hold_s: float = HOLD_S
     spared_until: float = -math.inf
     usage: Usage = field(default_factory=Usage)
 
@@ -255,6 +256,7 @@ class Server:
             cost_s=self.cost_s,
             held_for=self.held_for,
             held_at=self.held_at,
+            hold_s=self.hold_s,
             spared_until=self.spared_until,
             usage=self.usage,
             owes=bool(self.queue) and self.queue[0].at <= self.since,
@@ -263,8 +265,10 @@ class Server:
     def hold(self, claim: str | None, now: float) -> bool:
         """Be held for a claim or for none; return whether this one takes requests again."""
         released = self.held_for is not None and claim is None
-        if released and now >= self.held_at + HOLD_S:
-            self.spared_until = self.held_at + 2 * HOLD_S
+        if released:
+            outlasted = now >= self.held_at + self.hold_s
+            self.spared_until = self.held_at + self.hold_s + HOLD_S if outlasted else -math.inf
+            self.hold_s = 2 * self.hold_s if outlasted else HOLD_S
         self.held_at = min(self.held_at, now) if claim else math.inf
         self.held_for = claim
         return released
@@ -389,6 +393,7 @@ class Replay:
 
     def _gone(self, server: Server) -> None:
         server.phase = server.place = None
+        server.hold_s, server.spared_until = HOLD_S, -math.inf
 
 
 def _optimum(day: Scenario) -> Outcome:

@@ -9,8 +9,9 @@ What a claim may wait for follows from the policy:
   the claim's patience at the latest), and the way out. Each of these parts has a bound of its own (P5).
 
 All that is excused, and there is an end to it: those who have a turn are ever fewer. What remains are servers whose
-turn is over, and they are held. They have to finish what they are doing, which takes no longer than the longest
-generation, and to go. So nobody waits for longer than that without an excuse, whoever else comes in the meantime.
+turn is over, and they are held, each time for twice as long as the time before with `HOLD_S` between, until they have
+finished what they are doing: that takes no longer than the longest generation. Then they go. So nobody waits for longer
+than that without an excuse, whoever else comes in the meantime.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from gateway.fleet.admission import STOP_MARGIN_S
 from gateway.fleet.fleet import Fleet
 from gateway.fleet.gpus import PATIENCE_S, demand_of
 from gateway.fleet.placement import Place, place
-from gateway.fleet.scheduling import TURN_S
+from gateway.fleet.scheduling import HOLD_S, TURN_S
 from gateway.lifecycle import SERVING, STARTING_UP, State
 from tests.simulator.watched import Watched
 
@@ -33,7 +34,16 @@ def bound_s(models: Iterable[Watched]) -> float:
     """Return how long anybody waits without an excuse."""
     specs = [each.spec for each in models]
     going_s = max(spec.stop_grace_s for spec in specs) + STOP_MARGIN_S
-    return max(spec.generation_timeout_s for spec in specs) + going_s
+    return _held_s(max(spec.generation_timeout_s for spec in specs)) + going_s
+
+
+def _held_s(work_s: float) -> float:
+    """Return how long it takes until a server has gone that is held, if its work takes so long at most."""
+    stretch_s, held_s = HOLD_S, 0.0
+    while stretch_s < work_s:
+        held_s += stretch_s + HOLD_S
+        stretch_s *= 2
+    return held_s + work_s
 
 
 def starving(models: Collection[Watched], fleet: Fleet, now: float) -> list[Watched]:
