@@ -35,7 +35,7 @@ STOPS = ("stop", "force-stop", "restart")
 REFUSED = "connection refused"
 CLOSED_AT_ONCE_S = 0.1
 ROUNDING_S = 1e-6
-OF_THE_GATEWAY = ("begin ", "serve ", "live ", "exit of ", "look at ", "remove ", "preload ", "watch ")
+OF_THE_GATEWAY = ("begin ", "serve ", "live ", "exit of ", "look at ", "remove ", "forget ", "preload ", "watch ")
 """How the names of the gateway's own tasks begin."""
 FORMER = "tgi-former"
 """A server of ours that the catalog knows nothing of any more."""
