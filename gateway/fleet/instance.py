@@ -186,6 +186,11 @@ class Instance:
         return self._life is not None
 
     @property
+    def has_its_name(self) -> bool:
+        """Whether a server of its name is there, or is about to be, or is perhaps left of a life that ended."""
+        return self.runs or self._left is not None
+
+    @property
     def in_flight(self) -> int:
         """How many leases are held."""
         return self._in_flight
