@@ -85,6 +85,29 @@ def test_an_idle_model_makes_room_for_one_that_is_asked_for() -> None:
     play(scene)
 
 
+def test_nobody_makes_room_for_a_model_that_is_seen_to_lack_its_weights() -> None:
+    async def scene() -> None:
+        on = Shared("a", "b", "c")
+        assert await on.ask("a") == "answered"
+        on.world.runtime.lacks_files.add("tgi-b")
+
+        assert await on.ask("b") == "START_FAILED"
+
+        assert on.status("b").state is State.FAILED
+        failure = on.status("b").failure
+        assert failure
+        assert failure.error.detail == "its weights do not exist"
+        await asyncio.sleep(10)
+        assert on.status("a").state is State.READY
+        assert await on.ask("c") == "answered", "who has his weights gets the GPU"
+
+        on.world.runtime.lacks_files.clear()
+        await on.world.order(on.specs["b"], "start")
+        assert on.status("b").gpus == ("0",)
+
+    play(scene)
+
+
 def test_a_busy_model_finishes_what_it_has_and_those_who_queue_for_it_are_served_later() -> None:
     async def scene() -> None:
         on = Shared("a", "b", a={"generation_timeout": 1000.0})
