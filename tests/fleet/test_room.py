@@ -15,6 +15,7 @@ from gateway.fleet.scheduling import HOLD_S
 from gateway.fleet.status import Status
 from gateway.lifecycle import State
 from gateway.runtimes.base import Launch
+from gateway.waiting import Standing
 from tests.fleet.scenes import Scene, play, spec
 from tests.simulator.changes import catalog_of
 from tests.simulator.servers import Deaf, Manners, Server, SimulatedEngine
@@ -196,6 +197,64 @@ def test_the_wait_for_gpus_takes_nothing_from_the_time_of_the_start() -> None:
         await asyncio.sleep(1)
 
         assert await on.ask("b") == "answered"
+
+    play(scene)
+
+
+def test_who_queues_is_not_at_work_any_more_once_his_model_makes_room() -> None:
+    async def scene() -> None:
+        on = Shared("a", "b", a={"max_concurrency": 1, "queue_timeout": 1000.0, "generation_timeout": 1000.0})
+        counted: list[int] = []
+
+        async def asks() -> str:
+            with Standing(counted.append).request():
+                return await on.ask("a")
+
+        assert await on.ask("a") == "answered"
+        long = on.ask("a", work_s=130.0)
+        await asyncio.sleep(1)
+        caller = asyncio.create_task(asks())
+        await asyncio.sleep(5)
+        assert sum(counted) == 1, "he waits for a slot of a model that is up"
+
+        other = on.ask("b")
+        await on.until_held("a")
+        assert sum(counted) == 0
+        assert [await task for task in (long, other)] == ["answered"] * 2
+        assert not caller.done(), "he is served by the next start"
+        assert sum(counted) == 0
+        assert await caller == "answered"
+
+    play(scene)
+
+
+@pytest.mark.parametrize("order", ["restart", "change"])
+def test_who_queues_is_not_at_work_any_more_once_his_model_goes_to_start_again(order: str) -> None:
+    async def scene() -> None:
+        on = Shared("a", a={"max_concurrency": 1})
+        counted: list[int] = []
+
+        async def asks() -> str:
+            with Standing(counted.append).request():
+                return await on.ask("a")
+
+        assert await on.ask("a") == "answered"
+        long = on.ask("a", work_s=30.0)
+        await asyncio.sleep(1)
+        caller = asyncio.create_task(asks())
+        await asyncio.sleep(1)
+        assert sum(counted) == 1
+
+        if order == "change":
+            on.becomes("a", max_concurrency=1, args={"n": 2})
+        else:
+            restart = asyncio.create_task(on.world.operate(on.specs["a"], "restart"))
+            await asyncio.sleep(1)
+        assert on.status("a").state is State.DRAINING
+        assert sum(counted) == 0
+        assert [await task for task in (long, caller)] == ["answered"] * 2
+        if order == "restart":
+            await restart
 
     play(scene)
 
