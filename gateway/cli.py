@@ -142,7 +142,9 @@ def check(file: Path | None, schema: bool, as_json: bool) -> None:
     if as_json:
         echo_json({"catalog": str(catalog.path), "default_model": catalog.default_model, "models": models})
         return
-    click.echo(f"{catalog.path} is fine. Requests that name no model get {catalog.default_model or 'an error'}.\n")
+    lack = f" {len(lacking)} of its {len(models)} models may lack GPUs here (see NOTES)." if lacking else ""
+    default = f"Requests that name no model get {catalog.default_model or 'an error'}."
+    click.echo(f"{catalog.path} can be read.{lack} {default}\n")
     rows = [
         [*(model[key] for key in ("id", "engine", "runtime", "runs")), "; ".join(model["notes"])] for model in models
     ]

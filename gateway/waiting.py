@@ -1,7 +1,8 @@
 """A request's wait for its model: it does not count against the limits of who asks, and is one of a bounded number.
 
 Whoever counts requests puts a `Standing` into the request's context; the errands in which the request calls models'
-servers say there when they wait for a cold model and when they hold a lease. The gateway's `Room` is there likewise.
+servers say there when they wait for a cold model and when they hold a lease, and the fleet says so when a model that
+was up goes while they queue for it. The gateway's `Room` is there likewise.
 """
 
 from __future__ import annotations

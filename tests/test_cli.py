@@ -192,7 +192,7 @@ def test_check_shows_what_would_run_where(catalog: Path) -> None:
 
     assert (result.exit_code, result.stderr) == (0, "")
     head, _, *rows = result.stdout.splitlines()
-    assert head == f"{catalog} is fine. Requests that name no model get tiny."
+    assert head == f"{catalog} can be read. Requests that name no model get tiny."
     cells = [re.split(r"  +", row) for row in rows]
     assert cells[0] == ["MODEL", "ENGINE", "RUNTIME", "RUNS", "NOTES"]
     assert cells[1] == ["tiny", "llamacpp", "process", str(catalog.parent / "tiny.gguf")]
@@ -222,7 +222,7 @@ def test_check_as_json(catalog: Path) -> None:
 def test_check_takes_the_file_of_the_environment(catalog: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GATEWAY_CATALOG", str(catalog))
 
-    assert run("check").stdout.startswith(f"{catalog} is fine")
+    assert run("check").stdout.startswith(f"{catalog} can be read.")
 
 
 FAULTY = "default_model: tony\nmodels:\n  tiny: {engine: llamacpp, wights: x}\n  gpt-2: {hf_name: gpt2, gpus: -1}\n"
@@ -270,6 +270,20 @@ def test_check_tells_who_can_never_have_the_gpus_that_are_declared(
     assert "no room beside what else is: wide" in notes["small"][0]
     assert notes["wide"] == notes["none"] == []
     assert why in run("check", path).stdout
+
+
+def test_checks_first_words_do_not_call_well_what_its_table_says_can_never_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GATEWAY_GPUS", "0=24GiB,1=24GiB")
+    path = tmp_path / "models.yaml"
+    path.write_text(GPU_USERS)
+
+    result = run("check", path)
+
+    assert result.exit_code == 0
+    head = f"{path} can be read. 2 of its 4 models may lack GPUs here (see NOTES). Requests"
+    assert result.stdout.startswith(head)
 
 
 @pytest.mark.parametrize("written", ["0=24", "0=24GiB,0=24GiB", "-1", "a=b", ","])

@@ -58,6 +58,9 @@ class AtAnAddress:
     async def adopt(self, found: Found, listener: Listener) -> Handle:
         raise StartFailed("nothing is ever found")
 
+    async def check(self, launch: Launch) -> None:
+        pass
+
     async def start(self, launch: Launch, listener: Listener) -> Handle:
         port = self.ports.pop(0) if len(self.ports) > 1 else self.ports[0]
         self.ends = asyncio.get_running_loop().create_future()

@@ -295,12 +295,13 @@ class Fleet:
 
     def _contended(self, catalog: Catalog) -> Iterator[str]:
         """Yield in words which servers would have the name of one that another model still has."""
-        running = {one.key: one.spec.id for one in self._instances() if one.runs}
+        owners = {one.key: one for one in self._instances() if one.has_its_name}
         for spec in catalog.models.values():
             for key in (server_key(spec, replica) for replica in range(spec.replicas)):
-                if (owner := running.get(key, spec.id)) != spec.id:
+                if (owner := owners.get(key)) and owner.spec.id != spec.id:
+                    there = "still there" if owner.runs else "perhaps still there"
                     yield (
-                        f"{spec.id}: the server tgi-{key} of the model {owner} is still there: leave this out, and "
+                        f"{spec.id}: the server tgi-{key} of the model {owner.spec.id} is {there}: leave this out, and "
                         "save the file with it again when that is gone"
                     )
 

@@ -43,6 +43,7 @@ from gateway.fleet.scheduling import Phase, Usage
 from gateway.fleet.status import Failure, Status, Stop, describe
 from gateway.lifecycle import DOWN, MADE, SERVING, STARTING_UP, Event, State, after
 from gateway.runtimes.base import Found, Handle, Progress, Runtime
+from gateway.waiting import Standing, standing
 
 log = logging.getLogger(__name__)
 
@@ -130,6 +131,7 @@ class Instance:
         self._since = self._loop.time()
         self._life: Life | None = None
         self._queue = Queue()
+        self._standings: dict[Ticket, Standing] = {}  # of those who wait for a lease
         self._failure: Failure | None = None
         self._last_stop: Stop | None = None
         self._left: GatewayError | None = None  # why it is not known whether the last server is gone, if it is not
@@ -184,6 +186,11 @@ class Instance:
     def runs(self) -> bool:
         """Whether it has a server, or is about to have one, or is not rid of it yet."""
         return self._life is not None
+
+    @property
+    def has_its_name(self) -> bool:
+        """Whether a server of its name is there, or is about to be, or is perhaps left of a life that ended."""
+        return self.runs or self._left is not None
 
     @property
     def in_flight(self) -> int:
@@ -417,6 +424,8 @@ class Instance:
     def hold(self, claimant: str | None) -> None:
         """Grant no more leases, so that `claimant` gets the GPUs when those that are out have ended; None: do again."""
         self._held_for = claimant
+        if claimant:
+            self._let_rest()
         self._grant()
 
     def close(self, *, force: bool = False) -> None:
@@ -449,12 +458,16 @@ class Instance:
             async with asyncio.timeout(None) as bound:
                 ticket = Ticket(self._loop.create_future(), bound, came_at, lease, max_wait_s)
                 self._queue.join(ticket)
+                if lease:
+                    self._standings[ticket] = standing()
                 try:
                     self._enqueued(ticket)
                     return await ticket.granted
                 except BaseException:
                     self._withdraw(ticket)
                     raise
+                finally:
+                    self._standings.pop(ticket, None)
         except TimeoutError:
             raise self._waited_too_long(ticket) from None
 
@@ -465,6 +478,11 @@ class Instance:
         self._grant()
         self._rearm()
         self._refuse_hopeless(ticket)
+
+    def _let_rest(self) -> None:
+        """Have nobody's wait count against him who came while it was up, and waits for its next start now."""
+        for request in self._standings.values():
+            request.rests()
 
     def _bound_all(self) -> None:
         for ticket in self._queue:
@@ -662,6 +680,7 @@ class Instance:
 
     async def _make(self, life: Life) -> Handle:
         launch = launch_of(self.engine, self.spec, life.secret, self.replica)
+        await self._runtime.check(launch)  # else others would make room for one that cannot start
         await self._leave_former_place()
         place = await self._place(life)
         async with life.start_bounds():
@@ -929,6 +948,8 @@ class Instance:
             at=self._journal.now(),
             reason=reason,
         )
+        if self._state is not State.READY:
+            self._let_rest()
         if (before in SERVING) is not (self._state in SERVING) or event is Event.START:
             self._bound_all()
         self._grant()

@@ -156,6 +156,15 @@ class Runtime(Protocol):
             RuntimeUnavailable: the runtime does not answer.
         """
 
+    async def check(self, launch: Launch) -> None:
+        """Return if nothing is seen that keeps `launch` from being run: a look before a start, of seconds at most.
+
+        Nothing is made, read through or asked of others. What cannot be seen in time is left to `start`.
+
+        Raises:
+            StartFailed: a start would surely fail; in its words.
+        """
+
     async def start(self, launch: Launch, listener: Listener) -> Handle:
         """Run `launch` and return once its server exists; it need not answer yet.
 

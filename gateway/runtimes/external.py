@@ -37,6 +37,9 @@ class ExternalRuntime:
     async def adopt(self, found: Found, listener: Listener) -> Handle:  # noqa: ARG002 - the seam's
         raise StartFailed(f"{found.name} is not the gateway's: nothing of this runtime is ever found.")
 
+    async def check(self, launch: Launch) -> None:
+        """There is nothing to be seen from here."""
+
     async def start(self, launch: Launch, listener: Listener) -> Handle:  # noqa: ARG002 - it says nothing
         """Return where the server is, once something there takes a connection; it need not serve yet.
 

@@ -12,6 +12,7 @@ import stat
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +23,7 @@ THREADS = 4
 BLOCK_BYTES = 4 << 20
 REPORT_BYTES = 64 << 20
 CLOSE_S = 5.0
+LOOK_S = 5.0
 
 Report = Callable[[Progress], None]
 
@@ -68,7 +70,9 @@ class _Hashing:
 class FileChecks:
     """Checks files in threads of its own, each version of a file once, however many ask and whenever they do."""
 
-    def __init__(self) -> None:
+    def __init__(self, look_s: float = LOOK_S) -> None:
+        """`look_s` is how long a disk may take to say whether files are there."""
+        self._look_s = look_s
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="files")
         self._known: dict[_Version, str] = {}
         self._running: dict[_Version, _Hashing] = {}
@@ -83,6 +87,17 @@ class FileChecks:
             version = await self._version(file.path)
             if file.sha256 is not None:
                 _compare(file, await self._sha256(version, report))
+
+    async def look(self, files: Sequence[RequiredFile]) -> None:
+        """Return if every file is there and can be read, or if that is not known soon. Nothing is hashed.
+
+        Raises:
+            StartFailed: as `check`.
+        """
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._look_s):
+                for file in files:
+                    await self._version(file.path)
 
     async def aclose(self) -> None:
         """Call off what is being hashed and let the threads go. One that hangs in a dead disk is not waited for."""

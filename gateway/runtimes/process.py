@@ -80,6 +80,10 @@ class ProcessRuntime:
     async def adopt(self, found: Found, listener: Listener) -> Handle:  # noqa: ARG002 - the seam's
         raise StartFailed(f"{found.name} is gone: a process never outlives its gateway.")
 
+    async def check(self, launch: Launch) -> None:
+        await self._files.look(launch.files)
+        _check_program(list(launch.command), _environment(launch.env))
+
     async def start(self, launch: Launch, listener: Listener) -> Handle:
         start = self._starts[launch.name] = object()
         try:

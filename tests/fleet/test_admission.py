@@ -95,6 +95,7 @@ def test_who_waited_longer_than_any_start_takes_is_told_when_to_come_back(
         (300.0, Estimate(0.1, 3), 1.0),
         (300.0, Estimate(4000.0, 3), 300.0),
         (5.0, Estimate(4000.0, 3), 30.0),
+        (900.0, Estimate(4000.0, 3), 600.0),
         (300.0, Estimate(2.0, 0), 30.0),
         (300.0, None, 30.0),
     ],

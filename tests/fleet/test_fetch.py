@@ -42,6 +42,9 @@ class OneProgram:
     async def adopt(self, found: Found, listener: Listener) -> Handle:
         raise StartFailed("nothing is ever found")
 
+    async def check(self, launch: Launch) -> None:
+        pass
+
     async def start(self, launch: Launch, listener: Listener) -> Handle:
         self.started.append(launch.name)
         self.running.append(launch.name)

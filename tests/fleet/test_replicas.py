@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from gateway.catalog import ModelSpec
-from gateway.errors import CatalogError, GatewayError, ModelNotRunning, StartFailed
+from gateway.errors import CatalogError, GatewayError, ModelNotRunning, StartFailed, StopFailed
 from gateway.fleet.fleet import Fleet
 from gateway.fleet.gpus import Gpus
 from gateway.fleet.journal import Entry, Journal
@@ -629,6 +629,35 @@ def test_a_name_that_changes_hands_is_refused_while_its_server_is_there(
         await on.after(5)
         on.fleet.change(catalog_of(after))
         assert len(on.fleet.catalog.models) == len(after)
+
+    play(scene)
+
+
+@pytest.mark.parametrize(("before", "after"), [([TWO], [ONE, OTHER]), ([ONE, OTHER], [TWO])])
+def test_a_name_that_changes_hands_is_refused_while_nobody_knows_whether_its_server_is_gone(
+    before: list[ModelSpec], after: list[ModelSpec]
+) -> None:
+    async def scene() -> None:
+        on = await Several(1).begin()
+        on.fleet.change(catalog_of(before))
+        for model in on.fleet.catalog.models.values():
+            await on.fleet.get(model).start()
+        on.runtime.fall_silent(40.0)
+        with pytest.raises(StopFailed):
+            await on.fleet.stop(before[-1])
+        on.fleet.change(catalog_of([ONE]))
+        assert on.server(M1).alive
+
+        with pytest.raises(CatalogError, match=r"tgi-m-1 of the model .* is perhaps still there"):
+            on.fleet.change(catalog_of(after))
+
+        await on.after(60)
+        assert not on.server(M1).alive
+        on.fleet.change(catalog_of(after))
+        for model in on.fleet.catalog.models.values():
+            await on.fleet.get(model).start()
+        await on.after(60)
+        assert on.server(M1).alive, "the former model has let go of it"
 
     play(scene)
 

@@ -15,6 +15,7 @@ from gateway.fleet.scheduling import HOLD_S
 from gateway.fleet.status import Status
 from gateway.lifecycle import State
 from gateway.runtimes.base import Launch
+from gateway.waiting import Standing
 from tests.fleet.scenes import Scene, play, spec
 from tests.simulator.changes import catalog_of
 from tests.simulator.servers import Deaf, Manners, Server, SimulatedEngine
@@ -81,6 +82,29 @@ def test_an_idle_model_makes_room_for_one_that_is_asked_for() -> None:
         assert 0 < last_stop["at"] < on.world.loop.time()
         assert model_json(on.status("b"))["last_stop"] is None
         assert on.status("a").gpus == ()
+
+    play(scene)
+
+
+def test_nobody_makes_room_for_a_model_that_is_seen_to_lack_its_weights() -> None:
+    async def scene() -> None:
+        on = Shared("a", "b", "c")
+        assert await on.ask("a") == "answered"
+        on.world.runtime.lacks_files.add("tgi-b")
+
+        assert await on.ask("b") == "START_FAILED"
+
+        assert on.status("b").state is State.FAILED
+        failure = on.status("b").failure
+        assert failure
+        assert failure.error.detail == "its weights do not exist"
+        await asyncio.sleep(10)
+        assert on.status("a").state is State.READY
+        assert await on.ask("c") == "answered", "who has his weights gets the GPU"
+
+        on.world.runtime.lacks_files.clear()
+        await on.world.order(on.specs["b"], "start")
+        assert on.status("b").gpus == ("0",)
 
     play(scene)
 
@@ -173,6 +197,64 @@ def test_the_wait_for_gpus_takes_nothing_from_the_time_of_the_start() -> None:
         await asyncio.sleep(1)
 
         assert await on.ask("b") == "answered"
+
+    play(scene)
+
+
+def test_who_queues_is_not_at_work_any_more_once_his_model_makes_room() -> None:
+    async def scene() -> None:
+        on = Shared("a", "b", a={"max_concurrency": 1, "queue_timeout": 1000.0, "generation_timeout": 1000.0})
+        counted: list[int] = []
+
+        async def asks() -> str:
+            with Standing(counted.append).request():
+                return await on.ask("a")
+
+        assert await on.ask("a") == "answered"
+        long = on.ask("a", work_s=130.0)
+        await asyncio.sleep(1)
+        caller = asyncio.create_task(asks())
+        await asyncio.sleep(5)
+        assert sum(counted) == 1, "he waits for a slot of a model that is up"
+
+        other = on.ask("b")
+        await on.until_held("a")
+        assert sum(counted) == 0
+        assert [await task for task in (long, other)] == ["answered"] * 2
+        assert not caller.done(), "he is served by the next start"
+        assert sum(counted) == 0
+        assert await caller == "answered"
+
+    play(scene)
+
+
+@pytest.mark.parametrize("order", ["restart", "change"])
+def test_who_queues_is_not_at_work_any_more_once_his_model_goes_to_start_again(order: str) -> None:
+    async def scene() -> None:
+        on = Shared("a", a={"max_concurrency": 1})
+        counted: list[int] = []
+
+        async def asks() -> str:
+            with Standing(counted.append).request():
+                return await on.ask("a")
+
+        assert await on.ask("a") == "answered"
+        long = on.ask("a", work_s=30.0)
+        await asyncio.sleep(1)
+        caller = asyncio.create_task(asks())
+        await asyncio.sleep(1)
+        assert sum(counted) == 1
+
+        if order == "change":
+            on.becomes("a", max_concurrency=1, args={"n": 2})
+        else:
+            restart = asyncio.create_task(on.world.operate(on.specs["a"], "restart"))
+            await asyncio.sleep(1)
+        assert on.status("a").state is State.DRAINING
+        assert sum(counted) == 0
+        assert [await task for task in (long, caller)] == ["answered"] * 2
+        if order == "restart":
+            await restart
 
     play(scene)
 

@@ -20,7 +20,7 @@ import uvloop
 
 from gateway.errors import StartFailed
 from gateway.runtimes.base import Exit, Handle, Launch, RequiredFile
-from gateway.runtimes.files import FileChecks
+from gateway.runtimes.files import THREADS, FileChecks
 from gateway.runtimes.output import LINE_BYTES
 from gateway.runtimes.process import ProcessRuntime
 from tests.runtimes.processes import PROGRAMS, Ear, children, descriptors, runs, until, wait_until
@@ -511,6 +511,51 @@ def test_a_file_that_is_not_what_it_should_be_stops_the_start(
             assert not children()
 
     play(scenario())
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        (make_missing, r"weights.gguf does not exist. Put the file there"),
+        (make_folder, r"weights.gguf cannot be read \(it is not a regular file\)"),
+    ],
+)
+def test_that_a_file_is_not_there_is_seen_before_the_start(
+    tmp_path: Path, harm: Callable[[Path], None], words: str
+) -> None:
+    file = weights(tmp_path, b"good")
+
+    async def scenario() -> None:
+        async with opened() as runtime:
+            launch = Launch("model", program("polite"), files=(file,))
+            damage(file.path)
+            await runtime.check(launch)  # to read it takes too long
+            harm(file.path)
+            with pytest.raises(StartFailed, match=words):
+                await runtime.check(launch)
+            with pytest.raises(StartFailed, match="There is no program no-such-program"):
+                await runtime.check(Launch("model", ("no-such-program",)))
+            assert not children()
+
+    play(scenario())
+
+
+def test_what_a_slow_disk_does_not_say_soon_is_left_to_the_start(tmp_path: Path) -> None:
+    busy = [tmp_path / str(n) for n in range(THREADS)]
+    for path in busy:
+        path.touch()
+        os.truncate(path, 1 << 40)  # days of hashing, no disk
+
+    async def scenario() -> None:
+        checks = FileChecks(look_s=0.01)
+        hashings = [asyncio.create_task(checks.check([RequiredFile(path, "0")], Ear().progress)) for path in busy]
+        await until(lambda: len(checks._running) == THREADS)
+        await checks.look([RequiredFile(tmp_path / "missing")])
+        await checks.aclose()
+        assert all(isinstance(each, StartFailed) for each in await asyncio.gather(*hashings, return_exceptions=True))
+
+    play(scenario())
+    wait_until(lambda: threading.active_count() == 1)
 
 
 def test_a_file_is_hashed_once_and_two_starts_share_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

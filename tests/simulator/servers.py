@@ -162,6 +162,8 @@ class BadMannersRuntime:
         self.perhaps_left: dict[str, bool] = {}  # names whose last stop did not succeed
         self.last_sign: dict[str, float] = {}  # when a server of the name last said anything
         self.next_manners: list[Manners] = []
+        self.lacks_files: set[str] = set()
+        """Names whose weights are not there."""
         self.let_go: set[str] = set()
         """Names whose servers the gateway stops at a time of its own choice."""
         self._making: dict[str, Launch] = {}
@@ -191,6 +193,10 @@ class BadMannersRuntime:
             raise StartFailed("it is gone")
         server.listener = _Noting(self, found.name, listener)
         return _handle(server)
+
+    async def check(self, launch: Launch) -> None:
+        if launch.name in self.lacks_files:
+            raise StartFailed("its weights do not exist")
 
     async def start(self, launch: Launch, listener: Listener) -> Handle:
         name = launch.name

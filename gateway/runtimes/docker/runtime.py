@@ -107,6 +107,9 @@ class DockerRuntime:
                 self._ports.take_over(found.name, seen.published)
             return self._serve(seen, handle, listener)
 
+    async def check(self, launch: Launch) -> None:
+        await self._files.look(launch.files)
+
     async def start(self, launch: Launch, listener: Listener) -> Handle:
         start = asyncio.create_task(self._start(launch, listener), name=f"start of {launch.name}")
         self._starts[launch.name] = start
