@@ -87,10 +87,6 @@ Elsewhere = Callable[[float | None, float], Awaitable[Lease]]
 """Returns a lease of any of a model's replicas, for a caller who waits for so long at most, and came at this time."""
 
 
-def _nothing() -> None:
-    pass
-
-
 class Instance:
     """A model, or one of its replicas, that may be up or down, and knows how to get from one to the other."""
 
@@ -112,8 +108,8 @@ class Instance:
         self.replica = replica
         self.key = server_key(spec, replica)
         self.name = server_name(spec, replica)
-        self.on_free_slot: Callable[[], None] = _nothing
-        """Told when nobody queues here and one more could be served; the other replicas' queues may be longer."""
+        self.next_in_line: Callable[[], Instance] = lambda: self
+        """Says for which replica of the model the one queues whose turn it is when a slot is free here."""
         self.elsewhere: Elsewhere
         """How who came when there was no other replica gets to one; there is one by the time that he is sent away."""
         self.figures: Figures = Silent()
@@ -196,6 +192,12 @@ class Instance:
         return self._queue.requests
 
     @property
+    def queued_since(self) -> float:
+        """When the one came who has waited the longest for a lease; without end where nobody waits."""
+        oldest = self._queue.oldest
+        return oldest.asked_at if oldest else math.inf
+
+    @property
     def grants_at_once(self) -> bool:
         """Whether who asks for a lease now does not wait for it."""
         return not self._queue and self._has_slot()
@@ -220,7 +222,7 @@ class Instance:
         `among`: there are other replicas, and the caller may be sent away to them.
 
         Raises: as `lease`, and
-            SentAway: only `among` others: one of them has a slot free.
+            SentAway: only `among` others: this one takes no part any more.
         """
         came_at = self._loop.time()
         self._usage = self._usage.asked(came_at)
@@ -231,7 +233,7 @@ class Instance:
         if not lease:
             return await self.elsewhere(max_wait_s, came_at)
         if lease.error:  # cut in the very tick in which it was granted
-            self._give_back(lease)
+            lease.give_back(lease)
             raise lease.error
         return lease
 
@@ -353,13 +355,9 @@ class Instance:
             self._wanted = self._wanted or entry.spec.preload or entry.spec.pinned
             self._lead_down(CHANGED)
 
-    def send_away(self, count: int) -> None:
-        """Let those who have waited the longest for a lease go to another replica. A start that they began goes on."""
-        if not count:
-            return
-        if self._life:
-            self._life.kept = True
-        self._queue.send_away(count)
+    def send_away(self) -> None:
+        """Let those who wait for a lease queue for another replica, each with his place there by when he came."""
+        self._queue.send_away()
         self._last_use = self._loop.time()
         self._rearm()
 
@@ -490,16 +488,33 @@ class Instance:
         return self._state is State.STARTING and not has_place
 
     def _grant(self) -> None:
-        """Give whoever waits what there is, in the order of arrival."""
+        """Give whoever waits what there is, in the order of arrival, wherever in the model they queue."""
         if self._state is not State.READY or not self._life or not self._life.handle:
             return
         for ticket in self._queue:
             if not ticket.wants_lease:
                 self._queue.grant(ticket, self._life.handle)
-            elif self._has_slot():
-                self._hand_over(ticket, self._new_lease())
-        if not self._queue and self._has_slot():
-            self.on_free_slot()
+        while self._has_slot() and self._serve_next():
+            pass
+
+    def _serve_next(self) -> bool:
+        """Grant a slot to the one whose turn it is; return False if nobody waits."""
+        one = self.next_in_line()
+        ticket = one._queue.oldest
+        if not ticket:
+            return False
+        one._hand_over(ticket, self._new_lease())
+        if one is not self:
+            one._served_elsewhere()
+        return True
+
+    def _served_elsewhere(self) -> None:
+        """Go on without one who queued here. A start that he began goes on for those who come after him."""
+        if self._life:
+            self._life.kept = True
+        self._last_use = self._loop.time()
+        self._gpus.changed()
+        self._rearm()
 
     def _has_slot(self) -> bool:
         free = self._in_flight < self.spec.max_concurrency
@@ -523,7 +538,7 @@ class Instance:
         """Take back a ticket whose caller leaves, and whatever it was granted in the same tick."""
         grant = self._queue.leave(ticket)
         if isinstance(grant, Lease):
-            self._give_back(grant)
+            grant.give_back(grant)
         self._last_use = self._loop.time()
         self._gpus.changed()
         self._rearm()

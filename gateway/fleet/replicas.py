@@ -257,20 +257,14 @@ class Replicas:
         self._count = count
         self._members += [self._make(n) for n in range(len(self._members), count)]
         for one in self._members[count:]:
-            one.send_away(one.queued)
+            one.send_away()
             one.remove()
         for one in self._members if len(self._members) > 1 else ():
-            one.on_free_slot, one.elsewhere = self._spread, self._obtain
+            one.next_in_line, one.elsewhere = self._next_in_line, self._obtain
 
-    def _spread(self) -> None:
-        """Have those who queue come to where slots are free, from the longest queue first."""
-        if not any(one.queued for one in self._members):
-            return
-        free = sum(_free_slots(one.status) for one in self._wanted())
-        for one in sorted(self._members, key=lambda one: -one.queued):
-            moving = min(free, one.queued)
-            one.send_away(moving)
-            free -= moving
+    def _next_in_line(self) -> Instance:
+        """Return the replica for which the one queues who came first, whatever becomes of it."""
+        return min(self._members, key=lambda one: one.queued_since)
 
     def _wanted(self) -> Sequence[Instance]:
         """Return those that the catalog wants."""

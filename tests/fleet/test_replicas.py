@@ -16,6 +16,7 @@ from gateway.fleet.fleet import Fleet
 from gateway.fleet.gpus import Gpus
 from gateway.fleet.journal import Entry, Journal
 from gateway.fleet.placement import GIB, Device
+from gateway.fleet.queue import Among
 from gateway.fleet.replicas import Replicas, as_one, least_loaded, to_wake
 from gateway.fleet.status import Failure, Status
 from gateway.lifecycle import State
@@ -311,6 +312,53 @@ def test_a_replica_that_is_not_up_yet_takes_part_of_the_queue_as_soon_as_it_is()
 
         assert await second == M1
         assert await first == M
+
+    play(scene)
+
+
+def test_who_came_first_is_served_first_by_the_replica_that_is_up_while_another_still_loads() -> None:
+    async def scene() -> None:
+        on = await Several(2, Manners(load_s=10.0), Manners(load_s=400.0), start_timeout=600.0).begin()
+        order: list[int] = []
+
+        async def comes(n: int) -> None:
+            assert await on.ask(5.0) == M
+            order.append(n)
+
+        asked = []
+        for n in range(30):  # as many as one replica serves: its own queue is never empty
+            asked.append(on.loop.create_task(comes(n)))
+            await on.after(0.1 if n < 8 else 5.0)
+        await asyncio.gather(*asked)
+
+        assert on.states == "ready loading"
+        assert order == list(range(30))
+
+    play(scene)
+
+
+def test_the_next_one_gets_the_slot_of_another_replica_if_its_caller_leaves_as_he_gets_it() -> None:
+    async def scene() -> None:
+        on = await Several(2, Manners(load_s=5.0), Manners(load_s=100.0)).begin()
+        assert await on.ask() == M
+        up, loading = on.model.members
+        lease = await up.obtain(None, admitted=False)
+        leaves, stays = (
+            on.loop.create_task(loading.obtain(None, admitted=False, among=Among(float(came_at), 0)))
+            for came_at in range(2)
+        )
+        await on.after(1)
+        assert (up.in_flight, loading.queued) == (1, 2)
+
+        lease.give_back(lease)
+        assert (up.in_flight, loading.queued) == (1, 1)
+        leaves.cancel()
+        await on.after(1)
+
+        assert leaves.cancelled()
+        assert stays.done()
+        stays.result().give_back(stays.result())
+        assert up.in_flight == 0
 
     play(scene)
 
