@@ -19,6 +19,7 @@ from gateway.errors import (
     RuntimeUnavailable,
     StartFailed,
     StartTimeout,
+    UnknownModel,
 )
 from gateway.fleet.figures import Figures
 from gateway.fleet.instance import Entry, Instance
@@ -211,8 +212,9 @@ class Replicas:
 
         Raises: as `Instance.start`, for the first that cannot be started, when the others are or cannot be either.
         """
-        handles = await _all(one.start(wait=wait) for one in self._wanted())
-        return handles[0]
+        first, *others = self._wanted()
+        orders = [first.start(wait=wait), *(_while_wanted(one.start(wait=wait)) for one in others)]
+        return (await _all(orders))[0]
 
     async def stop(self, *, force: bool = False) -> None:
         """Drain and stop all, and return when they are gone.
@@ -229,8 +231,12 @@ class Replicas:
         Raises: as `start`, and ModelNotRunning.
         """
         running = self._running()
-        handles = await _all(one.restart(force=force) if one in running else one.start() for one in self._wanted())
-        return handles[0]
+
+        async def anew(one: Instance) -> Handle | None:
+            return await (one.restart(force=force) if one in running else one.start())
+
+        first, *others = self._wanted()
+        return (await _all([anew(first), *(_while_wanted(anew(one)) for one in others)]))[0]
 
     def _running(self) -> list[Instance]:
         running = [one for one in self._members if one.runs]
@@ -292,6 +298,17 @@ async def _all(orders: Iterable[Awaitable[Result]]) -> list[Result]:
         if isinstance(result, BaseException):
             raise result
     return [result for result in results if not isinstance(result, BaseException)]
+
+
+async def _while_wanted(order: Awaitable[Handle | None]) -> Handle | None:
+    """Carry out the order of a replica that is not the first: whether the model itself is gone, the first one says.
+
+    Without it, the model has fewer replicas by now.
+    """
+    try:
+        return await order
+    except UnknownModel:
+        return None
 
 
 async def _stop_if_it_runs(one: Instance, *, force: bool) -> None:

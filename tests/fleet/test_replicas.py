@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from gateway.catalog import ModelSpec
-from gateway.errors import CatalogError, GatewayError, ModelNotRunning, StartFailed
+from gateway.errors import CatalogError, GatewayError, ModelNotRunning, StartFailed, UnknownModel
 from gateway.fleet.fleet import Fleet
 from gateway.fleet.gpus import Gpus
 from gateway.fleet.journal import Entry, Journal
@@ -603,6 +603,39 @@ def test_fewer_replicas_drain_the_last_ones_and_who_queues_there_is_served_by_th
         assert on.server(M) is kept
         assert not on.runtime.alive(M1)
         assert not on.runtime.alive(M2)
+
+    play(scene)
+
+
+@pytest.mark.parametrize("order", ["start", "restart"])
+def test_who_waits_for_all_replicas_waits_for_those_that_are_still_wanted(order: str) -> None:
+    async def scene() -> None:
+        on = await Several(3, Manners(load_s=5.0), Manners(load_s=50.0), Manners(load_s=60.0)).begin()
+        await on.model.start(wait=False)
+        await on.after(10)
+        waits = on.loop.create_task(getattr(on.model, order)())
+        await on.after(8)
+        assert on.states == "ready loading loading"
+        assert not waits.done()
+
+        on.becomes(2)
+        handle = await waits
+        assert handle
+        assert handle.name == M
+        assert on.states == "ready ready"
+
+    play(scene)
+
+
+def test_who_waits_for_the_replicas_of_a_model_that_leaves_the_catalog_is_told_so() -> None:
+    async def scene() -> None:
+        on = await Several(2, Manners(load_s=50.0), Manners(load_s=50.0)).begin()
+        waits = on.loop.create_task(on.model.start())
+        await on.after(10)
+
+        on.fleet.change(catalog_of([]))
+        with pytest.raises(UnknownModel, match="no longer in the catalog"):
+            await waits
 
     play(scene)
 
