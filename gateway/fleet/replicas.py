@@ -132,8 +132,9 @@ class Replicas:
 
     @property
     def served(self) -> Served:
-        """What callers ask: the replicas, or the one server itself where the catalog has no more."""
-        return self._members[0] if self._count == 1 else self
+        """What callers ask: the replicas, or the one server itself where there are no more."""
+        alone = self._count == 1 and not any(one.runs for one in self._members[1:])
+        return self._members[0] if alone else self
 
     # What is known of the model
 

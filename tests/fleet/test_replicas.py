@@ -640,6 +640,30 @@ def test_who_waits_for_the_replicas_of_a_model_that_leaves_the_catalog_is_told_s
     play(scene)
 
 
+@pytest.mark.parametrize(("force", "answer"), [(False, M1), (True, "GENERATION_FAILED")])
+def test_a_stop_reaches_a_replica_that_still_drains_when_one_is_wanted(force: bool, answer: str) -> None:
+    async def scene() -> None:
+        on = await ready(2, drain_timeout=900.0, idle_timeout=30.0)
+        short, long = on.ask(5.0), on.ask(200.0)
+        await on.after(1)
+        on.becomes(1)
+        await on.after(60)
+        assert on.states == "stopped draining"
+
+        stop = on.loop.create_task(on.fleet.stop(on.fleet.catalog.models["m"], force=force))
+        await on.after(0.1)
+        assert long.done() is force
+        await stop
+
+        assert (await short, await long) == (M, answer)
+        assert not on.runtime.alive(M1)
+        with pytest.raises(ModelNotRunning):
+            await on.fleet.stop(on.fleet.catalog.models["m"])
+        assert await on.ask() == M
+
+    play(scene)
+
+
 def test_a_replica_that_is_wanted_again_while_it_drains_comes_back() -> None:
     async def scene() -> None:
         on = await ready(2, drain_timeout=100.0)
