@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -38,7 +38,7 @@ from gateway.fleet.identity import launch_of, same_server, server_key, server_na
 from gateway.fleet.journal import Journal
 from gateway.fleet.life import Lease, Leasing, Life, Paused
 from gateway.fleet.placement import Place
-from gateway.fleet.queue import Among, Grant, Queue, SentAway, Ticket
+from gateway.fleet.queue import Among, Grant, Queue, Ticket
 from gateway.fleet.scheduling import Phase, Usage
 from gateway.fleet.status import Failure, Status, Stop, describe
 from gateway.lifecycle import DOWN, MADE, SERVING, STARTING_UP, Event, State, after
@@ -83,10 +83,6 @@ class Entry:
     """Whether its server goes on when the gateway ends."""
 
 
-Elsewhere = Callable[[float | None, float], Awaitable[Lease]]
-"""Returns a lease of any of a model's replicas, for a caller who waits for so long at most, and came at this time."""
-
-
 class Instance:
     """A model, or one of its replicas, that may be up or down, and knows how to get from one to the other."""
 
@@ -110,8 +106,6 @@ class Instance:
         self.name = server_name(spec, replica)
         self.next_in_line: Callable[[], Instance] = lambda: self
         """Says for which replica of the model the one queues whose turn it is when a slot is free here."""
-        self.elsewhere: Elsewhere
-        """How who came when there was no other replica gets to one; there is one by the time that he is sent away."""
         self.figures: Figures = Silent()
         self.engine = engine
         self._runtime = runtime
@@ -229,23 +223,11 @@ class Instance:
         if self.grants_at_once:
             return self._new_lease()
         self._refuse_newcomer(among, admitted=admitted)
-        lease = await self._lease_in_turn(max_wait_s, among)
-        if not lease:
-            return await self.elsewhere(max_wait_s, came_at)
+        lease = await self._wait(lease=True, max_wait_s=max_wait_s, among=among)
+        assert isinstance(lease, Lease)  # a ticket for a lease is never granted anything else
         if lease.error:  # cut in the very tick in which it was granted
             lease.give_back(lease)
             raise lease.error
-        return lease
-
-    async def _lease_in_turn(self, max_wait_s: float | None, among: Among | None) -> Lease | None:
-        """Wait for a lease; return None if another one is to serve a caller who came when there was no other."""
-        try:
-            lease = await self._wait(lease=True, max_wait_s=max_wait_s, among=among)
-        except SentAway:
-            if among:
-                raise
-            return None
-        assert isinstance(lease, Lease)  # a ticket for a lease is never granted anything else
         return lease
 
     async def start(self, *, wait: bool = True) -> Handle | None:
@@ -356,7 +338,10 @@ class Instance:
             self._lead_down(CHANGED)
 
     def send_away(self) -> None:
-        """Let those who wait for a lease queue for another replica, each with his place there by when he came."""
+        """Let those who wait for a lease queue for another replica, each with his place there by when he came.
+
+        Not for the first replica: who came when there was no other cannot be sent away.
+        """
         self._queue.send_away()
         self._last_use = self._loop.time()
         self._rearm()
@@ -442,15 +427,17 @@ class Instance:
         return len(self._life.leases) if self._life else 0
 
     async def _wait(self, *, lease: bool, max_wait_s: float | None = None, among: Among | None = None) -> Grant:
-        came_at = among.came_at if among else self._loop.time()
+        among = among or Among(self._loop.time())
         try:
             async with asyncio.timeout(None) as bound:
-                ticket = Ticket(self._loop.create_future(), bound, came_at, lease, max_wait_s)
+                granted = self._loop.create_future()
+                ticket = Ticket(granted, bound, among.came_at, lease, max_wait_s, among.spent_s)
                 self._queue.join(ticket)
                 try:
                     self._enqueued(ticket)
                     return await ticket.granted
                 except BaseException:
+                    among.spent_s = ticket.spend(self._loop.time(), goes_on=False)
                     self._withdraw(ticket)
                     raise
         except TimeoutError:

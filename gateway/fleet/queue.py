@@ -14,12 +14,15 @@ from gateway.runtimes.base import Handle
 Grant = Lease | Handle
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Among:
-    """A caller of a model with several replicas: when he came, and how many queue for the others."""
+    """A caller of a model with several replicas: what goes with him from one to the other."""
 
     came_at: float
-    queued_elsewhere: int
+    queued_elsewhere: int = 0
+    """How many queue for the other replicas."""
+    spent_s: float = 0.0
+    """How much of the queue's time-out he has used up for those that he waited for before."""
 
 
 class SentAway(Exception):

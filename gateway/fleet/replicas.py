@@ -175,14 +175,13 @@ class Replicas:
 
         Raises: as `Instance.lease`, but for SentAway.
         """
-        return Leasing(partial(self._obtain, max_wait_s, self._loop.time(), admitted=admitted))
+        return Leasing(partial(self._obtain, max_wait_s, Among(self._loop.time()), admitted=admitted))
 
-    async def _obtain(self, max_wait_s: float | None, came_at: float, *, admitted: bool = True) -> Lease:
+    async def _obtain(self, max_wait_s: float | None, among: Among, *, admitted: bool = True) -> Lease:
         had_failed = False
         while True:
             one = self._choose()
-            queued_elsewhere = sum(other.queued for other in self._wanted()) - one.queued
-            among = Among(came_at, queued_elsewhere)
+            among.queued_elsewhere = sum(other.queued for other in self._wanted()) - one.queued
             try:
                 return await one.obtain(max_wait_s, admitted=admitted, among=among)
             except SentAway:
@@ -267,7 +266,7 @@ class Replicas:
             one.send_away()
             one.remove()
         for one in self._members if len(self._members) > 1 else ():
-            one.next_in_line, one.elsewhere = self._next_in_line, self._obtain
+            one.next_in_line = self._next_in_line
 
     def _next_in_line(self) -> Instance:
         """Return the replica for which the one queues who came first, whatever becomes of it."""

@@ -344,7 +344,7 @@ def test_the_next_one_gets_the_slot_of_another_replica_if_its_caller_leaves_as_h
         up, loading = on.model.members
         lease = await up.obtain(None, admitted=False)
         leaves, stays = (
-            on.loop.create_task(loading.obtain(None, admitted=False, among=Among(float(came_at), 0)))
+            on.loop.create_task(loading.obtain(None, admitted=False, among=Among(float(came_at))))
             for came_at in range(2)
         )
         await on.after(1)
@@ -660,6 +660,49 @@ def test_a_stop_reaches_a_replica_that_still_drains_when_one_is_wanted(force: bo
         with pytest.raises(ModelNotRunning):
             await on.fleet.stop(on.fleet.catalog.models["m"])
         assert await on.ask() == M
+
+    play(scene)
+
+
+def test_who_is_sent_to_another_replica_has_the_rest_of_the_queues_timeout_and_no_more() -> None:
+    async def scene() -> None:
+        on = await ready(2, queue_timeout=100.0, drain_timeout=900.0)
+        busy = [on.ask(1000.0), on.ask(1000.0)]
+        await on.after(1)
+        queued = [on.ask(1.0) for _ in range(4)]
+        await on.after(60)
+        assert [one.queued for one in on.model.members] == [2, 2]
+
+        on.becomes(1)
+        await on.after(0.1)
+        assert [one.queued for one in on.model.members] == [4, 0]
+        await on.after(38)
+        assert not any(asked.done() for asked in queued)
+        await on.after(2)
+        assert [asked.done() and asked.result() for asked in queued] == ["NO_CAPACITY"] * 4
+        for asked in busy:
+            asked.cancel()
+
+    play(scene)
+
+
+def test_who_is_sent_to_another_replica_takes_his_place_there_by_when_he_came() -> None:
+    async def scene() -> None:
+        on = await ready(2, drain_timeout=900.0)
+        busy = [on.ask(100.0), on.ask(100.0)]
+        await on.after(1)
+        order: list[int] = []
+        queued = []
+        for n in range(6):
+            queued.append(on.ask(5.0))
+            queued[n].add_done_callback(lambda _, n=n: order.append(n))  # type: ignore[misc]
+            await on.after(1)
+        assert [one.queued for one in on.model.members] == [3, 3]
+
+        on.becomes(1)
+        assert await asyncio.gather(*queued) == [M] * 6
+        assert order == [0, 1, 2, 3, 4, 5]
+        await asyncio.gather(*busy)
 
     play(scene)
 
