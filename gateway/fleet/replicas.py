@@ -213,7 +213,7 @@ class Replicas:
         Raises: as `Instance.start`, for the first that cannot be started, when the others are or cannot be either.
         """
         first, *others = self._wanted()
-        orders = [first.start(wait=wait), *(_while_wanted(one.start(wait=wait)) for one in others)]
+        orders = [first.start(wait=wait), *(_while_wanted(partial(one.start, wait=wait)) for one in others)]
         return (await _all(orders))[0]
 
     async def stop(self, *, force: bool = False) -> None:
@@ -236,7 +236,7 @@ class Replicas:
             return await (one.restart(force=force) if one in running else one.start())
 
         first, *others = self._wanted()
-        return (await _all([anew(first), *(_while_wanted(anew(one)) for one in others)]))[0]
+        return (await _all([anew(first), *(_while_wanted(partial(anew, one)) for one in others)]))[0]
 
     def _running(self) -> list[Instance]:
         running = [one for one in self._members if one.runs]
@@ -300,13 +300,13 @@ async def _all(orders: Iterable[Awaitable[Result]]) -> list[Result]:
     return [result for result in results if not isinstance(result, BaseException)]
 
 
-async def _while_wanted(order: Awaitable[Handle | None]) -> Handle | None:
+async def _while_wanted(order: Callable[[], Awaitable[Handle | None]]) -> Handle | None:
     """Carry out the order of a replica that is not the first: whether the model itself is gone, the first one says.
 
-    Without it, the model has fewer replicas by now.
+    Without it, the model has fewer replicas by now. It begins in here: its caller may leave before this does.
     """
     try:
-        return await order
+        return await order()
     except UnknownModel:
         return None
 
