@@ -256,14 +256,14 @@ class Instance:
     def wake(self) -> None:
         """Begin to start it, if it is down and does not rest after a failure, though nobody waits for it yet.
 
-        It is wanted for as long as a start may take, and not started again should it fail.
+        It goes on once it has its GPUs, though whoever waited was served by others, and is not started again should it
+        fail. While it waits for GPUs it is called off as any start is, when nobody queues anywhere in the model.
         """
         closed = self._closing or self._removed or self._is_held_up
         if self._state in DOWN and not closed and not self._cooling_s():
             self._start("request")
-            assert self._life
-            self._life.kept = True
-            self._rearm()
+            self._last_use = self._loop.time()
+            self._goes_on_for_all()
 
     async def stop(self, *, force: bool = False) -> None:
         """Drain the model, stop it, and return when it is gone; a start is called off, `force` cuts what runs.
@@ -497,10 +497,13 @@ class Instance:
 
     def _served_elsewhere(self) -> None:
         """Go on without one who queued here. A start that he began goes on for those who come after him."""
-        if self._life:
-            self._life.kept = True
         self._last_use = self._loop.time()
         self._gpus.changed()
+        self._goes_on_for_all()
+
+    def _goes_on_for_all(self) -> None:
+        if self._life:
+            self._life.for_all = True
         self._rearm()
 
     def _has_slot(self) -> bool:
@@ -972,9 +975,10 @@ class Instance:
                 return None
 
     def _call_off_at(self) -> float | None:
+        life = self._life
         return call_off_at(
             waiters=len(self._queue),
-            kept=bool(self._life and self._life.kept),
+            kept=bool(life and (life.kept or (life.for_all and not self._waits_for_gpus))),
             last_waiter_left_at=self._last_use,
             promised_until=self._promised_until,
             bounds=self._bounds,
@@ -985,5 +989,8 @@ class Instance:
             self._clear_again()
         elif reason == IDLE and self._gpus.starts_beside(self.key):
             self._timer = self._loop.call_later(BESIDE_S, self._time_is_up, life, reason)
+        elif self._state in STARTING_UP and self.next_in_line().queued:  # whom the first that is up will serve
+            self._last_use = self._loop.time()
+            self._rearm()
         elif life and life is self._life:
             self._end(life, reason)

@@ -552,6 +552,43 @@ def test_a_replica_without_room_never_makes_another_one_go() -> None:
     play(scene)
 
 
+@pytest.mark.parametrize("start_timeout", [60.0, 600.0])
+def test_a_replica_that_nobody_waits_for_stops_waiting_for_gpus(start_timeout: float) -> None:
+    async def scene() -> None:
+        one_gpu: dict[str, Any] = {"devices": [Device("0", 24 * GIB)], "gpus": 1, "start_timeout": start_timeout}
+        on = await Several(2, Manners(load_s=5.0), abandon_after=30.0, queue_timeout=500.0, **one_gpu).begin()
+        asked = [on.ask(100.0), on.ask(100.0)]
+        await on.after(125)
+        assert on.model.status.queued == 0
+        assert on.states == "ready starting", "one of them queued until a moment ago"
+
+        await on.after(20)
+        assert on.states == "ready stopped"
+        assert await asyncio.gather(*asked) == [M, M]
+        assert on.runtime.starts == {M: 1}
+
+    play(scene)
+
+
+def test_a_replica_waits_for_gpus_for_as_long_as_anybody_queues_for_the_model() -> None:
+    async def scene() -> None:
+        one_gpu: dict[str, Any] = {"devices": [Device("0", 24 * GIB)], "gpus": 1}
+        on = await Several(2, Manners(load_s=5.0), abandon_after=30.0, queue_timeout=500.0, **one_gpu).begin()
+        assert await on.ask() == M
+        await on.after(60)
+        assert on.states == "ready stopped"
+
+        asked = [on.ask(100.0) for _ in range(4)]
+        await on.after(290)
+        assert [one.queued for one in on.model.members] == [1, 0]
+        assert on.states == "ready starting"
+        assert await asyncio.gather(*asked) == [M] * 4
+        await on.after(61)
+        assert on.states == "ready stopped"
+
+    play(scene)
+
+
 # ---- the catalog changes --------------------------------------------------------------------------------------------
 
 
