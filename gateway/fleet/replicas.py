@@ -90,9 +90,13 @@ def to_wake(replicas: Sequence[Status]) -> list[int]:
     return down[:1] if full and not coming else []
 
 
-def as_one(replicas: Sequence[Status]) -> Status:
-    """Return what is told of a model as a whole: the state of its best replica, and the sums of all."""
-    best = min(replicas, key=lambda one: (_BEST_FIRST.index(one.state), one.held_for is not None))
+def as_one(replicas: Sequence[Status], wanted: int | None = None) -> Status:
+    """Return what is told of a model as a whole: the state of its best replica, and the sums of all.
+
+    Those beyond the number that is `wanted` are on their way out: one is the best only where all others are down.
+    """
+    coming = [one for one in replicas[:wanted] if one.state not in DOWN]
+    best = min(coming or replicas, key=lambda one: (_BEST_FIRST.index(one.state), one.held_for is not None))
     failed = [one for one in replicas if one.failure]
     last = max(failed, key=lambda one: one.failure.at if one.failure else 0.0, default=best)
     idle = [one.idle_s for one in replicas if one.idle_s is not None]
@@ -158,7 +162,7 @@ class Replicas:
     def status(self) -> Status:
         """A snapshot of all of them as one, for reports only."""
         told = [one.status for n, one in enumerate(self._members) if n < self._count or one.runs]
-        return as_one(told) if len(told) > 1 else told[0]
+        return as_one(told, self._count) if len(told) > 1 else told[0]
 
     # What callers ask for
 

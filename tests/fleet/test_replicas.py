@@ -128,6 +128,45 @@ def test_which_state_is_the_better_one(states: str, best: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("states", "best"),
+    [
+        ("starting draining", "starting"),
+        ("loading draining", "loading"),
+        ("ready draining", "ready"),
+        ("stopping draining", "stopping"),
+        ("stopped draining", "draining"),
+        ("failed stopping", "stopping"),
+    ],
+)
+def test_a_model_is_in_the_state_of_one_that_is_wanted_no_longer_only_where_all_others_are_down(
+    states: str, best: str
+) -> None:
+    told = as_one([replica(state, in_flight) for in_flight, state in enumerate(states.split())], wanted=1)
+
+    assert (told.state, told.in_flight, len(told.replicas)) == (best, 1, 2)
+
+
+def test_a_model_that_starts_is_told_to_start_while_a_replica_beyond_the_count_drains() -> None:
+    async def scene() -> None:
+        on = await ready(2, Manners(load_s=30.0), drain_timeout=900.0, idle_timeout=50.0)
+        short = on.ask(5.0)
+        await on.after(1)
+        long = on.ask(300.0)
+        await on.after(1)
+        on.becomes(1)
+        await on.after(60)
+        assert on.model.status.state == "draining"
+
+        asked = on.ask()
+        await on.after(10)
+        assert on.states == "loading draining"
+        assert on.model.status.state == "loading"
+        assert (await short, await asked, await long) == (M, M, M1)
+
+    play(scene)
+
+
+@pytest.mark.parametrize(
     ("replicas", "idle_s"),
     [
         ([replica("ready", idle_s=5.0), replica("ready", idle_s=3.0)], 3.0),
@@ -681,7 +720,9 @@ def test_who_waits_for_the_replicas_of_a_model_that_leaves_the_catalog_is_told_s
 def test_a_stop_reaches_a_replica_that_still_drains_when_one_is_wanted(force: bool, answer: str) -> None:
     async def scene() -> None:
         on = await ready(2, drain_timeout=900.0, idle_timeout=30.0)
-        short, long = on.ask(5.0), on.ask(200.0)
+        short = on.ask(5.0)
+        await on.after(1)
+        long = on.ask(200.0)
         await on.after(1)
         on.becomes(1)
         await on.after(60)
