@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -38,7 +38,7 @@ from gateway.fleet.identity import launch_of, same_server, server_key, server_na
 from gateway.fleet.journal import Journal
 from gateway.fleet.life import Lease, Leasing, Life, Paused
 from gateway.fleet.placement import Place
-from gateway.fleet.queue import Among, Grant, Queue, SentAway, Ticket
+from gateway.fleet.queue import Among, Grant, Queue, Ticket
 from gateway.fleet.scheduling import Phase, Usage
 from gateway.fleet.status import Failure, Status, Stop, describe
 from gateway.lifecycle import DOWN, MADE, SERVING, STARTING_UP, Event, State, after
@@ -84,14 +84,6 @@ class Entry:
     """Whether its server goes on when the gateway ends."""
 
 
-Elsewhere = Callable[[float | None, float], Awaitable[Lease]]
-"""Returns a lease of any of a model's replicas, for a caller who waits for so long at most, and came at this time."""
-
-
-def _nothing() -> None:
-    pass
-
-
 class Instance:
     """A model, or one of its replicas, that may be up or down, and knows how to get from one to the other."""
 
@@ -113,10 +105,8 @@ class Instance:
         self.replica = replica
         self.key = server_key(spec, replica)
         self.name = server_name(spec, replica)
-        self.on_free_slot: Callable[[], None] = _nothing
-        """Told when nobody queues here and one more could be served; the other replicas' queues may be longer."""
-        self.elsewhere: Elsewhere
-        """How who came when there was no other replica gets to one; there is one by the time that he is sent away."""
+        self.next_in_line: Callable[[], Instance] = lambda: self
+        """Says for which replica of the model the one queues whose turn it is when a slot is free here."""
         self.figures: Figures = Silent()
         self.engine = engine
         self._runtime = runtime
@@ -203,6 +193,12 @@ class Instance:
         return self._queue.requests
 
     @property
+    def queued_since(self) -> float:
+        """When the one came who has waited the longest for a lease; without end where nobody waits."""
+        oldest = self._queue.oldest
+        return oldest.asked_at if oldest else math.inf
+
+    @property
     def grants_at_once(self) -> bool:
         """Whether who asks for a lease now does not wait for it."""
         return not self._queue and self._has_slot()
@@ -227,30 +223,18 @@ class Instance:
         `among`: there are other replicas, and the caller may be sent away to them.
 
         Raises: as `lease`, and
-            SentAway: only `among` others: one of them has a slot free.
+            SentAway: only `among` others: this one takes no part any more.
         """
         came_at = self._loop.time()
         self._usage = self._usage.asked(came_at)
         if self.grants_at_once:
             return self._new_lease()
         self._refuse_newcomer(among, admitted=admitted)
-        lease = await self._lease_in_turn(max_wait_s, among)
-        if not lease:
-            return await self.elsewhere(max_wait_s, came_at)
-        if lease.error:  # cut in the very tick in which it was granted
-            self._give_back(lease)
-            raise lease.error
-        return lease
-
-    async def _lease_in_turn(self, max_wait_s: float | None, among: Among | None) -> Lease | None:
-        """Wait for a lease; return None if another one is to serve a caller who came when there was no other."""
-        try:
-            lease = await self._wait(lease=True, max_wait_s=max_wait_s, among=among)
-        except SentAway:
-            if among:
-                raise
-            return None
+        lease = await self._wait(lease=True, max_wait_s=max_wait_s, among=among)
         assert isinstance(lease, Lease)  # a ticket for a lease is never granted anything else
+        if lease.error:  # cut in the very tick in which it was granted
+            lease.give_back(lease)
+            raise lease.error
         return lease
 
     async def start(self, *, wait: bool = True) -> Handle | None:
@@ -279,14 +263,14 @@ class Instance:
     def wake(self) -> None:
         """Begin to start it, if it is down and does not rest after a failure, though nobody waits for it yet.
 
-        It is wanted for as long as a start may take, and not started again should it fail.
+        It goes on once it has its GPUs, though whoever waited was served by others, and is not started again should it
+        fail. While it waits for GPUs it is called off as any start is, when nobody queues anywhere in the model.
         """
         closed = self._closing or self._removed or self._is_held_up
         if self._state in DOWN and not closed and not self._cooling_s():
             self._start("request")
-            assert self._life
-            self._life.kept = True
-            self._rearm()
+            self._last_use = self._loop.time()
+            self._goes_on_for_all()
 
     async def stop(self, *, force: bool = False) -> None:
         """Drain the model, stop it, and return when it is gone; a start is called off, `force` cuts what runs.
@@ -360,13 +344,12 @@ class Instance:
             self._wanted = self._wanted or entry.spec.preload or entry.spec.pinned
             self._lead_down(CHANGED)
 
-    def send_away(self, count: int) -> None:
-        """Let those who have waited the longest for a lease go to another replica. A start that they began goes on."""
-        if not count:
-            return
-        if self._life:
-            self._life.kept = True
-        self._queue.send_away(count)
+    def send_away(self) -> None:
+        """Let those who wait for a lease queue for another replica, each with his place there by when he came.
+
+        Not for the first replica: who came when there was no other cannot be sent away.
+        """
+        self._queue.send_away()
         self._last_use = self._loop.time()
         self._rearm()
 
@@ -453,10 +436,11 @@ class Instance:
         return len(self._life.leases) if self._life else 0
 
     async def _wait(self, *, lease: bool, max_wait_s: float | None = None, among: Among | None = None) -> Grant:
-        came_at = among.came_at if among else self._loop.time()
+        among = among or Among(self._loop.time())
         try:
             async with asyncio.timeout(None) as bound:
-                ticket = Ticket(self._loop.create_future(), bound, came_at, lease, max_wait_s)
+                granted = self._loop.create_future()
+                ticket = Ticket(granted, bound, among.came_at, lease, max_wait_s, among.spent_s)
                 self._queue.join(ticket)
                 if lease:
                     self._standings[ticket] = standing()
@@ -464,6 +448,7 @@ class Instance:
                     self._enqueued(ticket)
                     return await ticket.granted
                 except BaseException:
+                    among.spent_s = ticket.spend(self._loop.time(), goes_on=False)
                     self._withdraw(ticket)
                     raise
                 finally:
@@ -508,16 +493,36 @@ class Instance:
         return self._state is State.STARTING and not has_place
 
     def _grant(self) -> None:
-        """Give whoever waits what there is, in the order of arrival."""
+        """Give whoever waits what there is, in the order of arrival, wherever in the model they queue."""
         if self._state is not State.READY or not self._life or not self._life.handle:
             return
         for ticket in self._queue:
             if not ticket.wants_lease:
                 self._queue.grant(ticket, self._life.handle)
-            elif self._has_slot():
-                self._hand_over(ticket, self._new_lease())
-        if not self._queue and self._has_slot():
-            self.on_free_slot()
+        while self._has_slot() and self._serve_next():
+            pass
+
+    def _serve_next(self) -> bool:
+        """Grant a slot to the one whose turn it is; return False if nobody waits."""
+        one = self.next_in_line()
+        ticket = one._queue.oldest
+        if not ticket:
+            return False
+        one._hand_over(ticket, self._new_lease())
+        if one is not self:
+            one._served_elsewhere()
+        return True
+
+    def _served_elsewhere(self) -> None:
+        """Go on without one who queued here. A start that he began goes on for those who come after him."""
+        self._last_use = self._loop.time()
+        self._gpus.changed()
+        self._goes_on_for_all()
+
+    def _goes_on_for_all(self) -> None:
+        if self._life:
+            self._life.for_all = True
+        self._rearm()
 
     def _has_slot(self) -> bool:
         free = self._in_flight < self.spec.max_concurrency
@@ -541,7 +546,7 @@ class Instance:
         """Take back a ticket whose caller leaves, and whatever it was granted in the same tick."""
         grant = self._queue.leave(ticket)
         if isinstance(grant, Lease):
-            self._give_back(grant)
+            grant.give_back(grant)
         self._last_use = self._loop.time()
         self._gpus.changed()
         self._rearm()
@@ -991,9 +996,10 @@ class Instance:
                 return None
 
     def _call_off_at(self) -> float | None:
+        life = self._life
         return call_off_at(
             waiters=len(self._queue),
-            kept=bool(self._life and self._life.kept),
+            kept=bool(life and (life.kept or (life.for_all and not self._waits_for_gpus))),
             last_waiter_left_at=self._last_use,
             promised_until=self._promised_until,
             bounds=self._bounds,
@@ -1004,5 +1010,8 @@ class Instance:
             self._clear_again()
         elif reason == IDLE and self._gpus.starts_beside(self.key):
             self._timer = self._loop.call_later(BESIDE_S, self._time_is_up, life, reason)
+        elif self._state in STARTING_UP and self.next_in_line().queued:  # whom the first that is up will serve
+            self._last_use = self._loop.time()
+            self._rearm()
         elif life and life is self._life:
             self._end(life, reason)

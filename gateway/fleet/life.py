@@ -91,6 +91,8 @@ class Life(Startup):
         self.leases: dict[Lease, None] = {}  # in the order in which they were granted
         self.kept = kept
         """Whether an operator, `preload` or `pinned` wants this start, so that it is not called off."""
+        self.for_all = False
+        """Whether it was begun for those who queue anywhere in the model, so that it goes on once it has its GPUs."""
         self.adopted = adopted
         """Whether its server was made by an earlier life of the gateway, which may have served with it, or ended it."""
         self.stays = False

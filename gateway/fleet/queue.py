@@ -14,16 +14,19 @@ from gateway.runtimes.base import Handle
 Grant = Lease | Handle
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Among:
-    """A caller of a model with several replicas: when he came, and how many queue for the others."""
+    """A caller of a model with several replicas: what goes with him from one to the other."""
 
     came_at: float
-    queued_elsewhere: int
+    queued_elsewhere: int = 0
+    """How many queue for the other replicas."""
+    spent_s: float = 0.0
+    """How much of the queue's time-out he has used up for those that he waited for before."""
 
 
 class SentAway(Exception):
-    """Another replica of the model has a slot free: ask again."""
+    """This replica takes no part any more: ask another one."""
 
 
 @dataclass(eq=False, slots=True)
@@ -76,7 +79,11 @@ class Queue:
         return sum(ticket.wants_lease for ticket in self._tickets)
 
     def join(self, ticket: Ticket) -> None:
-        self._tickets.append(ticket)
+        """Let it take its place: one who was sent here from elsewhere is before those who came after him."""
+        place = len(self._tickets)
+        while place and self._tickets[place - 1].asked_at > ticket.asked_at:
+            place -= 1
+        self._tickets.insert(place, ticket)
 
     def grant(self, ticket: Ticket, grant: Grant) -> bool:
         """Hand `grant` to the ticket and let it go; False if its caller is leaving in this very tick."""
@@ -95,9 +102,9 @@ class Queue:
             return granted.result()
         return None
 
-    def send_away(self, count: int) -> None:
-        """Let those who have waited the longest for a lease ask again, elsewhere."""
-        for ticket in [ticket for ticket in self._tickets if ticket.wants_lease][:count]:
+    def send_away(self) -> None:
+        """Let those who wait for a lease ask again, elsewhere."""
+        for ticket in [ticket for ticket in self._tickets if ticket.wants_lease]:
             self._tickets.remove(ticket)
             if not ticket.granted.done():
                 ticket.granted.set_exception(SentAway())

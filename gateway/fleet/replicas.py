@@ -19,6 +19,7 @@ from gateway.errors import (
     RuntimeUnavailable,
     StartFailed,
     StartTimeout,
+    UnknownModel,
 )
 from gateway.fleet.figures import Figures
 from gateway.fleet.instance import Entry, Instance
@@ -89,9 +90,13 @@ def to_wake(replicas: Sequence[Status]) -> list[int]:
     return down[:1] if full and not coming else []
 
 
-def as_one(replicas: Sequence[Status]) -> Status:
-    """Return what is told of a model as a whole: the state of its best replica, and the sums of all."""
-    best = min(replicas, key=lambda one: (_BEST_FIRST.index(one.state), one.held_for is not None))
+def as_one(replicas: Sequence[Status], wanted: int | None = None) -> Status:
+    """Return what is told of a model as a whole: the state of its best replica, and the sums of all.
+
+    Those beyond the number that is `wanted` are on their way out: one is the best only where all others are down.
+    """
+    coming = [one for one in replicas[:wanted] if one.state not in DOWN]
+    best = min(coming or replicas, key=lambda one: (_BEST_FIRST.index(one.state), one.held_for is not None))
     failed = [one for one in replicas if one.failure]
     last = max(failed, key=lambda one: one.failure.at if one.failure else 0.0, default=best)
     idle = [one.idle_s for one in replicas if one.idle_s is not None]
@@ -131,8 +136,9 @@ class Replicas:
 
     @property
     def served(self) -> Served:
-        """What callers ask: the replicas, or the one server itself where the catalog has no more."""
-        return self._members[0] if self._count == 1 else self
+        """What callers ask: the replicas, or the one server itself where there are no more."""
+        alone = self._count == 1 and not any(one.runs for one in self._members[1:])
+        return self._members[0] if alone else self
 
     # What is known of the model
 
@@ -156,7 +162,7 @@ class Replicas:
     def status(self) -> Status:
         """A snapshot of all of them as one, for reports only."""
         told = [one.status for n, one in enumerate(self._members) if n < self._count or one.runs]
-        return as_one(told) if len(told) > 1 else told[0]
+        return as_one(told, self._count) if len(told) > 1 else told[0]
 
     # What callers ask for
 
@@ -173,14 +179,13 @@ class Replicas:
 
         Raises: as `Instance.lease`, but for SentAway.
         """
-        return Leasing(partial(self._obtain, max_wait_s, self._loop.time(), admitted=admitted))
+        return Leasing(partial(self._obtain, max_wait_s, Among(self._loop.time()), admitted=admitted))
 
-    async def _obtain(self, max_wait_s: float | None, came_at: float, *, admitted: bool = True) -> Lease:
+    async def _obtain(self, max_wait_s: float | None, among: Among, *, admitted: bool = True) -> Lease:
         had_failed = False
         while True:
             one = self._choose()
-            queued_elsewhere = sum(other.queued for other in self._wanted()) - one.queued
-            among = Among(came_at, queued_elsewhere)
+            among.queued_elsewhere = sum(other.queued for other in self._wanted()) - one.queued
             try:
                 return await one.obtain(max_wait_s, admitted=admitted, among=among)
             except SentAway:
@@ -211,8 +216,9 @@ class Replicas:
 
         Raises: as `Instance.start`, for the first that cannot be started, when the others are or cannot be either.
         """
-        handles = await _all(one.start(wait=wait) for one in self._wanted())
-        return handles[0]
+        first, *others = self._wanted()
+        orders = [first.start(wait=wait), *(_while_wanted(partial(one.start, wait=wait)) for one in others)]
+        return (await _all(orders))[0]
 
     async def stop(self, *, force: bool = False) -> None:
         """Drain and stop all, and return when they are gone.
@@ -229,8 +235,12 @@ class Replicas:
         Raises: as `start`, and ModelNotRunning.
         """
         running = self._running()
-        handles = await _all(one.restart(force=force) if one in running else one.start() for one in self._wanted())
-        return handles[0]
+
+        async def anew(one: Instance) -> Handle | None:
+            return await (one.restart(force=force) if one in running else one.start())
+
+        first, *others = self._wanted()
+        return (await _all([anew(first), *(_while_wanted(partial(anew, one)) for one in others)]))[0]
 
     def _running(self) -> list[Instance]:
         running = [one for one in self._members if one.runs]
@@ -257,20 +267,14 @@ class Replicas:
         self._count = count
         self._members += [self._make(n) for n in range(len(self._members), count)]
         for one in self._members[count:]:
-            one.send_away(one.queued)
+            one.send_away()
             one.remove()
         for one in self._members if len(self._members) > 1 else ():
-            one.on_free_slot, one.elsewhere = self._spread, self._obtain
+            one.next_in_line = self._next_in_line
 
-    def _spread(self) -> None:
-        """Have those who queue come to where slots are free, from the longest queue first."""
-        if not any(one.queued for one in self._members):
-            return
-        free = sum(_free_slots(one.status) for one in self._wanted())
-        for one in sorted(self._members, key=lambda one: -one.queued):
-            moving = min(free, one.queued)
-            one.send_away(moving)
-            free -= moving
+    def _next_in_line(self) -> Instance:
+        """Return the replica for which the one queues who came first, whatever becomes of it."""
+        return min(self._members, key=lambda one: one.queued_since)
 
     def _wanted(self) -> Sequence[Instance]:
         """Return those that the catalog wants."""
@@ -298,6 +302,17 @@ async def _all(orders: Iterable[Awaitable[Result]]) -> list[Result]:
         if isinstance(result, BaseException):
             raise result
     return [result for result in results if not isinstance(result, BaseException)]
+
+
+async def _while_wanted(order: Callable[[], Awaitable[Handle | None]]) -> Handle | None:
+    """Carry out the order of a replica that is not the first: whether the model itself is gone, the first one says.
+
+    Without it, the model has fewer replicas by now. It begins in here: its caller may leave before this does.
+    """
+    try:
+        return await order()
+    except UnknownModel:
+        return None
 
 
 async def _stop_if_it_runs(one: Instance, *, force: bool) -> None:

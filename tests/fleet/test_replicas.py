@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 
 from gateway.catalog import ModelSpec
-from gateway.errors import CatalogError, GatewayError, ModelNotRunning, StartFailed, StopFailed
+from gateway.errors import CatalogError, GatewayError, ModelNotRunning, StartFailed, StopFailed, UnknownModel
 from gateway.fleet.fleet import Fleet
 from gateway.fleet.gpus import Gpus
 from gateway.fleet.journal import Entry, Journal
 from gateway.fleet.placement import GIB, Device
+from gateway.fleet.queue import Among
 from gateway.fleet.replicas import Replicas, as_one, least_loaded, to_wake
 from gateway.fleet.status import Failure, Status
 from gateway.lifecycle import State
@@ -124,6 +125,45 @@ def test_which_state_is_the_better_one(states: str, best: str) -> None:
 
     assert as_one([one, other]).state == best
     assert as_one([other, one]).state == best
+
+
+@pytest.mark.parametrize(
+    ("states", "best"),
+    [
+        ("starting draining", "starting"),
+        ("loading draining", "loading"),
+        ("ready draining", "ready"),
+        ("stopping draining", "stopping"),
+        ("stopped draining", "draining"),
+        ("failed stopping", "stopping"),
+    ],
+)
+def test_a_model_is_in_the_state_of_one_that_is_wanted_no_longer_only_where_all_others_are_down(
+    states: str, best: str
+) -> None:
+    told = as_one([replica(state, in_flight) for in_flight, state in enumerate(states.split())], wanted=1)
+
+    assert (told.state, told.in_flight, len(told.replicas)) == (best, 1, 2)
+
+
+def test_a_model_that_starts_is_told_to_start_while_a_replica_beyond_the_count_drains() -> None:
+    async def scene() -> None:
+        on = await ready(2, Manners(load_s=30.0), drain_timeout=900.0, idle_timeout=50.0)
+        short = on.ask(5.0)
+        await on.after(1)
+        long = on.ask(300.0)
+        await on.after(1)
+        on.becomes(1)
+        await on.after(60)
+        assert on.model.status.state == "draining"
+
+        asked = on.ask()
+        await on.after(10)
+        assert on.states == "loading draining"
+        assert on.model.status.state == "loading"
+        assert (await short, await asked, await long) == (M, M, M1)
+
+    play(scene)
 
 
 @pytest.mark.parametrize(
@@ -311,6 +351,53 @@ def test_a_replica_that_is_not_up_yet_takes_part_of_the_queue_as_soon_as_it_is()
 
         assert await second == M1
         assert await first == M
+
+    play(scene)
+
+
+def test_who_came_first_is_served_first_by_the_replica_that_is_up_while_another_still_loads() -> None:
+    async def scene() -> None:
+        on = await Several(2, Manners(load_s=10.0), Manners(load_s=400.0), start_timeout=600.0).begin()
+        order: list[int] = []
+
+        async def comes(n: int) -> None:
+            assert await on.ask(5.0) == M
+            order.append(n)
+
+        asked = []
+        for n in range(30):  # as many as one replica serves: its own queue is never empty
+            asked.append(on.loop.create_task(comes(n)))
+            await on.after(0.1 if n < 8 else 5.0)
+        await asyncio.gather(*asked)
+
+        assert on.states == "ready loading"
+        assert order == list(range(30))
+
+    play(scene)
+
+
+def test_the_next_one_gets_the_slot_of_another_replica_if_its_caller_leaves_as_he_gets_it() -> None:
+    async def scene() -> None:
+        on = await Several(2, Manners(load_s=5.0), Manners(load_s=100.0)).begin()
+        assert await on.ask() == M
+        up, loading = on.model.members
+        lease = await up.obtain(None, admitted=False)
+        leaves, stays = (
+            on.loop.create_task(loading.obtain(None, admitted=False, among=Among(float(came_at))))
+            for came_at in range(2)
+        )
+        await on.after(1)
+        assert (up.in_flight, loading.queued) == (1, 2)
+
+        lease.give_back(lease)
+        assert (up.in_flight, loading.queued) == (1, 1)
+        leaves.cancel()
+        await on.after(1)
+
+        assert leaves.cancelled()
+        assert stays.done()
+        stays.result().give_back(stays.result())
+        assert up.in_flight == 0
 
     play(scene)
 
@@ -504,6 +591,43 @@ def test_a_replica_without_room_never_makes_another_one_go() -> None:
     play(scene)
 
 
+@pytest.mark.parametrize("start_timeout", [60.0, 600.0])
+def test_a_replica_that_nobody_waits_for_stops_waiting_for_gpus(start_timeout: float) -> None:
+    async def scene() -> None:
+        one_gpu: dict[str, Any] = {"devices": [Device("0", 24 * GIB)], "gpus": 1, "start_timeout": start_timeout}
+        on = await Several(2, Manners(load_s=5.0), abandon_after=30.0, queue_timeout=500.0, **one_gpu).begin()
+        asked = [on.ask(100.0), on.ask(100.0)]
+        await on.after(125)
+        assert on.model.status.queued == 0
+        assert on.states == "ready starting", "one of them queued until a moment ago"
+
+        await on.after(20)
+        assert on.states == "ready stopped"
+        assert await asyncio.gather(*asked) == [M, M]
+        assert on.runtime.starts == {M: 1}
+
+    play(scene)
+
+
+def test_a_replica_waits_for_gpus_for_as_long_as_anybody_queues_for_the_model() -> None:
+    async def scene() -> None:
+        one_gpu: dict[str, Any] = {"devices": [Device("0", 24 * GIB)], "gpus": 1}
+        on = await Several(2, Manners(load_s=5.0), abandon_after=30.0, queue_timeout=500.0, **one_gpu).begin()
+        assert await on.ask() == M
+        await on.after(60)
+        assert on.states == "ready stopped"
+
+        asked = [on.ask(100.0) for _ in range(4)]
+        await on.after(290)
+        assert [one.queued for one in on.model.members] == [1, 0]
+        assert on.states == "ready starting"
+        assert await asyncio.gather(*asked) == [M] * 4
+        await on.after(61)
+        assert on.states == "ready stopped"
+
+    play(scene)
+
+
 # ---- the catalog changes --------------------------------------------------------------------------------------------
 
 
@@ -555,6 +679,108 @@ def test_fewer_replicas_drain_the_last_ones_and_who_queues_there_is_served_by_th
         assert on.server(M) is kept
         assert not on.runtime.alive(M1)
         assert not on.runtime.alive(M2)
+
+    play(scene)
+
+
+@pytest.mark.parametrize("order", ["start", "restart"])
+def test_who_waits_for_all_replicas_waits_for_those_that_are_still_wanted(order: str) -> None:
+    async def scene() -> None:
+        on = await Several(3, Manners(load_s=5.0), Manners(load_s=50.0), Manners(load_s=60.0)).begin()
+        await on.model.start(wait=False)
+        await on.after(10)
+        waits = on.loop.create_task(getattr(on.model, order)())
+        await on.after(8)
+        assert on.states == "ready loading loading"
+        assert not waits.done()
+
+        on.becomes(2)
+        handle = await waits
+        assert handle
+        assert handle.name == M
+        assert on.states == "ready ready"
+
+    play(scene)
+
+
+def test_who_waits_for_the_replicas_of_a_model_that_leaves_the_catalog_is_told_so() -> None:
+    async def scene() -> None:
+        on = await Several(2, Manners(load_s=50.0), Manners(load_s=50.0)).begin()
+        waits = on.loop.create_task(on.model.start())
+        await on.after(10)
+
+        on.fleet.change(catalog_of([]))
+        with pytest.raises(UnknownModel, match="no longer in the catalog"):
+            await waits
+
+    play(scene)
+
+
+@pytest.mark.parametrize(("force", "answer"), [(False, M1), (True, "GENERATION_FAILED")])
+def test_a_stop_reaches_a_replica_that_still_drains_when_one_is_wanted(force: bool, answer: str) -> None:
+    async def scene() -> None:
+        on = await ready(2, drain_timeout=900.0, idle_timeout=30.0)
+        short = on.ask(5.0)
+        await on.after(1)
+        long = on.ask(200.0)
+        await on.after(1)
+        on.becomes(1)
+        await on.after(60)
+        assert on.states == "stopped draining"
+
+        stop = on.loop.create_task(on.fleet.stop(on.fleet.catalog.models["m"], force=force))
+        await on.after(0.1)
+        assert long.done() is force
+        await stop
+
+        assert (await short, await long) == (M, answer)
+        assert not on.runtime.alive(M1)
+        with pytest.raises(ModelNotRunning):
+            await on.fleet.stop(on.fleet.catalog.models["m"])
+        assert await on.ask() == M
+
+    play(scene)
+
+
+def test_who_is_sent_to_another_replica_has_the_rest_of_the_queues_timeout_and_no_more() -> None:
+    async def scene() -> None:
+        on = await ready(2, queue_timeout=100.0, drain_timeout=900.0)
+        busy = [on.ask(1000.0), on.ask(1000.0)]
+        await on.after(1)
+        queued = [on.ask(1.0) for _ in range(4)]
+        await on.after(60)
+        assert [one.queued for one in on.model.members] == [2, 2]
+
+        on.becomes(1)
+        await on.after(0.1)
+        assert [one.queued for one in on.model.members] == [4, 0]
+        await on.after(38)
+        assert not any(asked.done() for asked in queued)
+        await on.after(2)
+        assert [asked.done() and asked.result() for asked in queued] == ["NO_CAPACITY"] * 4
+        for asked in busy:
+            asked.cancel()
+
+    play(scene)
+
+
+def test_who_is_sent_to_another_replica_takes_his_place_there_by_when_he_came() -> None:
+    async def scene() -> None:
+        on = await ready(2, drain_timeout=900.0)
+        busy = [on.ask(100.0), on.ask(100.0)]
+        await on.after(1)
+        order: list[int] = []
+        queued = []
+        for n in range(6):
+            queued.append(on.ask(5.0))
+            queued[n].add_done_callback(lambda _, n=n: order.append(n))  # type: ignore[misc]
+            await on.after(1)
+        assert [one.queued for one in on.model.members] == [3, 3]
+
+        on.becomes(1)
+        assert await asyncio.gather(*queued) == [M] * 6
+        assert order == [0, 1, 2, 3, 4, 5]
+        await asyncio.gather(*busy)
 
     play(scene)
 
