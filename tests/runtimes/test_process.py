@@ -599,6 +599,7 @@ def test_a_hashing_that_nobody_waits_for_ends(tmp_path: Path) -> None:
         waiters = [asyncio.create_task(checks.check([file], Ear().progress)) for _ in range(2)]
         await until(lambda: checks._running)
         (hashing,) = checks._running.values()
+        await until(lambda: len(hashing.reports) == len(waiters))
         waiters[0].cancel()
         await asyncio.wait(waiters[:1])
         assert not hashing.called_off.is_set()  # the other one still wants to know
