@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from gateway.api.models import model_json
+from gateway.fleet.gpus import Gpus
 from gateway.fleet.identity import fingerprint
 from gateway.fleet.placement import GIB, Device
 from gateway.fleet.scheduling import HOLD_S
@@ -18,7 +19,7 @@ from gateway.runtimes.base import Launch
 from gateway.waiting import Standing
 from tests.fleet.scenes import Scene, play, spec
 from tests.simulator.changes import catalog_of
-from tests.simulator.servers import Deaf, Manners, Server, SimulatedEngine
+from tests.simulator.servers import Broke, Deaf, Manners, Server, SimulatedEngine
 from tests.simulator.world import World
 
 ONE_GPU = [Device("0", 24 * GIB)]
@@ -28,11 +29,11 @@ WELL = Manners(make_s=1.0, load_s=5.0)
 class Shared:
     """Several models on few GPUs, in virtual time."""
 
-    def __init__(self, *names: str, devices: list[Device] = ONE_GPU, **keys: Any) -> None:
+    def __init__(self, *names: str, devices: list[Device] = ONE_GPU, gpus: type[Gpus] = Gpus, **keys: Any) -> None:
         self.specs = {
             name: spec(id=name, weights=f"{name}.gguf", **{"gpus": 1, **keys.get(name, {})}) for name in names
         }
-        self.world = World(list(self.specs.values()), seed=0, devices=devices)
+        self.world = World(list(self.specs.values()), seed=0, devices=devices, gpus=gpus)
         self.world.runtime.next_manners = [WELL] * 50
         Scene.on_stage.append(self)  # type: ignore[arg-type]
 
@@ -166,6 +167,30 @@ def test_who_is_told_to_come_back_because_of_pinned_models_finds_the_start_that_
         assert on.status("b").state is State.READY, "it was promised a minute"
 
     play(scene)
+
+
+async def _idle_beside_a_start(gpus: type[Gpus]) -> None:
+    """Have a model become idle while another one starts on their GPU, and see that it goes afterwards."""
+    on = Shared("a", "b", gpus=gpus, a={"gpu_memory": "10GiB", "idle_timeout": 30.0}, b={"gpu_memory": "10GiB"})
+    on.world.runtime.next_manners = [WELL, Manners(make_s=1.0, load_s=60.0)]
+    assert await on.ask("a") == "answered"
+    assert await on.ask("b") == "answered"
+    await asyncio.sleep(10)
+    told = "\n".join(on.world.trace)
+    assert 0 < told.index("b: loading -> ready") < told.index("a: ready -> stopping (idle)")
+
+
+def test_an_idle_server_stays_as_long_as_another_one_starts_beside_it() -> None:
+    play(lambda: _idle_beside_a_start(Gpus))
+
+
+def test_the_simulator_sees_one_that_goes_beside_a_start() -> None:
+    class LeavesBeside(Gpus):
+        def starts_beside(self, model: str) -> bool:
+            return False
+
+    with pytest.raises(Broke, match="they came free while it started"):
+        play(lambda: _idle_beside_a_start(LeavesBeside))
 
 
 def test_who_waits_for_gpus_is_told_so_and_refused_in_bound() -> None:

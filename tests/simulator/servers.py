@@ -239,6 +239,7 @@ class BadMannersRuntime:
         return end
 
     async def stop(self, name: str, *, grace_s: float) -> None:
+        was_perhaps_left = self.perhaps_left.get(name)
         self.perhaps_left[name] = True
         await self._answer()
         for server in self.alive(name):
@@ -246,7 +247,7 @@ class BadMannersRuntime:
                 raise Broke(f"P1: {name} is stopped while it serves {len(server.requests)} requests")
             await asyncio.sleep(min(server.manners.leaves_s, grace_s))
             server.die("stopped")
-            if name in self.let_go and server.gpu_memory_bytes and not self.perhaps_left.get(name):
+            if name in self.let_go and server.gpu_memory_bytes and not was_perhaps_left:
                 self._grab(server.gpus, server.gpu_memory_bytes)
         self.let_go.discard(name)
         self._removed(name)
