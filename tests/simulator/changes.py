@@ -295,8 +295,10 @@ async def edit(world: ChangingWorld, random: Random) -> None:
             world.file.save(later)
             world.take(later)
         case "several":
+            running = [spec.id for spec in now.models.values() if world.fleet.status(spec).state not in DOWN]
+            one = random.choice([None, *running])  # who works on an entry saves it again and again
             for _ in range(random.randint(2, 4)):
-                now = changed(now, random)
+                now = with_one(now, with_another_server(now.models[one], random)) if one else changed(now, random)
                 world.file.save(now)
                 world.take(now)
         case "bad":
