@@ -71,7 +71,7 @@ class World:
         self._came_at = 0.0
         self._change: asyncio.Task[None] | None = None
         self._beginning: asyncio.Task[None] | None = None
-        self._callers: set[asyncio.Task[Any]] = set()
+        self._callers: dict[asyncio.Task[Any], None] = {}
         self.outcomes: dict[str, int] = {}
         self.trace: list[str] = []
         self.broken: str | None = None
@@ -119,7 +119,8 @@ class World:
     async def _kill(self, specs: list[ModelSpec], down_s: float) -> None:
         self.down = self.journal.unread = True
         self.tell("the gateway is killed")
-        own = [task for task in asyncio.all_tasks() if task.get_name().startswith(OF_THE_GATEWAY)]
+        known = sorted(asyncio.all_tasks(), key=asyncio.Task.get_name)  # they come in no order
+        own = [task for task in known if task.get_name().startswith(OF_THE_GATEWAY)]
         dying = own + list(self._callers)
         self.fleet.gpus.close()
         for task in dying:
@@ -238,11 +239,11 @@ class World:
         """Let the caller's task end with the gateway."""
         task = asyncio.current_task()
         assert task
-        self._callers.add(task)
+        self._callers[task] = None
         try:
             yield
         finally:
-            self._callers.discard(task)
+            self._callers.pop(task, None)
 
     async def _request(self, spec: ModelSpec, work_s: float, max_wait_s: float | None) -> str:
         began, held = self.loop.time(), None
