@@ -312,7 +312,10 @@ class Fleet:
                 await model.stop()
             except ModelNotRunning:
                 del self._models[spec.id]
+                return
             except GatewayError:  # it is not known whether its server is gone
+                await asyncio.sleep(ASK_AGAIN_S)
+            if any(one.runs for one in model.members):  # whatever it is that goes on, nobody waits for it in a spin
                 await asyncio.sleep(ASK_AGAIN_S)
 
     def _call_off_fetch(self, spec: ModelSpec) -> None:
