@@ -315,8 +315,6 @@ class Fleet:
                 return
             except GatewayError:  # it is not known whether its server is gone
                 await asyncio.sleep(ASK_AGAIN_S)
-            if any(one.runs for one in model.members):  # whatever it is that goes on, nobody waits for it in a spin
-                await asyncio.sleep(ASK_AGAIN_S)
 
     def _call_off_fetch(self, spec: ModelSpec) -> None:
         if errand := self._fetching.get(spec.id):

@@ -191,11 +191,12 @@ class Gateway(RuleBasedStateMachine):
     @rule(edits=st.lists(EDITS, min_size=1, max_size=3), at_once=st.booleans())
     def somebody_edits_the_catalog(self, edits: list[tuple[int, str, int]], at_once: bool) -> None:
         async def edit() -> None:
+            if self.world.down:  # a kill may have begun in this very tick
+                return
             for model, how, seed in edits:
                 self._edit(self.specs[model], how, Random(seed), at_once=at_once)
 
-        if not self.world.down:
-            self.run(edit())
+        self.run(edit())
 
     def _edit(self, spec: ModelSpec, how: str, random: Random, *, at_once: bool) -> None:
         if how in ("bad", "gone"):
