@@ -118,6 +118,11 @@ class Figures:
             registry=own,
             buckets=LAG_S,
         )
+        self._tasks = Gauge(
+            "gateway_event_loop_tasks",
+            "Tasks of the event loop: with nothing under way always about as many.",
+            registry=own,
+        )
         # looked up once, because it is asked at every request
         self._requests_of, self._request_time_of = cache(self._requests.labels), cache(self._request_time.labels)
         self._models: dict[str, OfModel] = {}
@@ -174,6 +179,7 @@ class Figures:
         Written in a thread: with a thousand models it takes longer than the event loop should stand still.
         """
         self._forget(self._models.keys() - {status.spec.id for status in statuses})
+        self._tasks.set(len(asyncio.all_tasks()))
         now = Now(statuses, gpus)
         return await asyncio.to_thread(lambda: rendered(now) + rendered(self.registry))
 

@@ -29,8 +29,9 @@ def main(arguments: list[str]) -> int:
         if os.getppid() != int(parent_pid):
             return NOT_STARTED  # it went before the line above: nobody is left to run this for
         go_first_when_memory_is_short()
-    for ignored in (signal.SIGPIPE, signal.SIGXFSZ):  # by Python, and the command would inherit that
-        signal.signal(ignored, signal.SIG_DFL)
+    for number in signal.valid_signals():  # the command would inherit what Python ignores, or a shell's `&`, or nohup
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
     try:
         os.execvp(command[0], command)  # noqa: S606 - no shell wanted
     except OSError as error:

@@ -247,9 +247,7 @@ def scale_command(seconds: float, as_json: bool) -> None:
 def soak_command(minutes: float, as_json: bool) -> None:
     """Measure what a long mixed load leaves behind: callers who leave and models that fail are part of it."""
     found = soak.measure(minutes, cores(), _tell_progress)
-    left = (found.more_descriptors, found.more_sockets, found.under_way)
-    budgets = of_soak(found.growth_mb_per_minute, *left)
-    _say_one(Found("soak", asdict(found), telling.of_soak(found), budgets), as_json=as_json)
+    _say_one(Found("soak", asdict(found), telling.of_soak(found), of_soak(found)), as_json=as_json)
 
 
 @main.command("all")

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from tests.bench.arithmetic import Case, Results
+from tests.bench.soak import Soaked
 
 Verdict = Literal["kept", "MISSED", "not measured"]
 
@@ -91,11 +92,13 @@ def of_scale(p99_ms: float | None, idle_cpu_percent: float | None, rss_mib: floa
     ]
 
 
-def of_soak(growth_mb_per_minute: float, more_descriptors: int, more_sockets: int, under_way: int) -> list[Budget]:
+def of_soak(found: Soaked) -> list[Budget]:
     """Return the budgets of a long mixed load: what it may leave behind."""
+    more = found.more
     return [
-        Budget("soak: resident memory grows after the warm-up", "MB/min", 0.2, measured=growth_mb_per_minute),
-        Budget("soak: file descriptors more than before", "", 0, measured=more_descriptors),
-        Budget("soak: sockets more than before", "", 0, measured=more_sockets),
-        Budget("soak: requests still under way", "", 0, measured=under_way),
+        Budget("soak: resident memory grows after the warm-up", "MB/min", 0.2, measured=found.growth_mb_per_minute),
+        Budget("soak: file descriptors more than before", "", 0, measured=more.descriptors),
+        Budget("soak: sockets more than before", "", 0, measured=more.sockets),
+        Budget("soak: tasks more than before", "", 0, measured=more.tasks),
+        Budget("soak: requests still under way", "", 0, measured=found.under_way),
     ]

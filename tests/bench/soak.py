@@ -1,12 +1,14 @@
 """A long mixed load, with callers who leave and models that fail, and what it leaves behind in the gateway.
 
-It is seen from outside: resident memory, file descriptors, and the requests that the gateway says are under way.
+It is seen from outside: resident memory, file descriptors, and what the gateway says of its tasks and of the requests
+that are under way.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
+import re
 import tempfile
 import time
 from collections import Counter
@@ -19,7 +21,7 @@ from typing import Any
 from tests.bench.answers import CHAT, PROMPT
 from tests.bench.arithmetic import slope
 from tests.bench.callers import READ_BYTES, Target, ask, is_whole, json_of
-from tests.bench.machine import Cores, descriptors, pinned, rss_mib, tree
+from tests.bench.machine import CannotMeasure, Cores, descriptors, pinned, rss_mib, tree
 from tests.bench.own_server import served
 from tests.bench.rivals import GENERATE, Place, gateway_of
 from tests.bench.upstream import Upstream, upstream
@@ -44,14 +46,26 @@ class Habit:
 
 
 @dataclass(frozen=True)
+class Open:
+    """What a gateway has open; or how much more than before."""
+
+    descriptors: int
+    sockets: int
+    tasks: int
+
+    def beyond(self, before: Open) -> Open:
+        """Return how much more this is."""
+        return Open(self.descriptors - before.descriptors, self.sockets - before.sockets, self.tasks - before.tasks)
+
+
+@dataclass(frozen=True)
 class Soaked:
-    """What was seen. `rss_mib` is by seconds since the load began; the others are what is there more than before."""
+    """What was seen. `rss_mib` is by seconds since the load began; `more` is what is open beyond what was before it."""
 
     asked: dict[str, int]
     answered: dict[str, int]
     rss_mib: list[tuple[float, float]]
-    more_descriptors: int
-    more_sockets: int
+    more: Open
     under_way: int
 
     @property
@@ -137,9 +151,11 @@ def _habits(port: int, key: str) -> list[Habit]:
 
 async def _soaked(pid: int, port: int, habits: Sequence[Habit], key: str, seconds: float) -> Soaked:
     asked, answered = Counter[str](), Counter[str]()
+    headers = {"Authorization": f"Bearer {key}"}
+    figures, listed = (Target(port, path, headers=headers, method="GET") for path in ("/metrics", "/models"))
     for habit in habits:  # everything that is made once is made before
         await _carry_out(habit, asked, answered)
-    before = await _least_open(pid)
+    before = await _least_open(pid, figures)
     rss: list[tuple[float, float]] = []
     began = time.monotonic()
     callers = [asyncio.create_task(_call(habits, seed, began + seconds, asked, answered)) for seed in range(CALLERS)]
@@ -148,11 +164,9 @@ async def _soaked(pid: int, port: int, habits: Sequence[Habit], key: str, second
         await asyncio.sleep(SAMPLE_EVERY_S)
     for caller in callers:
         caller.result()
-    after = await _least_open(pid)
-    listed = Target(port, "/models", headers={"Authorization": f"Bearer {key}"}, method="GET")
-    models = json_of(ask(listed))["models"]
-    under_way = sum(each["in_flight"] + each["queued"] for each in models)
-    return Soaked(dict(asked), dict(answered), rss, after[0] - before[0], after[1] - before[1], under_way)
+    more = (await _least_open(pid, figures)).beyond(before)
+    under_way = sum(each["in_flight"] + each["queued"] for each in json_of(ask(listed))["models"])
+    return Soaked(dict(asked), dict(answered), rss, more, under_way)
 
 
 async def _call(habits: Sequence[Habit], seed: int, until: float, asked: Counter[str], answered: Counter[str]) -> None:
@@ -182,12 +196,22 @@ async def _carry_out(habit: Habit, asked: Counter[str], answered: Counter[str]) 
         writer.transport.abort()
 
 
-async def _least_open(pid: int) -> tuple[int, int]:
-    """Return the fewest descriptors, and sockets among them, that are open within a while."""
+async def _least_open(pid: int, figures: Target) -> Open:
+    """Return the least that is open within a while: what checks health comes and goes."""
     seen = []
     deadline = time.monotonic() + QUIET_S
     while time.monotonic() < deadline:
         opened = descriptors(tree(pid))
-        seen.append((len(opened), sum(each.startswith("socket:") for each in opened)))
+        sockets = sum(each.startswith("socket:") for each in opened)
+        seen.append(Open(len(opened), sockets, _tasks(ask(figures))))
         await asyncio.sleep(0.2)
-    return min(seen)
+    return Open(
+        min(each.descriptors for each in seen), min(each.sockets for each in seen), min(each.tasks for each in seen)
+    )
+
+
+def _tasks(figures: bytes) -> int:
+    found = re.search(rb"^gateway_event_loop_tasks (\S+)$", figures, re.MULTILINE)
+    if not found:
+        raise CannotMeasure("The gateway's /metrics tells nothing of its tasks.")
+    return int(float(found[1]))

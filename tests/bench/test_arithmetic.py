@@ -38,7 +38,7 @@ from tests.bench.budgets import (
 from tests.bench.callers import Target, Throughput, is_whole, lua, throughput
 from tests.bench.machine import CannotMeasure, cpu_s, needed, rss_mib, tree
 from tests.bench.paced_server import tokens_of
-from tests.bench.soak import Soaked
+from tests.bench.soak import Open, Soaked
 from tests.runtimes.processes import wait_until
 
 # ---- arithmetic ----
@@ -77,19 +77,31 @@ def test_less_than_two_points_have_no_slope(points: list[tuple[float, float]]) -
         slope(points)
 
 
-def test_memory_is_judged_without_its_warm_up() -> None:
-    rising = [(float(second), 50.0 if second >= 30 else float(second)) for second in range(121)]
-    leaking = [(float(second), 50 + second / 60) for second in range(121)]
+NOTHING_MORE = Open(0, 0, 0)
 
-    assert Soaked({}, {}, rising, 0, 0, 0).growth_mb_per_minute == pytest.approx(0)
-    assert Soaked({}, {}, leaking, 0, 0, 0).growth_mb_per_minute == pytest.approx(2**20 / 1e6)
+
+def soaked(rss_mib: list[tuple[float, float]], more: Open = NOTHING_MORE, under_way: int = 0) -> Soaked:
+    return Soaked({}, {}, rss_mib, more, under_way)
+
+
+def rising(mib_per_minute: float) -> list[tuple[float, float]]:
+    return [(float(second), 50 + second * mib_per_minute / 60) for second in range(121)]
+
+
+def test_memory_is_judged_without_its_warm_up() -> None:
+    warming_up = [(float(second), 50.0 if second >= 30 else float(second)) for second in range(121)]
+
+    assert soaked(warming_up).growth_mb_per_minute == pytest.approx(0)
+    assert soaked(rising(1)).growth_mb_per_minute == pytest.approx(2**20 / 1e6)
 
 
 def test_nothing_may_be_left_behind() -> None:
-    assert all_kept(of_soak(0.2, 0, 0, 0))
-    assert all_kept(of_soak(-1, -1, 0, 0))
-    for missed in ((0.3, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)):
-        assert not all_kept(of_soak(*missed))
+    assert all_kept(of_soak(soaked(rising(0.19))))
+    assert all_kept(of_soak(soaked(rising(-1), Open(-1, -1, -1))))
+    assert not all_kept(of_soak(soaked(rising(0.3))))
+    for more in (Open(1, 0, 0), Open(0, 1, 0), Open(0, 0, 1)):
+        assert not all_kept(of_soak(soaked(rising(0), more)))
+    assert not all_kept(of_soak(soaked(rising(0), under_way=1)))
 
 
 def test_a_ratio_to_nothing_is_not_known() -> None:

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -443,6 +443,16 @@ def test_a_server_gets_no_secret_of_the_gateway(monkeypatch: pytest.MonkeyPatch)
     play(scenario())
 
 
+@pytest.fixture
+def ignored_signals() -> Iterator[None]:
+    """As a shell leaves them that starts the gateway with `&`, or with nohup."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGQUIT, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("ignored_signals")
 def test_a_server_starts_with_plain_signals_and_no_open_files() -> None:
     async def scenario() -> None:
         async with opened() as runtime:
