@@ -430,7 +430,8 @@ class _Table:
                 for device in self.devices
             ]
         found = [victims for demand, those in tries if (victims := self._sufficing(demand, those)) is not None]
-        return min(found, key=lambda victims: sum(regret[each.model] for each in victims), default=None)
+        # those that nobody asked for since they were adopted cost no regret, and still go only where they must
+        return min(found, key=lambda victims: (sum(regret[each.model] for each in victims), len(victims)), default=None)
 
     def _sufficing(self, demand: Demand, ordered: Sequence[Resident]) -> list[Resident] | None:
         """Return the first of `ordered` without which a demand fits, and none of them in vain."""

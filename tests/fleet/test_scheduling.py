@@ -227,6 +227,14 @@ def test_one_large_model_goes_rather_than_two_small_ones_that_are_missed_more() 
     assert decided(gpus(2), residents, [claim("b")]).evicted == {"large": "b"}
 
 
+def test_of_those_whom_nobody_misses_the_fewest_go() -> None:
+    never_asked = Usage()
+    small = resident("small", usage=never_asked)
+    wide = resident("wide", usage=never_asked, place=Place(("0", "1"), 4 * GIB))
+
+    assert decided(gpus(2), [small, wide], [claim("new")]).evicted == {"wide": "new"}
+
+
 def test_a_model_that_names_its_gpu_has_just_that_one_cleared() -> None:
     residents = [resident("a", "0", cost_s=1.0), resident("b", "1", cost_s=90.0)]
 
