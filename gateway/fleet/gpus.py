@@ -173,12 +173,15 @@ class Gpus:
                 self.changed()
 
     def is_misplaced(self, tenant: Tenant) -> bool:
-        """Say whether a model holds GPUs, and others than its catalog entry asks for by now.
+        """Say whether a model holds GPUs on which it cannot start: others than its catalog entry asks for by now, or
+        such where another server comes or goes.
 
         They are what a former server has: that must be gone, and its place given back, before `take`.
         """
         found = self._held.get(tenant.key)
-        return found is not None and not meets(found, demand_of(tenant.spec), self.devices or ())
+        if found is None:
+            return False
+        return not meets(found, demand_of(tenant.spec), self.devices or ()) or self._moves_beside(tenant.key, found)
 
     def refuse_in_vain(self, tenant: Tenant) -> None:
         """Return if a model that is down may hope for GPUs.
@@ -200,6 +203,12 @@ class Gpus:
             return False
         beside = (name for name, held in self._held.items() if name != model and set(held.gpus) & set(mine.gpus))
         return any(name in self._tenants and self._phase_of(name) is Phase.STARTING for name in beside)
+
+    def _moves_beside(self, model: str, found: Place) -> bool:
+        others = [self._resident(name, held) for name, held in self._held.items() if name != model]
+        moving = [each.place for each in others if each.phase in (Phase.STARTING, Phase.LEAVING)]
+        moving += [held for _, held in self._returning.values()]
+        return any(set(each.gpus) & set(found.gpus) for each in moving)
 
     def _phase_of(self, model: str) -> Phase:
         return self._tenants[model].occupancy().phase

@@ -401,7 +401,7 @@ class Instance:
         """
         assert not self._in_flight  # whoever decided so looked a moment ago, and nothing was awaited since
         if self._life and self._state in SERVING:
-            self._yielded_at = self._loop.time()
+            self._yielded_at = math.nextafter(self._loop.time(), math.inf)  # after the claimant, had it just come
             self._end(self._life, f"makes room for {claimant}")
 
     def hold(self, claimant: str | None) -> None:
@@ -693,7 +693,7 @@ class Instance:
             return await self._runtime.start(fitted, life)
 
     async def _leave_former_place(self) -> None:
-        """Give up what a former server has, of which something is perhaps left, if it is not what is asked for by now.
+        """Give up what a former server has, of which something is perhaps left, if this one cannot start there.
 
         Raises:
             RuntimeUnavailable: it is not known yet whether that server is gone, so its GPUs cannot be given to others.

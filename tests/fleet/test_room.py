@@ -152,6 +152,27 @@ def test_who_has_made_room_waits_for_its_next_turn_though_its_callers_came_first
     play(scene)
 
 
+def test_who_has_made_room_waits_also_for_one_that_came_in_the_same_moment() -> None:
+    async def scene() -> None:
+        on = Shared("a", "b")
+        assert await on.ask("a") == "answered"
+        await asyncio.sleep(300)
+        now = on.world.loop.time()
+        other = on.ask("b")
+        while on.status("a").state is not State.STOPPING:
+            await asyncio.sleep(0)
+        again = on.ask("a")
+        await asyncio.sleep(0)
+        assert on.world.loop.time() == now, "all of this takes no time"
+
+        assert await other == "answered"
+        assert not again.done()
+        assert await again == "answered"
+        assert on.world.runtime.starts == {"tgi-a": 2, "tgi-b": 1}
+
+    play(scene)
+
+
 def test_who_is_told_to_come_back_because_of_pinned_models_finds_the_start_that_began_since() -> None:
     async def scene() -> None:
         on = Shared("a", "b", a={"pinned": True}, b={"abandon_after": 5.0})
@@ -503,6 +524,28 @@ def test_its_former_gpus_are_nobodys_else_before_its_former_server_is_known_to_b
         assert await waiting == "answered"
         assert await on.ask("a") == "answered"
         assert on.status("a").gpus == ("1",)
+
+    play(scene)
+
+
+def test_a_model_starts_in_the_place_of_its_former_server_only_where_nobody_comes_or_goes() -> None:
+    async def scene() -> None:
+        half = {"gpu_memory": "10GiB", "stop_grace": 100.0}
+        on = Shared("a", "b", a={**half, "stop_grace": 1.0}, b=half)
+        on.world.runtime.next_manners = [WELL, Manners(leaves_s=30.0), WELL]
+        assert await on.ask("a") == "answered"
+        assert await on.ask("b") == "answered"
+        await on.perhaps_leave("a", 28.0)
+        await asyncio.sleep(6)
+        goes = asyncio.create_task(on.world.operate(on.specs["b"], "stop"))
+        await asyncio.sleep(1)
+        assert on.status("b").state is State.STOPPING
+
+        assert await on.ask("a") == "answered"
+
+        await goes
+        told = "\n".join(on.world.trace)
+        assert told.index("b: stopping -> stopped") < told.rindex("a: starting -> loading")
 
     play(scene)
 

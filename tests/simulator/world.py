@@ -182,6 +182,7 @@ class World:
         """The bounds of a start begin when it has its GPUs; who waits for it is bounded otherwise until then."""
         found = self.fleet.gpus.place_of(watched.spec.id)
         has_place = bool(found.gpus) and rooms.is_asked_for(found, watched.spec)
+        watched.placed = watched.placed and (has_place or not watched.spec.gpus)  # it may give up a former server's
         if watched.state is State.STARTING and not watched.placed and has_place:
             watched.placed, watched.placed_at = True, self.loop.time()
             never_left = self.runtime.perhaps_left.get(server_name(watched.spec))  # then its GPUs were always its own
@@ -512,12 +513,16 @@ class World:
         for waiter in watched.waiting:
             if waiter.wants_lease and now > self._waits_until(watched, waiter) + ROUNDING_S:
                 self.breaks(f"P7: a request for {spec.id} waits since {waiter.asked_at:.3f}")
-        idle = watched.state is State.READY and not watched.holding and not watched.waiting and not spec.pinned
-        if not idle or spec.idle_timeout_s is None or now < watched.last_use + spec.idle_timeout_s - BESIDE_S:
+        self._check_idle(watched, now)
+
+    def _check_idle(self, watched: Watched, now: float) -> None:
+        spec = watched.spec
+        if spec.pinned or spec.idle_timeout_s is None or watched.state not in SERVING:
             return
-        if self.fleet.gpus.starts_beside(spec.id):
+        if self.fleet.gpus.starts_beside(spec.id):  # it may have to stay until that is over
             watched.last_use = max(watched.last_use, now - spec.idle_timeout_s + 2 * BESIDE_S)
-        if now > watched.last_use + spec.idle_timeout_s + ROUNDING_S:
+        idle = watched.state is State.READY and not watched.holding and not watched.waiting
+        if idle and now > watched.last_use + spec.idle_timeout_s + ROUNDING_S:
             self.breaks(f"{spec.id} is idle since {watched.last_use:.3f}, and still runs")
 
     def _waits_for_gpus(self, model: str) -> bool:
