@@ -49,11 +49,11 @@ from gateway.fleet.experience import Experience, host_name
 from gateway.fleet.experience_file import ExperienceFile
 from gateway.fleet.fleet import Fleet
 from gateway.fleet.gpus import Gpus
-from gateway.fleet.health import HttpProbe
 from gateway.fleet.identity import server_name
 from gateway.fleet.journal import Journal
 from gateway.fleet.placement import described
 from gateway.keys import load_keys
+from gateway.probe import HttpProbe
 from gateway.runtimes.base import Launch
 from gateway.runtimes.docker.runtime import DockerRuntime
 from gateway.runtimes.external import ExternalRuntime
@@ -139,7 +139,7 @@ def compose(settings: Settings, catalog: Catalog, load: Callable[[bytes], Catalo
         CatalogError: the file of keys cannot be used.
     """
     keys = load_keys(settings.api_keys_file) if settings.api_keys_file else None
-    processes, containers, probe, client = ProcessRuntime(), DockerRuntime(settings.name), HttpProbe(), HttpClient()
+    processes, containers, client = ProcessRuntime(), DockerRuntime(settings.name), HttpClient()
     others = ExternalRuntime()
     figures = Figures(VERSION)
     inventory = inventory_of(settings)
@@ -149,7 +149,7 @@ def compose(settings: Settings, catalog: Catalog, load: Callable[[bytes], Catalo
         catalog,
         engines=_engines(settings),
         runtimes={"docker": containers, "process": processes, "external": others},
-        probe=probe,
+        probe=HttpProbe(client),
         journal=Journal(time.time, figures.heard),
         gpus=Gpus(devices, inventory),
         experience=Experience(host_name()),
@@ -169,7 +169,7 @@ def compose(settings: Settings, catalog: Catalog, load: Callable[[bytes], Catalo
                 finally:
                     await fleet.aclose()
         finally:
-            for part in (client, probe, processes, containers, others, inventory):
+            for part in (client, processes, containers, others, inventory):
                 await part.aclose()
 
     app = FastAPI(

@@ -255,7 +255,6 @@ def _log_config(log_format: str) -> dict[str, Any]:
         "formatters": {"lines": {"()": "gateway.serving.JsonLines"} if log_format == "json" else text},
         "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "lines"}},
         "root": {"level": "INFO", "handlers": ["stderr"]},
-        "loggers": {"httpx": {"level": "WARNING"}},  # it would tell of every health check
     }
 
 

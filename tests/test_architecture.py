@@ -42,7 +42,7 @@ FLOORS = [
     ["gateway.relay"],
     ["gateway.http11"],
     ["gateway.dialing"],
-    ["gateway.upstream", "gateway.dialects", "gateway.passage"],
+    ["gateway.upstream", "gateway.probe", "gateway.dialects", "gateway.passage"],
     ["gateway.api"],
     ["gateway.app"],
     ["gateway.serving", "gateway.doctor"],

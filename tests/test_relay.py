@@ -31,9 +31,9 @@ from gateway.engines.openai import OpenAi
 from gateway.engines.tgi import Tgi
 from gateway.errors import StartFailed
 from gateway.fleet.fleet import Fleet
-from gateway.fleet.health import HttpProbe
 from gateway.fleet.instance import Instance
 from gateway.fleet.journal import Journal
+from gateway.probe import HttpProbe
 from gateway.runtimes.base import Exit, Found, Handle, Launch, Listener
 from gateway.upstream import HttpClient
 from tests.fleet.scenes import spec
@@ -109,12 +109,12 @@ class Stage:
 async def stage(script: Script, *other_ports: int, **keys: Any) -> AsyncIterator[Stage]:
     async with AsyncExitStack() as stack:
         server, port = await stack.enter_async_context(scripted(script))
-        runtime, client, probe = AtAnAddress(*other_ports, port), HttpClient(), HttpProbe()
+        runtime, client = AtAnAddress(*other_ports, port), HttpClient()
         model = spec(**keys)
         catalog = Catalog(path=Path("models.yaml"), default_model="m", models={"m": model})
         engines: dict[str, Engine] = {"llamacpp": LlamaCpp(), "openai": OpenAi(), "tgi": Tgi()}
         runtimes = {"process": runtime, "external": runtime}
-        fleet = Fleet(catalog, engines, runtimes, probe, Journal(lambda: 0.0))
+        fleet = Fleet(catalog, engines, runtimes, HttpProbe(client), Journal(lambda: 0.0))
         app = FastAPI()
         problems.install(app)
         reports = Reports(fleet, "1", device="auto")
@@ -145,7 +145,6 @@ async def stage(script: Script, *other_ports: int, **keys: Any) -> AsyncIterator
             serving.should_exit = True
             await task
             await client.aclose()
-            await probe.aclose()
 
 
 async def two_tokens(conversation: Conversation) -> None:

@@ -7,11 +7,8 @@ runtime can say that it ended.
 from __future__ import annotations
 
 import asyncio
-import ssl
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Protocol
-
-import httpx
 
 from gateway.engines.base import Engine
 from gateway.runtimes.base import Handle
@@ -22,7 +19,6 @@ SHORTEST_REST_S, LONGEST_REST_S, REST_SHARE = 0.02, 1.0, 0.02
 RECOVERY_REST_S = 1.0
 
 Answer = tuple[int, bytes]
-AS_IT_IS = {"Accept-Encoding": "identity"}
 MOST_BYTES = 64 * 1024
 """Of a health check's answer: a server that lists its models may go on for long."""
 Rest = Callable[[Handle, float], Awaitable[None]]
@@ -33,37 +29,6 @@ class Probe(Protocol):
 
     async def ask(self, url: str, timeout_s: float, headers: Mapping[str, str]) -> Answer | None:
         """Return status and body, or None if nothing answered within `timeout_s`."""
-
-
-class HttpProbe:
-    """Health checks over HTTP."""
-
-    def __init__(self) -> None:
-        # trusts whom the relay's client trusts: this machine's authorities, and not those that come with httpx
-        self._client = httpx.AsyncClient(trust_env=False, verify=ssl.create_default_context())
-
-    async def ask(self, url: str, timeout_s: float, headers: Mapping[str, str]) -> Answer | None:
-        try:
-            async with (
-                asyncio.timeout(timeout_s),
-                self._client.stream("GET", url, timeout=timeout_s, headers={**headers, **AS_IT_IS}) as response,
-            ):
-                return response.status_code, await _start_of(response)
-        except (httpx.HTTPError, TimeoutError):
-            return None
-
-    async def aclose(self) -> None:
-        await self._client.aclose()
-
-
-async def _start_of(response: httpx.Response) -> bytes:
-    """Return the body, as much of it as can matter."""
-    body = bytearray()
-    async for chunk in response.aiter_raw():
-        body += chunk
-        if len(body) > MOST_BYTES:
-            break
-    return bytes(body[:MOST_BYTES])
 
 
 async def rest(_: Handle, seconds: float) -> None:

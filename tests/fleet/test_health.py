@@ -1,4 +1,4 @@
-"""Counting checks, in virtual time, with answers that a test writes down; and the real probe over HTTP."""
+"""Counting checks, in virtual time, with answers that a test writes down."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
-import httpx
 import pytest
-import respx
 
-from gateway.fleet.health import MOST_BYTES, Answer, Health, HttpProbe
+from gateway.fleet.health import Answer, Health
 from gateway.runtimes.base import Handle
 from tests.simulator.loop import SimulatedLoop
 from tests.simulator.servers import SimulatedEngine
@@ -80,48 +78,3 @@ def test_a_quick_start_is_asked_often_and_a_slow_one_seldom() -> None:
 
 def test_ready_is_noticed_at_once() -> None:
     assert play([NOTHING, BUSY, OK], "until_ready")[0] == pytest.approx(0.04)
-
-
-@respx.mock
-def test_the_real_probe_returns_status_and_body_or_nothing() -> None:
-    server = respx.get("http://server/health").mock(return_value=httpx.Response(503, content=b"busy"))
-    respx.get("http://gone/health").mock(side_effect=httpx.ConnectError("refused"))
-    respx.get("http://slow/health").mock(side_effect=httpx.ReadTimeout("slow"))
-
-    async def scene() -> None:
-        probe = HttpProbe()
-        assert await probe.ask("http://server/health", 1, {"X": "y"}) == (503, b"busy")
-        assert server.calls.last.request.headers["x"] == "y"
-        assert await probe.ask("http://gone/health", 1, {}) is None
-        assert await probe.ask("http://slow/health", 1, {}) is None
-        await probe.aclose()
-
-    asyncio.run(scene())
-
-
-def test_no_more_of_an_answer_is_read_than_matters() -> None:
-    left = asyncio.Event()
-
-    async def talk_for_ever(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        assert b"accept-encoding: identity" in (await reader.readuntil(b"\r\n\r\n")).lower()
-        writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n")
-        try:
-            while True:
-                writer.write(b"x" * 65536)
-                await writer.drain()
-        except ConnectionError:
-            left.set()
-        finally:
-            writer.close()
-
-    async def scene() -> None:
-        server = await asyncio.start_server(talk_for_ever, "127.0.0.1", 0)
-        async with server:
-            probe = HttpProbe()
-            answer = await probe.ask(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/health", 20, {})
-            await asyncio.wait_for(left.wait(), 10)
-            await probe.aclose()
-
-        assert answer == (200, b"x" * MOST_BYTES)
-
-    asyncio.run(scene())
