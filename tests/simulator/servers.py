@@ -164,6 +164,8 @@ class BadMannersRuntime:
         self.next_manners: list[Manners] = []
         self.lacks_files: set[str] = set()
         """Names whose weights are not there."""
+        self.stopping: set[str] = set()
+        """Names of which a stop is under way."""
         self.let_go: set[str] = set()
         """Names whose servers the gateway stops at a time of its own choice."""
         self._making: dict[str, Launch] = {}
@@ -239,6 +241,13 @@ class BadMannersRuntime:
         return end
 
     async def stop(self, name: str, *, grace_s: float) -> None:
+        self.stopping.add(name)
+        try:
+            await self._stop(name, grace_s)
+        finally:
+            self.stopping.discard(name)
+
+    async def _stop(self, name: str, grace_s: float) -> None:
         was_perhaps_left = self.perhaps_left.get(name)
         self.perhaps_left[name] = True
         await self._answer()

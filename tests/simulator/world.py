@@ -180,9 +180,9 @@ class World:
 
     def _see_placed(self, watched: Watched) -> None:
         """The bounds of a start begin when it has its GPUs; who waits for it is bounded otherwise until then."""
-        found = self.fleet.gpus.place_of(watched.spec.id)
-        has_place = bool(found.gpus) and rooms.is_asked_for(found, watched.spec)
-        watched.placed = watched.placed and (has_place or not watched.spec.gpus)  # it may give up a former server's
+        found, gives_up = self.fleet.gpus.place_of(watched.spec.id), server_name(watched.spec) in self.runtime.stopping
+        has_place = bool(found.gpus) and rooms.is_asked_for(found, watched.spec) and not gives_up
+        watched.placed = watched.placed and (has_place or not watched.spec.gpus)
         if watched.state is State.STARTING and not watched.placed and has_place:
             watched.placed, watched.placed_at = True, self.loop.time()
             never_left = self.runtime.perhaps_left.get(server_name(watched.spec))  # then its GPUs were always its own
