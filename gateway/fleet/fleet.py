@@ -34,6 +34,7 @@ LOOK_AGAIN_S = 2.0
 ASK_AGAIN_S = 15.0
 """When it is asked again whether what was left of a removed model is gone."""
 STRANGER_GRACE_S = 10.0
+LEAVING_S = 30.0
 """How long a server of ours that the catalog knows nothing of may take to leave."""
 
 log = logging.getLogger(__name__)
@@ -311,8 +312,10 @@ class Fleet:
             try:
                 await model.stop()
             except ModelNotRunning:
-                del self._models[spec.id]
-                return
+                if not any(one.has_its_name for one in model.members):
+                    del self._models[spec.id]
+                    return
+                await asyncio.sleep(ASK_AGAIN_S)  # something is perhaps left, which clears itself
             except GatewayError:  # it is not known whether its server is gone
                 await asyncio.sleep(ASK_AGAIN_S)
 
@@ -321,7 +324,10 @@ class Fleet:
             errand.cancel()
 
     def _take_back(self, spec: ModelSpec) -> None:
-        """Let a model whose server is being removed as nobody's see to that itself, so that a start waits for it."""
+        """Let a model whose server is being removed as nobody's see to that itself, so that a start waits for it.
+
+        One that starts already has its GPUs for its own: it removes what is there of its name.
+        """
         for replica in range(spec.replicas):
             found, errand = self._strangers.pop((spec.runtime, server_name(spec, replica)), (None, None))
             if not (found and errand):
@@ -331,6 +337,8 @@ class Fleet:
             instance = self._instance(spec, replica)
             if instance.status.state is State.STOPPED:
                 instance.discard(found)
+            else:
+                self.gpus.hold(instance.key, place_of(found), instance)
 
     # What an earlier life has left
 
@@ -404,6 +412,7 @@ class Fleet:
                 await self._runtimes[runtime].stop(name, grace_s=STRANGER_GRACE_S)
             except RuntimeUnavailable as error:
                 log.warning("%s: not removed yet: %s", name, error.detail)
+                self.gpus.stays(_stranger(runtime, name))
                 await asyncio.sleep(LOOK_AGAIN_S)
             else:
                 self.gpus.give_back(_stranger(runtime, name))
@@ -412,9 +421,9 @@ class Fleet:
                 return
 
     async def _preload_after(self, leaving: list[asyncio.Task[None]], runtime: str) -> None:
-        """Preload once those that had to go have made room."""
+        """Preload once those that had to go have made room, or do not go: there may be room beside them."""
         if leaving:
-            await asyncio.wait(leaving)
+            await asyncio.wait(leaving, timeout=LEAVING_S)
         self._preload(spec for spec in self.catalog.models.values() if spec.preload and spec.runtime == runtime)
 
     def _named(self, name: str) -> tuple[ModelSpec | None, int]:

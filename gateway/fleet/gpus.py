@@ -55,11 +55,13 @@ class Occupancy:
     """When it took its place; once it is UP, when it became ready."""
     last_use_at: float
     asked_at: float
-    """When the first of those who wait for it came; or, if it has made room since, when it did."""
+    """When the first of those who wait for it came."""
     cost_s: float
     usage: Usage
     owes: bool
     """Whether some still wait for it who did so when it became ready."""
+    wanted: bool = False
+    """Whether an operator or the catalog has it start, though nobody may queue for it."""
 
 
 class Tenant(Protocol):
@@ -143,6 +145,10 @@ class Gpus:
         self._waiting: dict[str, _Waiting] = {}
         self._holds: dict[str, _Hold] = {}
         self._spared: dict[str, _Spared] = {}
+        self._yielded: dict[str, float] = {}
+        """When a model, or one of its replicas, last made room for another."""
+        self._staying: set[str] = set()
+        """Strangers that do not go."""
         self._look: asyncio.Handle | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._closed = False
@@ -224,6 +230,11 @@ class Gpus:
         if tenant:
             self._tenants[name] = tenant
 
+    def stays(self, name: str) -> None:
+        """Note that a server that is nobody's does not go: nobody waits for its GPUs until it has gone all the same."""
+        self._staying.add(name)
+        self.changed()
+
     def has_room(self, found: Place) -> bool:
         """Say whether a server that was found may keep its GPUs beside those who hold some already."""
         if self.devices is None or not found.gpus:
@@ -244,6 +255,7 @@ class Gpus:
         """Take back what a model held, whose server is gone: it is given to others once it is seen to be free."""
         self._holds.pop(model, None)
         self._spared.pop(model, None)
+        self._staying.discard(model)
         if found := self._held.pop(model, None):
             if self._memory and not self._closed:
                 comes_back = asyncio.create_task(self._until_returned(model, found), name=f"memory of {model}")
@@ -373,7 +385,7 @@ class Gpus:
     def _resident(self, model: str, held: Place) -> Resident:
         tenant = self._tenants.get(model)
         if tenant is None:  # a stranger, who is being removed
-            return _leaving(model, held)
+            return replace(_leaving(model, held), phase=Phase.STUCK if model in self._staying else Phase.LEAVING)
         now, spared = tenant.occupancy(), self._spared.get(model, _Spared())
         hold = self._holds.get(model, NOT_HELD)
         return Resident(
@@ -398,7 +410,9 @@ class Gpus:
     def _claim(self, tenant: Tenant) -> Claim:
         now, spec = tenant.occupancy(), tenant.spec
         patience = patience_s(now.cost_s, min(PATIENCE_S, spec.queue_timeout_s / 2))
-        return Claim(tenant.key, demand_of(spec), now.asked_at, now.queued, now.cost_s, patience, of=spec.id)
+        asked_at = max(now.asked_at, self._yielded.get(spec.id, -math.inf))
+        waiting = max(now.queued, int(now.wanted))
+        return Claim(tenant.key, demand_of(spec), asked_at, waiting, now.cost_s, patience, of=spec.id)
 
     def _explain(self, decision: Decision) -> None:
         for model, why in decision.waits.items():
@@ -426,6 +440,8 @@ class Gpus:
             self._holds[model] = _Hold(claimant, min(before.since, now), lasts_s)
             self._tenants[model].hold(claimant)
         for model, claimant in decision.evicted.items():
+            # all its replicas come after the claimant from now on, had it just come
+            self._yielded[self._tenants[model].spec.id] = math.nextafter(now, math.inf)
             self._tenants[model].make_room(claimant)
 
     def _let_go_on(self, model: str, now: float) -> None:

@@ -132,7 +132,6 @@ class Instance:
         self._stops = 0  # how many stops were ordered so far
         self._closing = False
         self._usage = Usage()
-        self._yielded_at = -math.inf  # when it last made room for another model
         self._held_for: str | None = None  # the model that waits for this one's GPUs, and has waited long enough
         self._removed = False  # the catalog has it no more
         self._next: Entry | None = None  # what the catalog says of it by now, once the present server has gone
@@ -371,10 +370,11 @@ class Instance:
             queued=self._queue.requests,
             since=self._since if ready_at is None else ready_at,
             last_use_at=self._last_use,
-            asked_at=max(min(oldest.asked_at, self._since) if oldest else self._since, self._yielded_at),
+            asked_at=min(oldest.asked_at, self._since) if oldest else self._since,
             cost_s=self._past.cost_s,
             usage=self._usage,
             owes=bool(oldest and ready_at is not None and oldest.asked_at <= ready_at),
+            wanted=bool(self._life and self._life.kept),
         )
 
     def leaves_in(self) -> Estimate | None:
@@ -401,7 +401,6 @@ class Instance:
         """
         assert not self._in_flight  # whoever decided so looked a moment ago, and nothing was awaited since
         if self._life and self._state in SERVING:
-            self._yielded_at = math.nextafter(self._loop.time(), math.inf)  # after the claimant, had it just come
             self._end(self._life, f"makes room for {claimant}")
 
     def hold(self, claimant: str | None) -> None:

@@ -18,12 +18,13 @@ instants that do not move, so `look_again_at` is exact.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum, auto
 
-from gateway.fleet.placement import Demand, Device, Place, gibibytes, misfit, place
+from gateway.fleet.placement import Demand, Device, Place, gibibytes, misfit, named, place
 
 RESIDENCY = 0.5
 """A server is left in peace for this part of what it took to start it, so that serving keeps up with switching."""
@@ -136,6 +137,7 @@ class Claim:
     demand: Demand
     asked_at: float
     waiting: int
+    """How many wait for it; an operator's start, or the catalog's, counts for one."""
     cost_s: float
     """What its start takes, measured or estimated."""
     patience_s: float
@@ -208,10 +210,11 @@ OURS = Rules()
 def decide(snapshot: Snapshot, rules: Rules = OURS) -> Decision:
     """Return what to do: place what fits, oldest claim first, and make room for what does not.
 
-    The same snapshot gives the same decision, in whatever order its residents and claims come.
+    One replica more that nobody waits for comes after all others. The same snapshot gives the same decision, in
+    whatever order its residents and claims come.
     """
     table = _Table(snapshot, rules)
-    for claim in sorted(snapshot.claims, key=lambda each: (each.asked_at, each.model)):
+    for claim in sorted(snapshot.claims, key=lambda each: (table.may_wait(each), each.asked_at, each.model)):
         table.serve(claim)
     return table.decision()
 
@@ -234,9 +237,11 @@ class _Table:
         self.starting = {
             gpu: each.model for each in self.residents if each.phase is Phase.STARTING for gpu in each.place.gpus
         }
-        self.leaving = {gpu for each in self.residents if each.phase is Phase.LEAVING for gpu in each.place.gpus}
+        gone_soon = [each for each in self.residents if each.phase is Phase.LEAVING]
+        self.leaving = {gpu for each in gone_soon for gpu in each.place.gpus}
+        self.draining = {gpu for each in gone_soon if each.in_flight for gpu in each.place.gpus}
         self.avoided: list[Place] = []
-        self.examined: list[Demand] = []
+        self.examined: Counter[str] = Counter()
         self.promised: dict[str, Place] = {}
         self.reserved: set[str] = set()
         self.placed: dict[str, Place] = {}
@@ -259,11 +264,22 @@ class _Table:
             self.starting |= dict.fromkeys(found.gpus, claim.model)
         elif words := in_vain(claim.demand, self.devices, self.residents):
             self.hopeless[claim.model] = self.waits[claim.model] = words
-        elif (ahead := sum(_may_meet(claim.demand, other) for other in self.examined)) >= MOST_EXAMINED:
+        elif ahead := self._crowd_before(claim.demand):
             self.waits[claim.model] = f"waits for {_demanded(claim.demand)}, behind {ahead} others"
         else:
-            self.examined.append(claim.demand)
+            self.examined.update(self._possible(claim.demand))
             self._wait(claim)
+
+    def _possible(self, demand: Demand) -> Sequence[str]:
+        """Return the GPUs that a demand may be met with."""
+        wanted = named(demand.gpus, self.devices) if isinstance(demand.gpus, tuple) else self.devices
+        return [device.id for device in wanted]
+
+    def _crowd_before(self, demand: Demand) -> int:
+        """Return how many older claims may want the GPUs that a demand could have, if they are too many to look on."""
+        crowds = sorted(self.examined[gpu] for gpu in self._possible(demand))
+        ahead = crowds[min(demand.count, len(crowds)) - 1]
+        return ahead if ahead >= MOST_EXAMINED else 0
 
     def _taken(self) -> list[Place]:
         """Return what nobody can be placed on now: what is held, and GPUs whose free memory is not settled.
@@ -274,18 +290,18 @@ class _Table:
 
     def _wait(self, claim: Claim) -> None:
         held = [each for each in self.residents if self._is_held(each, claim)]
-        aged = bool(held) or (self.now >= claim.hold_at and not self._may_wait(claim))
+        aged = bool(held) or (self.now >= claim.hold_at and not self.may_wait(claim))
         found = self._fit_elsewhere(claim.demand) or self._fit_without((), claim.demand)
         if found is None:
             if not self._make_room(claim, aged=aged):
                 self._keep_held(held, claim)
-        elif not (aged and self._starts_on(found.gpus) and self._make_room_elsewhere(claim)):
+        elif not (aged and self._takes_long(found.gpus) and self._make_room_elsewhere(claim)):
             self._promise(claim, found)
             self.looks.append(claim.hold_at)
         if aged and claim.model in self.promised:
             self.reserved.update(self.promised[claim.model].gpus)
 
-    def _may_wait(self, claim: Claim) -> bool:
+    def may_wait(self, claim: Claim) -> bool:
         """Say whether it is one replica more, for which nobody waits: nobody busy is held for that."""
         up = (each for each in self.residents if each.phase is Phase.UP)
         return not claim.waiting and any(_are_replicas(each, claim) for each in up)
@@ -313,21 +329,25 @@ class _Table:
         return held_until + HOLD_S if outlasts else each.spared_until
 
     def _make_room_elsewhere(self, claim: Claim) -> bool:
-        """Have residents go on GPUs where nothing starts, which may take long, for a claim that has waited enough."""
-        with self._avoiding_starts():
+        """Have residents go on GPUs where nothing takes long, for a claim that has waited enough."""
+        with self._avoiding_what_takes_long():
             victims = self._fewest(claim, self._due(claim, aged=True))
             if victims is not None:
                 self._send_away(victims, claim)
             return victims is not None
 
     def _fit_elsewhere(self, demand: Demand) -> Place | None:
-        """Return where a demand fits once those have left who leave, on GPUs where nothing starts."""
-        with self._avoiding_starts():
+        """Return where a demand fits once those have left who leave, on GPUs where nothing takes long."""
+        with self._avoiding_what_takes_long():
             return self._fit_without((), demand)
 
+    def _takes_long(self, gpus: Iterable[str]) -> bool:
+        """Say whether a server starts on one of these GPUs, or goes only when it has finished its work."""
+        return any(gpu in self.starting or gpu in self.draining for gpu in gpus)
+
     @contextmanager
-    def _avoiding_starts(self) -> Iterator[None]:
-        self.avoided = [Place((gpu,)) for gpu in self.starting]
+    def _avoiding_what_takes_long(self) -> Iterator[None]:
+        self.avoided = [Place((gpu,)) for gpu in self.draining.union(self.starting)]
         try:
             yield
         finally:
@@ -466,12 +486,12 @@ class _Table:
     def _leaves(self, each: Resident) -> str:
         if each.model in self.held:
             return f"takes no new requests and finishes {each.in_flight}"
-        return "makes room"
+        return f"goes when it has finished {each.in_flight}" if each.in_flight else "makes room"
 
     def _words(self, claim: Claim, *, aged: bool) -> str:
         """Return who has what a claim waits for, and what is awaited of each."""
         holders = [
-            f"{each.model} has GPU {', '.join(each.place.gpus)} and {self._stays(each, aged=aged)}"
+            f"{each.model} has GPU {', '.join(each.place.gpus)} and {self._stays(each, claim, aged=aged)}"
             for each in self.residents
             if each.place.gpus
         ]
@@ -480,7 +500,9 @@ class _Table:
         ]
         return f"waits for {_demanded(claim.demand)}: {'; '.join(holders)}"
 
-    def _stays(self, each: Resident, *, aged: bool) -> str:
+    def _stays(self, each: Resident, claim: Claim, *, aged: bool) -> str:
+        if _are_replicas(each, claim):
+            return "is another replica of it"
         if each.model in self.going:
             return f"goes for {self.evicted.get(each.model) or self.held.get(each.model) or 'another'}"
         if each.pinned:
@@ -502,12 +524,6 @@ class _Table:
 
 def _are_replicas(resident: Resident, claim: Claim) -> bool:
     return bool(claim.of) and resident.of == claim.of
-
-
-def _may_meet(one: Demand, other: Demand) -> bool:
-    """Say whether two demands may be for the same GPUs."""
-    both_named = isinstance(one.gpus, tuple) and isinstance(other.gpus, tuple)
-    return not both_named or not set(one.gpus).isdisjoint(other.gpus)  # type: ignore[arg-type]
 
 
 def _demanded(demand: Demand) -> str:

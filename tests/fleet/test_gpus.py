@@ -194,6 +194,26 @@ def test_what_is_pinned_is_not_waited_for() -> None:
     run(scene)
 
 
+def test_nobody_waits_for_the_gpu_of_a_stranger_that_does_not_go() -> None:
+    async def scene() -> None:
+        gpus = Gpus(TWO)
+        gpus.hold("stranger", Place(("0",)))
+        a, b, c = (Obedient(gpus, name) for name in "abc")
+        await a.up()
+        waiting = asyncio.get_running_loop().create_task(b.up())
+        await asyncio.sleep(500)
+        assert a.told == [], "the stranger is leaving"
+
+        gpus.stays("stranger")
+        assert (await waiting).gpus == ("1",)
+
+        assert a.told == ["makes room for b"]
+        gpus.give_back("stranger")
+        assert (await c.up()).gpus == ("0",)
+
+    run(scene)
+
+
 def test_without_an_inventory_ids_are_counted_up() -> None:
     async def scene() -> None:
         gpus = Gpus(None)

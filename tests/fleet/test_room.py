@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
+from random import Random
 from typing import Any
 
 import pytest
 
 from gateway.api.models import model_json
+from gateway.errors import RuntimeUnavailable
 from gateway.fleet.gpus import Gpus
 from gateway.fleet.identity import fingerprint
 from gateway.fleet.placement import GIB, Device
@@ -19,21 +21,29 @@ from gateway.runtimes.base import Launch
 from gateway.waiting import Standing
 from tests.fleet.scenes import Scene, play, spec
 from tests.simulator.changes import catalog_of
-from tests.simulator.servers import Broke, Deaf, Manners, Server, SimulatedEngine
+from tests.simulator.servers import BadMannersRuntime, Broke, Deaf, Manners, Server, SimulatedEngine
 from tests.simulator.world import World
 
 ONE_GPU = [Device("0", 24 * GIB)]
+FOUR_GPUS = [Device(str(number), 24 * GIB) for number in range(4)]
 WELL = Manners(make_s=1.0, load_s=5.0)
 
 
 class Shared:
     """Several models on few GPUs, in virtual time."""
 
-    def __init__(self, *names: str, devices: list[Device] = ONE_GPU, gpus: type[Gpus] = Gpus, **keys: Any) -> None:
+    def __init__(
+        self,
+        *names: str,
+        devices: list[Device] = ONE_GPU,
+        gpus: type[Gpus] = Gpus,
+        runtime: BadMannersRuntime | None = None,
+        **keys: Any,
+    ) -> None:
         self.specs = {
             name: spec(id=name, weights=f"{name}.gguf", **{"gpus": 1, **keys.get(name, {})}) for name in names
         }
-        self.world = World(list(self.specs.values()), seed=0, devices=devices, gpus=gpus)
+        self.world = World(list(self.specs.values()), 0, runtime, devices=devices, gpus=gpus)
         self.world.runtime.next_manners = [WELL] * 50
         Scene.on_stage.append(self)  # type: ignore[arg-type]
 
@@ -52,6 +62,7 @@ class Shared:
         """Change a model's entry in the catalog."""
         self.specs[name] = spec(**{"id": name, "weights": f"{name}.gguf", "gpus": 1, **keys})
         self.world.watched[name].spec = self.specs[name]
+        self.world.many |= {name} if self.specs[name].replicas > 1 else set()
         self.world.fleet.change(catalog_of(self.specs.values()))
 
     async def perhaps_leave(self, name: str, silent_s: float) -> None:
@@ -169,6 +180,102 @@ def test_who_has_made_room_waits_also_for_one_that_came_in_the_same_moment() -> 
         assert not again.done()
         assert await again == "answered"
         assert on.world.runtime.starts == {"tgi-a": 2, "tgi-b": 1}
+
+    play(scene)
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 3, 20])
+def test_where_one_replica_has_made_room_the_others_wait_for_their_turn_too(replicas: int) -> None:
+    async def scene() -> None:
+        keys = {"max_concurrency": 1, "queue_timeout": 2000.0, "max_queue": 1000}
+        on = Shared("m", "b", m={"replicas": replicas, **keys}, b=keys)
+        traffic: list[asyncio.Task[str]] = []
+        for _ in range(25):  # a bit more than one replica serves
+            traffic.append(on.ask("m", 5.0))
+            await asyncio.sleep(4.0)
+        other = on.ask("b")
+        while not other.done():
+            traffic.append(on.ask("m", 5.0))
+            await asyncio.sleep(4.0)
+
+        assert other.result() == "answered"
+        assert on.world.runtime.starts["tgi-b"] == 1
+        assert sum(on.world.runtime.starts.values()) <= 3, "m, b, and perhaps m again since"
+        for task in traffic:
+            await on.world.leave(task)
+
+    play(scene)
+
+
+def test_an_operators_start_of_a_further_replica_has_its_turn_as_any_other_start_has() -> None:
+    async def scene() -> None:
+        on = Shared("m", "b", devices=FOUR_GPUS[:2], m={"replicas": 2})
+        assert await on.ask("b") == "answered"
+        start = asyncio.create_task(on.world.order(on.specs["m"], "start"))
+        while not start.done():
+            on.ask("b", 6.0)
+            await asyncio.sleep(5)
+
+        await start
+        assert on.world.runtime.starts["tgi-m-1"] == 1
+
+    play(scene)
+
+
+def test_a_claim_does_not_wait_for_a_long_drain_while_an_idle_server_can_go() -> None:
+    async def scene() -> None:
+        long = {"drain_timeout": 1800.0, "generation_timeout": 2000.0}
+        on = Shared("a", "b", "drains", devices=FOUR_GPUS[:2], drains=long)
+        work = on.ask("drains", 1500.0)
+        assert await on.ask("a") == "answered"
+        goes = asyncio.create_task(on.world.operate(on.specs["drains"], "stop"))
+        await asyncio.sleep(1)
+        assert on.status("drains").state is State.DRAINING
+
+        assert await on.ask("b") == "answered"
+
+        assert "ready -> stopping (makes room for b)" in on.moves("a")
+        assert await work == "answered"
+        await goes
+
+    play(scene)
+
+
+def test_what_leaves_keeps_its_gpu_though_a_replica_that_starts_has_its_name_by_now() -> None:
+    async def scene() -> None:
+        keys = {"max_concurrency": 1, "generation_timeout": 5000.0}
+        on = Shared("m", "b", devices=FOUR_GPUS[:2], m=keys)
+        stranger = Server("tgi-m-1", Manners(leaves_s=9.0), Deaf(), Launch("tgi-m-1", gpus=("0",)))
+        on.world.runtime.servers["tgi-m-1"] = [stranger]
+        await on.world.fleet.begin()
+        work = on.ask("m", 100.0)
+        await asyncio.sleep(2)
+        other, queued = on.ask("b"), on.ask("m")
+        await asyncio.sleep(2)
+        on.becomes("m", replicas=2, **keys)
+        await asyncio.sleep(1)
+        assert not stranger.alive
+        assert [await each for each in (queued, other, work)] == ["answered"] * 3
+
+    play(scene)
+
+
+def test_what_does_not_go_keeps_nobody_from_being_preloaded() -> None:
+    class Stays(BadMannersRuntime):
+        async def stop(self, name: str, *, grace_s: float) -> None:
+            if name == "tgi-stays":
+                raise RuntimeUnavailable("it was killed, and has not ended")
+            await super().stop(name, grace_s=grace_s)
+
+    async def scene() -> None:
+        runtime = Stays(Random(0))
+        on = Shared("a", runtime=runtime, a={"preload": True})
+        runtime.servers["tgi-stays"] = [Server("tgi-stays", Manners(), Deaf())]
+        await on.world.fleet.begin()
+        await asyncio.sleep(60)
+
+        assert on.status("a").state is State.READY
+        runtime.servers["tgi-stays"][0].die("at last")
 
     play(scene)
 
@@ -473,9 +580,6 @@ def test_an_idle_server_does_not_go_while_another_measures_the_gpu_that_they_sha
     play(scene)
 
 
-FOUR_GPUS = [Device(str(number), 24 * GIB) for number in range(4)]
-
-
 @pytest.mark.parametrize(
     ("keys", "gpus"),
     [
@@ -546,6 +650,41 @@ def test_a_model_starts_in_the_place_of_its_former_server_only_where_nobody_come
         await goes
         told = "\n".join(on.world.trace)
         assert told.index("b: stopping -> stopped") < told.rindex("a: starting -> loading")
+
+    play(scene)
+
+
+def test_a_removed_model_of_which_something_is_perhaps_left_is_the_one_that_goes_on_when_it_is_back() -> None:
+    async def scene() -> None:
+        on = Shared("a", "b", a={"stop_grace": 1.0, "generation_timeout": 1000.0})
+        await on.world.fleet.begin()
+        assert await on.ask("a") == "answered"
+        await on.perhaps_leave("a", 32.0)
+        on.world.fleet.change(catalog_of([on.specs["b"]]))
+        await asyncio.sleep(5)
+        assert on.status("a").state is State.FAILED
+        on.world.fleet.change(catalog_of(on.specs.values()))
+        long = on.ask("a", 100.0)
+        await asyncio.sleep(60)
+
+        assert await long == "answered", "nobody removes its server while it serves"
+        assert len(on.world.runtime.alive("tgi-a")) == 1
+
+    play(scene)
+
+
+def test_a_removed_model_is_forgotten_once_what_was_perhaps_left_of_it_is_gone() -> None:
+    async def scene() -> None:
+        on = Shared("a", "b", a={"stop_grace": 1.0})
+        await on.world.fleet.begin()
+        assert await on.ask("a") == "answered"
+        await on.perhaps_leave("a", 32.0)
+        on.world.fleet.change(catalog_of([on.specs["b"]]))
+        await asyncio.sleep(60)
+
+        assert on.world.runtime.alive("tgi-a") == []
+        assert on.status("a").state is State.STOPPED
+        assert await on.ask("b") == "answered"
 
     play(scene)
 

@@ -317,11 +317,40 @@ def test_nobody_busy_is_held_for_one_replica_more_that_nobody_waits_for() -> Non
     assert decided(gpus(2), [busy, first], [second]).held == {"busy": "m-1"}
 
 
-def test_a_crowd_that_waits_for_one_gpu_keeps_nobody_from_another() -> None:
+@pytest.mark.parametrize("demand", [Demand(("1",)), Demand(1)])
+def test_a_crowd_that_waits_for_one_gpu_keeps_nobody_from_another(demand: Demand) -> None:
     there = [resident("busy", "0", in_flight=1, usage=IN_USE), resident("idle", "1")]
     crowd = [claim(f"c-{number}", Demand(("0",)), age_s=50) for number in range(2 * MOST_EXAMINED)]
 
-    assert decided(gpus(2), there, [*crowd, claim("z", Demand(("1",)))]).evicted == {"idle": "z"}
+    assert decided(gpus(2), there, [*crowd, claim("z", demand)]).evicted == {"idle": "z"}
+
+
+def test_a_crowd_for_any_gpu_is_told_how_many_are_before_it() -> None:
+    busy = [resident(name, gpu, in_flight=1, usage=IN_USE) for name, gpu in (("a", "0"), ("b", "1"))]
+    crowd = [claim(f"c-{number}", age_s=50) for number in range(MOST_EXAMINED)]
+
+    waits = decided(gpus(2), busy, [*crowd, claim("z", Demand(2)), claim("y", Demand(("1",)))]).waits
+
+    assert f"behind {MOST_EXAMINED} others" in waits["z"]
+    assert f"behind {MOST_EXAMINED} others" in waits["y"]
+
+
+def test_one_replica_more_that_nobody_waits_for_comes_after_who_came_later() -> None:
+    busy = resident("m", "0", of="m", in_flight=1)
+    second = replace(claim("m-1", age_s=500), of="m", waiting=0)
+
+    assert decided(gpus(2), [busy], [second, claim("b")]).placed == {"b": Place(("1",))}
+
+
+@pytest.mark.parametrize(("age_s", "evicted"), [(AGED_S, {"idle": "c"}), (1.0, {})])
+def test_a_claim_whose_patience_is_over_does_not_wait_for_a_drain_if_others_can_go(
+    age_s: float, evicted: dict[str, str]
+) -> None:
+    drains = resident("drains", "0", phase=Phase.LEAVING, in_flight=1, usage=IN_USE)
+    now = decided(gpus(2), [drains, resident("idle", "1")], [claim("c", age_s=age_s)])
+
+    assert now.evicted == evicted
+    assert ("drains goes when it has finished 1" in now.waits["c"]) == (not evicted)
 
 
 def test_where_one_does_not_come_to_an_end_another_is_held() -> None:

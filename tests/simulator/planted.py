@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 from dataclasses import replace
 from typing import TypedDict
 
@@ -308,12 +307,12 @@ class EvictsMore(Gpus):
                 self._tenants[model].make_room(claimant)
 
 
-class ClaimsAsBefore(Instance):
-    """Breaks P3: comes before the one for which it has made room, since its callers came first."""
+class ClaimsAsBefore(Gpus):
+    """Breaks P3: who has made room comes before the one for which it did, since its callers came first."""
 
-    def make_room(self, claimant: str) -> None:
-        super().make_room(claimant)
-        self._yielded_at = -math.inf
+    def _make_room(self, decision: Decision, now: float) -> None:
+        super()._make_room(decision, now)
+        self._yielded.clear()
 
 
 class LeavesBeside(Gpus):
@@ -329,6 +328,7 @@ GPUS: dict[str, type[Gpus]] = {
     "P3-overtaken": YoungestFirst,
     "P3-thrash": HoldsAtOnce,
     "P3-more": EvictsMore,
+    "P3-again": ClaimsAsBefore,
 }
 FLEETS: dict[str, type[Fleet]] = {"P9-others": RestartsAll, "P9-bad": EmptiesItself}
 INSTANCES: dict[str, type[Instance]] = {
@@ -336,7 +336,6 @@ INSTANCES: dict[str, type[Instance]] = {
     "P2": StartsTwice,
     "P2-left": LeavesServers,
     "P3": PromisesTooEarly,
-    "P3-again": ClaimsAsBefore,
     "P3-busy": EvictsBusyServers,
     "P3-place": IgnoresItsPlace,
     "P4": LosesLeases,
