@@ -155,6 +155,8 @@ class BadMannersRuntime:
     def __init__(self, random: Random) -> None:
         self.random = random
         self.servers: dict[str, list[Server]] = {}
+        self.broken: str | None = None
+        """The first promise that was broken here: who waits for the order may never look what came of it."""
         self.starting: dict[str, int] = {}
         self.starts: dict[str, int] = {}
         self.silent_until = 0.0
@@ -171,6 +173,10 @@ class BadMannersRuntime:
         self._making: dict[str, Launch] = {}
         self.grabbed: dict[str, Counter[str]] = {}
         """What each name's server has of its GPUs beyond its share: what came free there while it started."""
+
+    def _broken(self, words: str) -> Broke:
+        self.broken = self.broken or words
+        return Broke(words)
 
     def alive(self, name: str) -> list[Server]:
         return [server for server in self.servers.get(name, []) if server.alive]
@@ -203,7 +209,7 @@ class BadMannersRuntime:
     async def start(self, launch: Launch, listener: Listener) -> Handle:
         name = launch.name
         if self.starting.get(name):
-            raise Broke(f"P2: two starts of {name} at once")
+            raise self._broken(f"P2: two starts of {name} at once")
         self.starting[name] = 1
         self.starts[name] = self.starts.get(name, 0) + 1
         self._making[name], self.grabbed[name] = launch, Counter()
@@ -219,14 +225,14 @@ class BadMannersRuntime:
         await self._answer()
         for older in self.alive(name):
             if not self.perhaps_left.get(name):
-                raise Broke(f"P2: {name} is started, and the server before it was never removed")
+                raise self._broken(f"P2: {name} is started, and the server before it was never removed")
             older.die("replaced")
         self._removed(name)
         await asyncio.sleep(manners.make_s)
         if manners.fails_to_start:
             raise StartFailed("no such image")
         if self.alive(name):
-            raise Broke(f"P2: a second server of {name}")
+            raise self._broken(f"P2: a second server of {name}")
         server = Server(name, manners, _Noting(self, name, listener), launch)
         self.servers.setdefault(name, []).append(server)
         del self._making[name]
@@ -253,7 +259,7 @@ class BadMannersRuntime:
         await self._answer()
         for server in self.alive(name):
             if server.requests:
-                raise Broke(f"P1: {name} is stopped while it serves {len(server.requests)} requests")
+                raise self._broken(f"P1: {name} is stopped while it serves {len(server.requests)} requests")
             await asyncio.sleep(min(server.manners.leaves_s, grace_s))
             server.die("stopped")
             if name in self.let_go and server.gpu_memory_bytes and not was_perhaps_left:

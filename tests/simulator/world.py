@@ -467,6 +467,8 @@ class World:
 
     def check(self) -> None:
         """After every step: no lease is lost (P4), no state outlives its deadline (P5), no unwanted start goes on."""
+        if self.runtime.broken and not self.broken:
+            self.breaks(self.runtime.broken)
         if self.broken:
             raise Broke(self.broken)
         now = self.loop.time()
