@@ -263,11 +263,16 @@ class Instance:
     def wake(self) -> None:
         """Begin to start it, if it is down and does not rest after a failure, though nobody waits for it yet.
 
+        Nothing happens where pinned models hold all the GPUs that would do.
+
         It goes on once it has its GPUs, though whoever waited was served by others, and is not started again should it
         fail. While it waits for GPUs it is called off as any start is, when nobody queues anywhere in the model.
         """
         closed = self._closing or self._removed or self._is_held_up
-        if self._state in DOWN and not closed and not self._cooling_s():
+        if self._state not in DOWN or closed or self._cooling_s():
+            return
+        with suppress(NoCapacity):
+            self._gpus.refuse_in_vain(self)
             self._start("request")
             self._last_use = self._loop.time()
             self._goes_on_for_all()

@@ -16,13 +16,14 @@ from gateway.engines.base import Engine
 from gateway.errors import (
     ModelNotRunning,
     ModelUnhealthy,
+    NoCapacity,
     RuntimeUnavailable,
     StartFailed,
     StartTimeout,
     UnknownModel,
 )
 from gateway.fleet.figures import Figures
-from gateway.fleet.instance import Entry, Instance
+from gateway.fleet.instance import CLOCK_S, Entry, Instance
 from gateway.fleet.life import Lease, Leasing
 from gateway.fleet.queue import Among, SentAway
 from gateway.fleet.status import Status
@@ -51,8 +52,8 @@ _NEAREST_FIRST = (
     State.UNHEALTHY,
 )
 """How near a replica is to serving a newcomer: one that is down is started by him, one that leaves must go first."""
-_FAILURES = (StartFailed, StartTimeout, RuntimeUnavailable, ModelUnhealthy)
-"""What says of one replica alone that it cannot serve."""
+_FAILURES = (StartFailed, StartTimeout, RuntimeUnavailable, ModelUnhealthy, NoCapacity)
+"""What says of one replica alone that it cannot serve: another one may."""
 
 
 def least_loaded(replicas: Sequence[Status]) -> int:
@@ -175,7 +176,8 @@ class Replicas:
         """Hold the right to send one request to the least loaded replica, as `Instance.lease` does.
 
         Where none is ready all are started, and where those that are ready are full one more. Should the one that he
-        waits for fail, a caller goes to another one, once. The queues of all of them together hold `max_queue`.
+        waits for fail, or get no GPUs, a caller goes to another one, once, unless he has waited for `queue_timeout`.
+        The queues of all of them together hold `max_queue`.
 
         Raises: as `Instance.lease`, but for SentAway.
         """
@@ -191,7 +193,7 @@ class Replicas:
             except SentAway:
                 admitted = True
             except _FAILURES:
-                if had_failed or not self._has_another(one):
+                if had_failed or self._has_waited_enough(among) or not self._has_another(one):
                     raise
                 had_failed = admitted = True
 
@@ -206,6 +208,9 @@ class Replicas:
             if n != chosen:
                 self._members[n].wake()
         return self._members[chosen]
+
+    def _has_waited_enough(self, among: Among) -> bool:
+        return among.spent_s >= self.spec.queue_timeout_s - CLOCK_S
 
     def _has_another(self, failed: Instance) -> bool:
         others = [one.status for one in self._wanted() if one is not failed]

@@ -413,6 +413,53 @@ def test_a_caller_whose_replica_fails_goes_to_another_one() -> None:
     play(scene)
 
 
+class SlowToLookForTheFirst(ByName):
+    """Takes longer to look at what the first replica needs than at what the others do."""
+
+    async def check(self, launch: Launch) -> None:
+        await asyncio.sleep(0.2 if launch.name == M else 0.1)
+
+
+def test_a_cold_caller_whose_replica_gets_no_gpu_waits_for_the_one_that_got_it() -> None:
+    async def scene() -> None:
+        on = Several(devices=[Device("0", 24 * GIB)], runtime=SlowToLookForTheFirst(), gpus=1, pinned=True)
+        await on.begin()
+
+        assert await on.ask() == M1
+        assert on.states == "failed ready"
+
+    play(scene)
+
+
+def test_a_pinned_model_starts_no_replica_for_which_there_is_no_room_whoever_asks() -> None:
+    async def scene() -> None:
+        on = await Several(devices=[Device("0", 24 * GIB)], gpus=1, pinned=True).begin()
+        assert await on.ask() == M
+        assert on.states == "ready failed"
+        told = len(on.heard)
+
+        assert {*await asyncio.gather(*(on.ask() for _ in range(20)))} == {M}
+        assert on.heard[told:] == []
+        await on.model.stop()
+        assert await on.ask() == M, "what has room again is started again"
+
+    play(scene)
+
+
+def test_who_has_waited_long_enough_for_gpus_is_told_so_at_once_though_another_replica_loads() -> None:
+    async def scene() -> None:
+        runtime = SlowToLookForTheFirst(Manners(), Manners(load_s=60.0))
+        on = await Several(devices=[Device("0", 24 * GIB)], runtime=runtime, gpus=1, queue_timeout=20.0).begin()
+        asked = on.ask()
+        await on.after(21)
+
+        assert on.states == "starting loading"
+        assert asked.done()
+        assert await asked == "NO_CAPACITY"
+
+    play(scene)
+
+
 def test_where_all_replicas_fail_the_caller_is_told_why() -> None:
     async def scene() -> None:
         on = await Several(2, Manners(fails_to_start=True), Manners(fails_to_start=True)).begin()
