@@ -596,9 +596,12 @@ class Instance:
     def _served_in(self) -> Estimate | None:
         """Return in how long those who wait for a slot have been answered, once there are slots."""
         served = self._past.served_in(self._queue.requests)
-        return served if self._state in SERVING else in_turn(self._come_back_in(), served)
+        has_slots = self._state in SERVING and not self._held_for
+        return served if has_slots else in_turn(self._come_back_in(), served)
 
     def _come_back_in(self) -> Estimate | None:
+        if self._state in SERVING and self._held_for:  # it goes, the other one starts, and then it does
+            return in_turn(self._gpus.serves_in(self._held_for), self.starts_in())
         now = self._loop.time()
         return self._past.come_back_in(self._state, now - self._since, self._life, now)
 
@@ -637,6 +640,8 @@ class Instance:
             why, ready = self._gpus.why(self.key), self._gpus.serves_in(self.key)
             return self._promised(refusals.no_room(self.spec, why, waited_s, ready))
         if self._state in SERVING and waited_s >= self.spec.queue_timeout_s - CLOCK_S:
+            if self._held_for:
+                return self._promised(refusals.held(self.spec, self._held_for, waited_s, self._come_back_in()))
             return self._promised(refusals.no_slot(self.spec, waited_s, self._served_in()))
         if ticket.max_wait_s is None:
             return self._promised(refusals.never_ready(self.spec, self._state, waited_s, self._come_back_in()))

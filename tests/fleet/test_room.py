@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from gateway.api.models import model_json
+from gateway.errors import NoCapacity
 from gateway.fleet.gpus import Gpus
 from gateway.fleet.identity import fingerprint
 from gateway.fleet.placement import GIB, Device
@@ -603,5 +604,30 @@ def test_who_got_no_gpus_of_one_that_was_never_seen_to_go_is_told_a_usual_time()
 
         assert await on.ask("a") == "NO_CAPACITY"
         assert on.told_s("a") == 30.0
+
+    play(scene)
+
+
+@pytest.mark.parametrize(("turns", "told_s"), [("a", 30.0), ("ababa", 4 + 10 + 10)])
+def test_who_waits_for_a_model_that_makes_room_is_told_so_and_to_come_back_when_it_can_have_started_again(
+    turns: str, told_s: float
+) -> None:
+    async def scene() -> None:
+        keys = {"max_concurrency": 4, "queue_timeout": 40.0, "generation_timeout": 1000.0, "idle_timeout": "never"}
+        on = Shared("a", "b", a=keys)
+        on.world.runtime.next_manners = [Manners(make_s=2.0, load_s=8.0, leaves_s=4.0)] * 50
+        for name in turns:
+            assert await on.ask(name) == "answered"
+            await asyncio.sleep(100)
+        on.ask("a", work_s=900.0)
+        await asyncio.sleep(1)
+        on.ask("b")
+        await on.until_held("a")
+
+        with pytest.raises(NoCapacity) as refused:
+            async with on.world.fleet.get(on.specs["a"]).lease():
+                pass
+        assert "takes no new requests since it makes room for b" in refused.value.detail
+        assert refused.value.retry_after_s == pytest.approx(told_s, abs=2.0)
 
     play(scene)
