@@ -162,7 +162,7 @@ class Gpus:
             return self._held[model]
         if not demand.count:
             return NOWHERE
-        self._refuse_misfit(tenant.spec, demand)
+        self.refuse_misfit(tenant.spec)
         waiting = self._waiting[model] = _Waiting(tenant, asyncio.get_running_loop().create_future())
         self.changed()
         try:
@@ -182,6 +182,17 @@ class Gpus:
         if found is None:
             return False
         return not meets(found, demand_of(tenant.spec), self.devices or ()) or self._moves_beside(tenant.key, found)
+
+    def refuse_misfit(self, spec: ModelSpec) -> None:
+        """Return if a model could have its GPUs, were all of them free.
+
+        Raises:
+            StartFailed: it never can; says which there are.
+        """
+        if self.devices is not None and (why := misfit(demand_of(spec), self.devices)):
+            cause = f"{spec.id} can never run on the GPUs that are known: {why}"
+            fix = "Correct `gpus` or `gpu_memory` of this model in models.yaml, or GATEWAY_GPUS."
+            raise StartFailed(f"{cause}. {fix}", cause=cause, fix=fix)
 
     def refuse_in_vain(self, tenant: Tenant) -> None:
         """Return if a model that is down may hope for GPUs.
@@ -335,12 +346,6 @@ class Gpus:
         return [*known, *map(Device, held)]
 
     # Deciding, and doing what was decided
-
-    def _refuse_misfit(self, spec: ModelSpec, demand: Demand) -> None:
-        if self.devices is not None and (why := misfit(demand, self.devices)):
-            cause = f"{spec.id} can never run on the GPUs that are known: {why}"
-            fix = "Correct `gpus` or `gpu_memory` of this model in models.yaml, or GATEWAY_GPUS."
-            raise StartFailed(f"{cause}. {fix}", cause=cause, fix=fix)
 
     def _decide(self) -> None:
         self._look = None

@@ -695,6 +695,7 @@ class Instance:
 
     async def _make(self, life: Life) -> Handle:
         launch = launch_of(self.engine, self.spec, life.secret, self.replica)
+        self._gpus.refuse_misfit(self.spec)
         await self._runtime.check(launch)  # else others would make room for one that cannot start
         await self._leave_former_place()
         place = await self._place(life)

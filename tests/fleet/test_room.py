@@ -111,6 +111,22 @@ def test_nobody_makes_room_for_a_model_that_is_seen_to_lack_its_weights() -> Non
     play(scene)
 
 
+def test_what_can_never_fit_is_refused_before_its_files_are_looked_at() -> None:
+    async def scene() -> None:
+        on = Shared("b", b={"gpus": 2})
+        on.world.runtime.looks_for_s = 5.0
+        asked = on.ask("b")
+        await asyncio.sleep(1)
+
+        assert asked.done()
+        assert await asked == "START_FAILED"
+        failure = on.status("b").failure
+        assert failure
+        assert "it needs 2 GPUs, and there are 0=24 GiB" in failure.error.detail
+
+    play(scene)
+
+
 def test_a_busy_model_finishes_what_it_has_and_those_who_queue_for_it_are_served_later() -> None:
     async def scene() -> None:
         on = Shared("a", "b", a={"generation_timeout": 1000.0})

@@ -164,6 +164,8 @@ class BadMannersRuntime:
         self.next_manners: list[Manners] = []
         self.lacks_files: set[str] = set()
         """Names whose weights are not there."""
+        self.looks_for_s = 0.0
+        """How long it takes to see whether a server can be started."""
         self.let_go: set[str] = set()
         """Names whose servers the gateway stops at a time of its own choice."""
         self._making: dict[str, Launch] = {}
@@ -195,6 +197,8 @@ class BadMannersRuntime:
         return _handle(server)
 
     async def check(self, launch: Launch) -> None:
+        if self.looks_for_s:
+            await asyncio.sleep(self.looks_for_s)
         if launch.name in self.lacks_files:
             raise StartFailed("its weights do not exist")
 
