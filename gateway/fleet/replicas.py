@@ -138,7 +138,7 @@ class Replicas:
     @property
     def served(self) -> Served:
         """What callers ask: the replicas, or the one server itself where there are no more."""
-        alone = self._count == 1 and not any(one.runs for one in self._members[1:])
+        alone = self._count == 1 and not any(one.has_its_name for one in self._members[1:])
         return self._members[0] if alone else self
 
     # What is known of the model
@@ -226,20 +226,21 @@ class Replicas:
         return (await _all(orders))[0]
 
     async def stop(self, *, force: bool = False) -> None:
-        """Drain and stop all, and return when they are gone.
+        """Drain and stop all, clear what is perhaps left of those that failed, and return when they are gone.
 
         Raises:
-            ModelNotRunning: all are down.
+            ModelNotRunning: all are down, and nothing is left.
             StopFailed: it is not known whether one of them is gone.
         """
-        await _all(_stop_if_it_runs(one, force=force) for one in self._running())
+        there = self._refuse_if_none([one for one in self._members if one.has_its_name])
+        await _all(_stop_if_it_runs(one, force=force) for one in there)
 
     async def restart(self, *, force: bool = False) -> Handle | None:
         """Stop those that run, start all, and return the first one's handle once all are ready.
 
         Raises: as `start`, and ModelNotRunning.
         """
-        running = self._running()
+        running = self._refuse_if_none([one for one in self._members if one.runs])
 
         async def anew(one: Instance) -> Handle | None:
             return await (one.restart(force=force) if one in running else one.start())
@@ -247,11 +248,10 @@ class Replicas:
         first, *others = self._wanted()
         return (await _all([anew(first), *(_while_wanted(partial(anew, one)) for one in others)]))[0]
 
-    def _running(self) -> list[Instance]:
-        running = [one for one in self._members if one.runs]
-        if not running:
+    def _refuse_if_none(self, members: list[Instance]) -> list[Instance]:
+        if not members:
             raise ModelNotRunning(f"{self.spec.id} is not running; there is nothing to stop.")
-        return running
+        return members
 
     # What the fleet asks for
 

@@ -563,6 +563,29 @@ def test_stop_stops_all_that_run() -> None:
     play(scene)
 
 
+@pytest.mark.parametrize("wanted", [2, 1])
+def test_stop_clears_what_is_perhaps_left_of_replicas_that_failed(wanted: int) -> None:
+    async def scene() -> None:
+        on = await ready(stop_grace=1.0)
+        on.runtime.fall_silent(22.0)
+        with pytest.raises(StopFailed):
+            await on.model.stop()
+        assert on.states == "failed failed"
+        members = on.model.members
+        on.becomes(wanted)
+        await on.after(2)
+        left = [one for one in members if one.has_its_name]
+        assert left[-1].replica == 1
+
+        await on.fleet.stop(on.fleet.catalog.models["m"])
+
+        assert [one for one in left if one.has_its_name] == []
+        with pytest.raises(ModelNotRunning):
+            await on.fleet.stop(on.fleet.catalog.models["m"])
+
+    play(scene)
+
+
 def test_a_forced_stop_cuts_what_runs_on_each() -> None:
     async def scene() -> None:
         on = await ready()
