@@ -328,9 +328,12 @@ class Gpus:
             yield held, Estimate(LEAST_S, 1)
 
     def holders(self, gpu: str) -> dict[str, Place]:
-        """Return who holds a GPU or some of it, and what."""
-        everyone = [*self._held.items(), *self._returning.values()]
-        return {model: held for model, held in everyone if gpu in held.gpus}
+        """Return who holds a GPU or some of it, and what: in all, if what a model held has not come back yet."""
+        found: dict[str, Place] = {}
+        for model, held in [*self._held.items(), *self._returning.values()]:
+            if gpu in held.gpus:
+                found[model] = _both(found[model], held) if model in found else held
+        return found
 
     def known(self) -> Sequence[Device]:
         """Return the GPUs that may be given: those there are, or as many as could be asked for."""
@@ -450,6 +453,12 @@ class Gpus:
         waiting = self._waiting.pop(model)
         if not waiting.placed.done():
             waiting.placed.set_exception(_in_vain(model, why))
+
+
+def _both(one: Place, other: Place) -> Place:
+    """Return in one what is held of the same GPU twice."""
+    whole = one.memory_bytes is None or other.memory_bytes is None
+    return replace(one, memory_bytes=None if whole else (one.memory_bytes or 0) + (other.memory_bytes or 0))
 
 
 def _leaving(model: str, held: Place) -> Resident:
