@@ -92,7 +92,7 @@ def to_wake(replicas: Sequence[Status]) -> list[int]:
 
 
 def as_one(replicas: Sequence[Status], wanted: int | None = None) -> Status:
-    """Return what is told of a model as a whole: the state of its best replica, and the sums of all.
+    """Return what is told of a model as a whole: state, name and handle of its best replica, and the sums of all.
 
     Those beyond the number that is `wanted` are on their way out: one is the best only where all others are down.
     """
@@ -105,11 +105,9 @@ def as_one(replicas: Sequence[Status], wanted: int | None = None) -> Status:
     in_flight = sum(one.in_flight for one in replicas)
     return replace(
         best,
-        name=replicas[0].name,
         in_flight=in_flight,
         queued=sum(one.queued for one in replicas),
         idle_s=min(idle, default=None) if not in_flight else None,
-        handle=next((one.handle for one in replicas if one.handle), None),
         failure=last.failure,
         retry_after_s=last.retry_after_s,
         gpus=tuple(dict.fromkeys(gpu for one in replicas for gpu in one.gpus)),

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from gateway.api.models import model_json
 from gateway.catalog import ModelSpec
 from gateway.errors import CatalogError, GatewayError, ModelNotRunning, StartFailed, StopFailed, UnknownModel
 from gateway.fleet.fleet import Fleet
@@ -106,6 +107,20 @@ def test_a_model_is_in_the_state_of_its_best_replica_and_has_the_sums_of_all() -
     assert told.handle is second
     assert len(told.replicas) == 3
     assert as_one([replica("ready", handle=first), replica("ready", handle=second)]).handle is first
+
+
+def test_the_port_and_the_name_of_a_model_are_those_of_the_replica_whose_state_is_told() -> None:
+    async def scene() -> None:
+        on = await Several(2, Manners(load_s=500.0), Manners(load_s=5.0)).begin()
+        assert await on.ask() == M1
+        assert on.states == "loading ready"
+
+        told = on.model.status
+        assert told.handle
+        assert (told.state, told.name, told.handle.name) == ("ready", M1, M1)
+        assert model_json(told)["port"] == model_json(told)["replicas"][1]["port"] == told.handle.port
+
+    play(scene)
 
 
 @pytest.mark.parametrize(
