@@ -19,6 +19,7 @@ from gateway.catalog_values import (
     Bytes,
     FlagName,
     FlagValue,
+    GpuBytes,
     Gpus,
     Id,
     Line,
@@ -143,8 +144,9 @@ class ModelSpec(BaseModel):
     weights_sha256: Sha256 | None = None
     """SHA-256 of the weights file, 64 hexadecimal digits; checked once per file. Default: not checked."""
     gpus: Gpus = Field(default_factory=lambda known: int((known["engine"], known["runtime"]) == ("tgi", "docker")))
-    """How many GPUs, or a list of device ids; 0 is none. Default: 1 for tgi in a container, 0 otherwise."""
-    gpu_memory_bytes: Bytes | None = Field(default=None, validation_alias="gpu_memory")
+    """How many GPUs, or a list of device ids: 0 is none, also in quotes, and ["0"] is GPU 0.
+    Default: 1 for tgi in a container, 0 otherwise."""
+    gpu_memory_bytes: GpuBytes | None = Field(default=None, validation_alias="gpu_memory")
     """Memory it takes on each of its GPUs. Default: all of it."""
     memory_bytes: Bytes | None = Field(default=None, validation_alias="memory")
     """Limit of its memory on the host. Default: none."""

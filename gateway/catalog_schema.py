@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gateway.catalog import MODEL_KEYS, ModelSpec
-from gateway.catalog_values import ID_PATTERN, LARGEST_BYTES, LONGEST_S
+from gateway.catalog_values import ID_PATTERN, LARGEST_BYTES, LEAST_GPU_BYTES, LONGEST_S
 
 
 def catalog_schema() -> dict[str, Any]:
@@ -27,6 +27,7 @@ def catalog_schema() -> dict[str, Any]:
     }
 
 
+_SIZE_TEXT_SCHEMA = {"type": "string", "pattern": r"^[0-9]+(\.[0-9]+)? ?(B|[kK]B|[MGT]B|[KMGT]iB)?$"}
 _VALUE_SCHEMAS: dict[str, Any] = {
     "Duration": {
         "description": "90s, 15m, 2h, 500ms, or a number of seconds.",
@@ -37,14 +38,19 @@ _VALUE_SCHEMAS: dict[str, Any] = {
     },
     "Size": {
         "description": "14GiB, 512MiB, 2GB, or a number of bytes.",
-        "anyOf": [
-            {"type": "number", "minimum": 1, "maximum": LARGEST_BYTES},
-            {"type": "string", "pattern": r"^[0-9]+(\.[0-9]+)? ?(B|[kK]B|[MGT]B|[KMGT]iB)?$"},
-        ],
+        "anyOf": [{"type": "number", "minimum": 1, "maximum": LARGEST_BYTES}, _SIZE_TEXT_SCHEMA],
+    },
+    "GpuSize": {
+        "description": "14GiB, 512MiB, 2GB, or a number of bytes; at least 64MiB.",
+        "anyOf": [{"type": "number", "minimum": LEAST_GPU_BYTES, "maximum": LARGEST_BYTES}, _SIZE_TEXT_SCHEMA],
     },
     "Variable": {"description": "${NAME} or ${NAME:-default}.", "type": "string", "pattern": r"\$\{"},
 }
-_NAMED_SCHEMAS = {"duration": {"$ref": "#/$defs/Duration"}, "size": {"$ref": "#/$defs/Size"}}
+_NAMED_SCHEMAS = {
+    "duration": {"$ref": "#/$defs/Duration"},
+    "size": {"$ref": "#/$defs/Size"},
+    "gpu-size": {"$ref": "#/$defs/GpuSize"},
+}
 _TOP_SCHEMAS: dict[str, Any] = {
     "default_model": {"type": "string", "description": "Answers requests that name no model. Default: none."},
     "defaults": {"$ref": "#/$defs/Model", "description": "Any key of a model, for all of them; a model's own wins."},

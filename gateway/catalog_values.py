@@ -22,6 +22,8 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, Wi
 
 LONGEST_S = 365 * 24 * 3600.0
 LARGEST_BYTES = 2**50
+LEAST_GPU_BYTES = 64 * 2**20
+"""No GPU has less, and no model runs on less: whoever says so has forgotten the unit."""
 _SECONDS_IN = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 _BYTES_IN = {"": 1, "B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _BYTES_IN |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
@@ -56,6 +58,13 @@ def parse_bytes(value: object) -> int:
     return int(size_bytes)
 
 
+def _gpu_bytes(value: object) -> int:
+    size_bytes = parse_bytes(value)
+    if size_bytes < LEAST_GPU_BYTES:
+        raise ValueError("must be at least 64MiB, with its unit, such as 14GiB: a bare number is bytes")
+    return size_bytes
+
+
 def _amount(value: object, units: Mapping[str, float]) -> float | None:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return value
@@ -69,14 +78,16 @@ def _seconds_or_never(value: object) -> float | None:
     return None if value is None or value == "never" else parse_seconds(value)
 
 
-# `gateway.catalog_schema` puts what people may write in the place of these two formats.
+# `gateway.catalog_schema` puts what people may write in the place of these formats.
 _DURATION_SCHEMA = {"format": "duration"}
 _SIZE_SCHEMA = {"format": "size"}
+_GPU_SIZE_SCHEMA = {"format": "gpu-size"}
 _DURATION_OR_NEVER_SCHEMA = {"anyOf": [_DURATION_SCHEMA, {"const": "never"}]}
 
 Seconds = Annotated[float, BeforeValidator(parse_seconds), WithJsonSchema(_DURATION_SCHEMA)]
 SecondsOrNever = Annotated[float | None, BeforeValidator(_seconds_or_never), WithJsonSchema(_DURATION_OR_NEVER_SCHEMA)]
 Bytes = Annotated[int, BeforeValidator(parse_bytes), WithJsonSchema(_SIZE_SCHEMA)]
+GpuBytes = Annotated[int, BeforeValidator(_gpu_bytes), WithJsonSchema(_GPU_SIZE_SCHEMA)]
 
 # ---- text -----------------------------------------------------------------------------------------------------------
 

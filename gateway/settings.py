@@ -15,13 +15,11 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from gateway.catalog_values import GPU_IDS, Bytes, did_you_mean, faults, is_gpu_id, parse_bytes
+from gateway.catalog_values import GPU_IDS, LEAST_GPU_BYTES, Bytes, did_you_mean, faults, is_gpu_id, parse_bytes
 from gateway.errors import CatalogError
 from gateway.keys import load_keys
 
 _PREFIX = "GATEWAY_"
-LEAST_GPU_BYTES = 64 * 2**20
-"""No GPU has less: whoever says so has forgotten the unit."""
 _CLIENTS = ("GATEWAY_URL", "GATEWAY_API_KEY")  # read by the commands that talk to a running gateway
 
 

@@ -180,6 +180,7 @@ NO_DURATION = "must be a duration such as 90s, 15m, 2h or 500ms (a bare number i
 DURATION_BOUNDS = "must be above 0 and at most 8760h"
 NO_SIZE = "must be a size such as 14GiB, 512MiB or 2GB (a bare number is bytes)"
 SIZE_BOUNDS = "must be at least 1 byte and at most 1024TiB"
+NO_UNIT = "must be at least 64MiB, with its unit, such as 14GiB: a bare number is bytes"
 NO_GPUS = (
     "must be a count from 0 to 64, or a list of different device ids: "
     "0, 0:1, GPU-... or MIG-..., as `nvidia-smi -L` tells them"
@@ -216,6 +217,9 @@ LIST_IT = "list it under the `aliases` of the one that shall answer to it"
         ("idle_timeout: 0", f"idle_timeout: {DURATION_BOUNDS}"),
         ("gpu_memory: 3G", f"gpu_memory: {NO_SIZE}"),
         ("gpu_memory: 0", f"gpu_memory: {SIZE_BOUNDS}"),
+        ("gpu_memory: 24", f"gpu_memory: {NO_UNIT}"),
+        ('gpu_memory: "24576"', f"gpu_memory: {NO_UNIT}"),
+        ("gpu_memory: 63MiB", f"gpu_memory: {NO_UNIT}"),
         ("memory: 5000TiB", f"memory: {SIZE_BOUNDS}"),
         ("shm_size: false", f"shm_size: {NO_SIZE}"),
         ("gpus: -1", f"gpus: {NO_GPUS}"),
@@ -488,6 +492,17 @@ def test_values_as_a_person_writes_them(tmp_path: Path) -> None:
     assert spec.metadata == {"day": "2025-01-31", "deep": {"x": [1]}}
     assert spec.parameters == {"stop": ["END"], "temperature": 0.0}
     assert spec.weights_sha256 == "ab" * 32
+
+
+def test_the_least_that_a_model_may_take_of_a_gpu(tmp_path: Path) -> None:
+    assert one(tmp_path, "gpu_memory: 64MiB").gpu_memory_bytes == 64 * 2**20
+    assert one(tmp_path, "gpu_memory: 67108864").gpu_memory_bytes == 64 * 2**20
+
+
+def test_a_number_of_gpus_in_quotes_is_a_count_as_one_from_the_environment_is(tmp_path: Path) -> None:
+    assert one(tmp_path, 'gpus: "0"').gpus == 0
+    assert one(tmp_path, 'gpus: "2"').gpus == 2
+    assert one(tmp_path, 'gpus: ["0"]').gpus == ("0",)
 
 
 def test_interpolation(tmp_path: Path) -> None:

@@ -312,10 +312,8 @@ class Fleet:
             try:
                 await model.stop()
             except ModelNotRunning:
-                if not any(one.has_its_name for one in model.members):
-                    del self._models[spec.id]
-                    return
-                await asyncio.sleep(ASK_AGAIN_S)  # something is perhaps left, which clears itself
+                del self._models[spec.id]
+                return
             except GatewayError:  # it is not known whether its server is gone
                 await asyncio.sleep(ASK_AGAIN_S)
 

@@ -168,7 +168,7 @@ class Gpus:
             return self._held[model]
         if not demand.count:
             return NOWHERE
-        self._refuse_misfit(tenant.spec, demand)
+        self.refuse_misfit(tenant.spec)
         waiting = self._waiting[model] = _Waiting(tenant, asyncio.get_running_loop().create_future())
         self.changed()
         try:
@@ -188,6 +188,17 @@ class Gpus:
         if found is None:
             return False
         return not meets(found, demand_of(tenant.spec), self.devices or ()) or self._moves_beside(tenant.key, found)
+
+    def refuse_misfit(self, spec: ModelSpec) -> None:
+        """Return if a model could have its GPUs, were all of them free.
+
+        Raises:
+            StartFailed: it never can; says which there are.
+        """
+        if self.devices is not None and (why := misfit(demand_of(spec), self.devices)):
+            cause = f"{spec.id} can never run on the GPUs that are known: {why}"
+            fix = "Correct `gpus` or `gpu_memory` of this model in models.yaml, or GATEWAY_GPUS."
+            raise StartFailed(f"{cause}. {fix}", cause=cause, fix=fix)
 
     def refuse_in_vain(self, tenant: Tenant) -> None:
         """Return if a model that is down may hope for GPUs.
@@ -329,9 +340,12 @@ class Gpus:
             yield held, Estimate(LEAST_S, 1)
 
     def holders(self, gpu: str) -> dict[str, Place]:
-        """Return who holds a GPU or some of it, and what."""
-        everyone = [*self._held.items(), *self._returning.values()]
-        return {model: held for model, held in everyone if gpu in held.gpus}
+        """Return who holds a GPU or some of it, and what: in all, if what a model held has not come back yet."""
+        found: dict[str, Place] = {}
+        for model, held in [*self._held.items(), *self._returning.values()]:
+            if gpu in held.gpus:
+                found[model] = _both(found[model], held) if model in found else held
+        return found
 
     def known(self) -> Sequence[Device]:
         """Return the GPUs that may be given: those there are, or as many as could be asked for."""
@@ -347,12 +361,6 @@ class Gpus:
         return [*known, *map(Device, held)]
 
     # Deciding, and doing what was decided
-
-    def _refuse_misfit(self, spec: ModelSpec, demand: Demand) -> None:
-        if self.devices is not None and (why := misfit(demand, self.devices)):
-            cause = f"{spec.id} can never run on the GPUs that are known: {why}"
-            fix = "Correct `gpus` or `gpu_memory` of this model in models.yaml, or GATEWAY_GPUS."
-            raise StartFailed(f"{cause}. {fix}", cause=cause, fix=fix)
 
     def _decide(self) -> None:
         self._look = None
@@ -461,6 +469,12 @@ class Gpus:
         waiting = self._waiting.pop(model)
         if not waiting.placed.done():
             waiting.placed.set_exception(_in_vain(model, why))
+
+
+def _both(one: Place, other: Place) -> Place:
+    """Return in one what is held of the same GPU twice."""
+    whole = one.memory_bytes is None or other.memory_bytes is None
+    return replace(one, memory_bytes=None if whole else (one.memory_bytes or 0) + (other.memory_bytes or 0))
 
 
 def _leaving(model: str, held: Place) -> Resident:

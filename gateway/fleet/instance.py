@@ -262,11 +262,16 @@ class Instance:
     def wake(self) -> None:
         """Begin to start it, if it is down and does not rest after a failure, though nobody waits for it yet.
 
+        Nothing happens where pinned models hold all the GPUs that would do.
+
         It goes on once it has its GPUs, though whoever waited was served by others, and is not started again should it
         fail. While it waits for GPUs it is called off as any start is, when nobody queues anywhere in the model.
         """
         closed = self._closing or self._removed or self._is_held_up
-        if self._state in DOWN and not closed and not self._cooling_s():
+        if self._state not in DOWN or closed or self._cooling_s():
+            return
+        with suppress(NoCapacity):
+            self._gpus.refuse_in_vain(self)
             self._start("request")
             self._last_use = self._loop.time()
             self._goes_on_for_all()
@@ -590,9 +595,12 @@ class Instance:
     def _served_in(self) -> Estimate | None:
         """Return in how long those who wait for a slot have been answered, once there are slots."""
         served = self._past.served_in(self._queue.requests)
-        return served if self._state in SERVING else in_turn(self._come_back_in(), served)
+        has_slots = self._state in SERVING and not self._held_for
+        return served if has_slots else in_turn(self._come_back_in(), served)
 
     def _come_back_in(self) -> Estimate | None:
+        if self._state in SERVING and self._held_for:  # it goes, the other one starts, and then it does
+            return in_turn(self._gpus.serves_in(self._held_for), self.starts_in())
         now = self._loop.time()
         return self._past.come_back_in(self._state, now - self._since, self._life, now)
 
@@ -631,6 +639,8 @@ class Instance:
             why, ready = self._gpus.why(self.key), self._gpus.serves_in(self.key)
             return self._promised(refusals.no_room(self.spec, why, waited_s, ready))
         if self._state in SERVING and waited_s >= self.spec.queue_timeout_s - CLOCK_S:
+            if self._held_for:
+                return self._promised(refusals.held(self.spec, self._held_for, waited_s, self._come_back_in()))
             return self._promised(refusals.no_slot(self.spec, waited_s, self._served_in()))
         if ticket.max_wait_s is None:
             return self._promised(refusals.never_ready(self.spec, self._state, waited_s, self._come_back_in()))
@@ -684,6 +694,7 @@ class Instance:
 
     async def _make(self, life: Life) -> Handle:
         launch = launch_of(self.engine, self.spec, life.secret, self.replica)
+        self._gpus.refuse_misfit(self.spec)
         await self._runtime.check(launch)  # else others would make room for one that cannot start
         await self._leave_former_place()
         place = await self._place(life)

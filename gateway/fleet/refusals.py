@@ -96,11 +96,22 @@ def no_slot(spec: ModelSpec, waited_s: float, served: Estimate | None) -> NoCapa
     return NoCapacity(f"{words}; send the request again later.", retry_after_s=retry_after_s(served, BUSY_RETRY_S))
 
 
+def held(spec: ModelSpec, claimant: str, waited_s: float, serves: Estimate | None) -> NoCapacity:
+    """`serves` is in how long the model serves again, if it goes now and is started after `claimant`."""
+    words = f"{spec.id} takes no new requests since it makes room for {claimant}; this one waited for {waited_s:.0f} s"
+    told_s = _for_gpus_s(spec, serves)
+    return NoCapacity(f"{words} (queue_timeout). Send it again later.", retry_after_s=told_s)
+
+
 def no_room(spec: ModelSpec, why: str, waited_s: float, ready: Estimate | None) -> NoCapacity:
     """`ready` is in how long the model serves, as those who have its GPUs, or come before it, usually go and start."""
     words = f"{spec.id} got no GPUs for {waited_s:.0f} s" + (f": {why}" if why else "")
-    told_s = min(retry_after_s(ready, BUSY_GPUS_RETRY_S), max(spec.queue_timeout_s, BUSY_GPUS_RETRY_S))
+    told_s = _for_gpus_s(spec, ready)
     return NoCapacity(f"{words}. Send the request again later, or stop a model.", retry_after_s=told_s)
+
+
+def _for_gpus_s(spec: ModelSpec, ready: Estimate | None) -> float:
+    return min(retry_after_s(ready, BUSY_GPUS_RETRY_S), max(spec.queue_timeout_s, BUSY_GPUS_RETRY_S))
 
 
 def not_loaded(status: Status, max_wait_s: float, ready: Estimate | None) -> ModelNotLoaded:

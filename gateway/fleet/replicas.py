@@ -16,13 +16,14 @@ from gateway.engines.base import Engine
 from gateway.errors import (
     ModelNotRunning,
     ModelUnhealthy,
+    NoCapacity,
     RuntimeUnavailable,
     StartFailed,
     StartTimeout,
     UnknownModel,
 )
 from gateway.fleet.figures import Figures
-from gateway.fleet.instance import Entry, Instance
+from gateway.fleet.instance import CLOCK_S, Entry, Instance
 from gateway.fleet.life import Lease, Leasing
 from gateway.fleet.queue import Among, SentAway
 from gateway.fleet.status import Status
@@ -51,8 +52,8 @@ _NEAREST_FIRST = (
     State.UNHEALTHY,
 )
 """How near a replica is to serving a newcomer: one that is down is started by him, one that leaves must go first."""
-_FAILURES = (StartFailed, StartTimeout, RuntimeUnavailable, ModelUnhealthy)
-"""What says of one replica alone that it cannot serve."""
+_FAILURES = (StartFailed, StartTimeout, RuntimeUnavailable, ModelUnhealthy, NoCapacity)
+"""What says of one replica alone that it cannot serve: another one may."""
 
 
 def least_loaded(replicas: Sequence[Status]) -> int:
@@ -91,7 +92,7 @@ def to_wake(replicas: Sequence[Status]) -> list[int]:
 
 
 def as_one(replicas: Sequence[Status], wanted: int | None = None) -> Status:
-    """Return what is told of a model as a whole: the state of its best replica, and the sums of all.
+    """Return what is told of a model as a whole: state, name and handle of its best replica, and the sums of all.
 
     Those beyond the number that is `wanted` are on their way out: one is the best only where all others are down.
     """
@@ -104,11 +105,9 @@ def as_one(replicas: Sequence[Status], wanted: int | None = None) -> Status:
     in_flight = sum(one.in_flight for one in replicas)
     return replace(
         best,
-        name=replicas[0].name,
         in_flight=in_flight,
         queued=sum(one.queued for one in replicas),
         idle_s=min(idle, default=None) if not in_flight else None,
-        handle=next((one.handle for one in replicas if one.handle), None),
         failure=last.failure,
         retry_after_s=last.retry_after_s,
         gpus=tuple(dict.fromkeys(gpu for one in replicas for gpu in one.gpus)),
@@ -137,7 +136,7 @@ class Replicas:
     @property
     def served(self) -> Served:
         """What callers ask: the replicas, or the one server itself where there are no more."""
-        alone = self._count == 1 and not any(one.runs for one in self._members[1:])
+        alone = self._count == 1 and not any(one.has_its_name for one in self._members[1:])
         return self._members[0] if alone else self
 
     # What is known of the model
@@ -175,7 +174,8 @@ class Replicas:
         """Hold the right to send one request to the least loaded replica, as `Instance.lease` does.
 
         Where none is ready all are started, and where those that are ready are full one more. Should the one that he
-        waits for fail, a caller goes to another one, once. The queues of all of them together hold `max_queue`.
+        waits for fail, or get no GPUs, a caller goes to another one, once, unless he has waited for `queue_timeout`.
+        The queues of all of them together hold `max_queue`.
 
         Raises: as `Instance.lease`, but for SentAway.
         """
@@ -191,7 +191,7 @@ class Replicas:
             except SentAway:
                 admitted = True
             except _FAILURES:
-                if had_failed or not self._has_another(one):
+                if had_failed or self._has_waited_enough(among) or not self._has_another(one):
                     raise
                 had_failed = admitted = True
 
@@ -207,6 +207,9 @@ class Replicas:
                 self._members[n].wake()
         return self._members[chosen]
 
+    def _has_waited_enough(self, among: Among) -> bool:
+        return among.spent_s >= self.spec.queue_timeout_s - CLOCK_S
+
     def _has_another(self, failed: Instance) -> bool:
         others = [one.status for one in self._wanted() if one is not failed]
         return any(_is_open(one) and one.state in (State.READY, *STARTING_UP) for one in others)
@@ -221,20 +224,21 @@ class Replicas:
         return (await _all(orders))[0]
 
     async def stop(self, *, force: bool = False) -> None:
-        """Drain and stop all, and return when they are gone.
+        """Drain and stop all, clear what is perhaps left of those that failed, and return when they are gone.
 
         Raises:
-            ModelNotRunning: all are down.
+            ModelNotRunning: all are down, and nothing is left.
             StopFailed: it is not known whether one of them is gone.
         """
-        await _all(_stop_if_it_runs(one, force=force) for one in self._running())
+        there = self._refuse_if_none([one for one in self._members if one.has_its_name])
+        await _all(_stop_if_it_runs(one, force=force) for one in there)
 
     async def restart(self, *, force: bool = False) -> Handle | None:
         """Stop those that run, start all, and return the first one's handle once all are ready.
 
         Raises: as `start`, and ModelNotRunning.
         """
-        running = self._running()
+        running = self._refuse_if_none([one for one in self._members if one.runs])
 
         async def anew(one: Instance) -> Handle | None:
             return await (one.restart(force=force) if one in running else one.start())
@@ -242,11 +246,10 @@ class Replicas:
         first, *others = self._wanted()
         return (await _all([anew(first), *(_while_wanted(partial(anew, one)) for one in others)]))[0]
 
-    def _running(self) -> list[Instance]:
-        running = [one for one in self._members if one.runs]
-        if not running:
+    def _refuse_if_none(self, members: list[Instance]) -> list[Instance]:
+        if not members:
             raise ModelNotRunning(f"{self.spec.id} is not running; there is nothing to stop.")
-        return running
+        return members
 
     # What the fleet asks for
 

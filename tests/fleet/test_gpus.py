@@ -14,6 +14,7 @@ from gateway.fleet.estimates import Estimate
 from gateway.fleet.gpus import Gpus, Occupancy
 from gateway.fleet.placement import GIB, Device, Place
 from gateway.fleet.scheduling import Phase, Usage
+from tests.gpus import gpus as free_gpus
 from tests.simulator.loop import SimulatedLoop
 
 TWO = [Device("0", 24 * GIB), Device("1", 24 * GIB)]
@@ -292,6 +293,29 @@ def test_a_server_that_was_found_with_a_card_by_either_name_holds_that_card(name
         assert not claim.done()
         gpus.give_back("stranger")
         assert (await claim).gpus == ("0",)
+
+    run(scene)
+
+
+@pytest.mark.parametrize(
+    ("before", "anew", "told"), [(10 * GIB, 4 * GIB, 14 * GIB), (None, 4 * GIB, None), (4 * GIB, None, None)]
+)
+def test_what_a_model_held_and_is_not_back_yet_is_told_beside_what_it_holds_anew(
+    before: int | None, anew: int | None, told: int | None
+) -> None:
+    async def scene() -> None:
+        inventory = free_gpus(24)
+        inventory.used["0"] = 10 * GIB
+        gpus = Gpus([CARD], inventory)
+        gpus.hold("a", Place(("0",), before))
+        gpus.give_back("a")
+        gpus.hold("a", Place(("0",), anew))
+
+        assert gpus.holders("0") == {"a": Place(("0",), told)}
+        inventory.used.clear()
+        await asyncio.sleep(1)
+        assert gpus.holders("0") == {"a": Place(("0",), anew)}
+        await gpus.aclose()
 
     run(scene)
 

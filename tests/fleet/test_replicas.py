@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from gateway.api.models import model_json
 from gateway.catalog import ModelSpec
 from gateway.errors import CatalogError, GatewayError, ModelNotRunning, StartFailed, StopFailed, UnknownModel
 from gateway.fleet.fleet import Fleet
@@ -106,6 +107,20 @@ def test_a_model_is_in_the_state_of_its_best_replica_and_has_the_sums_of_all() -
     assert told.handle is second
     assert len(told.replicas) == 3
     assert as_one([replica("ready", handle=first), replica("ready", handle=second)]).handle is first
+
+
+def test_the_port_and_the_name_of_a_model_are_those_of_the_replica_whose_state_is_told() -> None:
+    async def scene() -> None:
+        on = await Several(2, Manners(load_s=500.0), Manners(load_s=5.0)).begin()
+        assert await on.ask() == M1
+        assert on.states == "loading ready"
+
+        told = on.model.status
+        assert told.handle
+        assert (told.state, told.name, told.handle.name) == ("ready", M1, M1)
+        assert model_json(told)["port"] == model_json(told)["replicas"][1]["port"] == told.handle.port
+
+    play(scene)
 
 
 @pytest.mark.parametrize(
@@ -413,6 +428,53 @@ def test_a_caller_whose_replica_fails_goes_to_another_one() -> None:
     play(scene)
 
 
+class SlowToLookForTheFirst(ByName):
+    """Takes longer to look at what the first replica needs than at what the others do."""
+
+    async def check(self, launch: Launch) -> None:
+        await asyncio.sleep(0.2 if launch.name == M else 0.1)
+
+
+def test_a_cold_caller_whose_replica_gets_no_gpu_waits_for_the_one_that_got_it() -> None:
+    async def scene() -> None:
+        on = Several(devices=[Device("0", 24 * GIB)], runtime=SlowToLookForTheFirst(), gpus=1, pinned=True)
+        await on.begin()
+
+        assert await on.ask() == M1
+        assert on.states == "failed ready"
+
+    play(scene)
+
+
+def test_a_pinned_model_starts_no_replica_for_which_there_is_no_room_whoever_asks() -> None:
+    async def scene() -> None:
+        on = await Several(devices=[Device("0", 24 * GIB)], gpus=1, pinned=True).begin()
+        assert await on.ask() == M
+        assert on.states == "ready failed"
+        told = len(on.heard)
+
+        assert {*await asyncio.gather(*(on.ask() for _ in range(20)))} == {M}
+        assert on.heard[told:] == []
+        await on.model.stop()
+        assert await on.ask() == M, "what has room again is started again"
+
+    play(scene)
+
+
+def test_who_has_waited_long_enough_for_gpus_is_told_so_at_once_though_another_replica_loads() -> None:
+    async def scene() -> None:
+        runtime = SlowToLookForTheFirst(Manners(), Manners(load_s=60.0))
+        on = await Several(devices=[Device("0", 24 * GIB)], runtime=runtime, gpus=1, queue_timeout=20.0).begin()
+        asked = on.ask()
+        await on.after(21)
+
+        assert on.states == "starting loading"
+        assert asked.done()
+        assert await asked == "NO_CAPACITY"
+
+    play(scene)
+
+
 def test_where_all_replicas_fail_the_caller_is_told_why() -> None:
     async def scene() -> None:
         on = await Several(2, Manners(fails_to_start=True), Manners(fails_to_start=True)).begin()
@@ -512,6 +574,29 @@ def test_stop_stops_all_that_run() -> None:
         assert set(on.states.split()) <= {"stopped", "failed"}
         with pytest.raises(ModelNotRunning):
             await on.model.stop()
+
+    play(scene)
+
+
+@pytest.mark.parametrize("wanted", [2, 1])
+def test_stop_clears_what_is_perhaps_left_of_replicas_that_failed(wanted: int) -> None:
+    async def scene() -> None:
+        on = await ready(stop_grace=1.0)
+        on.runtime.fall_silent(22.0)
+        with pytest.raises(StopFailed):
+            await on.model.stop()
+        assert on.states == "failed failed"
+        members = on.model.members
+        on.becomes(wanted)
+        await on.after(2)
+        left = [one for one in members if one.has_its_name]
+        assert left[-1].replica == 1
+
+        await on.fleet.stop(on.fleet.catalog.models["m"])
+
+        assert [one for one in left if one.has_its_name] == []
+        with pytest.raises(ModelNotRunning):
+            await on.fleet.stop(on.fleet.catalog.models["m"])
 
     play(scene)
 

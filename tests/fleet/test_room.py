@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from gateway.api.models import model_json
-from gateway.errors import RuntimeUnavailable
+from gateway.errors import NoCapacity, RuntimeUnavailable
 from gateway.fleet.gpus import Gpus
 from gateway.fleet.identity import fingerprint
 from gateway.fleet.placement import GIB, Device
@@ -117,6 +117,22 @@ def test_nobody_makes_room_for_a_model_that_is_seen_to_lack_its_weights() -> Non
         on.world.runtime.lacks_files.clear()
         await on.world.order(on.specs["b"], "start")
         assert on.status("b").gpus == ("0",)
+
+    play(scene)
+
+
+def test_what_can_never_fit_is_refused_before_its_files_are_looked_at() -> None:
+    async def scene() -> None:
+        on = Shared("b", b={"gpus": 2})
+        on.world.runtime.looks_for_s = 5.0
+        asked = on.ask("b")
+        await asyncio.sleep(1)
+
+        assert asked.done()
+        assert await asked == "START_FAILED"
+        failure = on.status("b").failure
+        assert failure
+        assert "it needs 2 GPUs, and there are 0=24 GiB" in failure.error.detail
 
     play(scene)
 
@@ -662,7 +678,7 @@ def test_a_removed_model_of_which_something_is_perhaps_left_is_the_one_that_goes
         await on.perhaps_leave("a", 32.0)
         on.world.fleet.change(catalog_of([on.specs["b"]]))
         await asyncio.sleep(5)
-        assert on.status("a").state is State.FAILED
+        assert on.status("a").state is not State.STOPPED, "it is not forgotten"
         on.world.fleet.change(catalog_of(on.specs.values()))
         long = on.ask("a", 100.0)
         await asyncio.sleep(60)
@@ -742,5 +758,30 @@ def test_who_got_no_gpus_of_one_that_was_never_seen_to_go_is_told_a_usual_time()
 
         assert await on.ask("a") == "NO_CAPACITY"
         assert on.told_s("a") == 30.0
+
+    play(scene)
+
+
+@pytest.mark.parametrize(("turns", "told_s"), [("a", 30.0), ("ababa", 4 + 10 + 10)])
+def test_who_waits_for_a_model_that_makes_room_is_told_so_and_to_come_back_when_it_can_have_started_again(
+    turns: str, told_s: float
+) -> None:
+    async def scene() -> None:
+        keys = {"max_concurrency": 4, "queue_timeout": 40.0, "generation_timeout": 1000.0, "idle_timeout": "never"}
+        on = Shared("a", "b", a=keys)
+        on.world.runtime.next_manners = [Manners(make_s=2.0, load_s=8.0, leaves_s=4.0)] * 50
+        for name in turns:
+            assert await on.ask(name) == "answered"
+            await asyncio.sleep(100)
+        on.ask("a", work_s=900.0)
+        await asyncio.sleep(1)
+        on.ask("b")
+        await on.until_held("a")
+
+        with pytest.raises(NoCapacity) as refused:
+            async with on.world.fleet.get(on.specs["a"]).lease():
+                pass
+        assert "takes no new requests since it makes room for b" in refused.value.detail
+        assert refused.value.retry_after_s == pytest.approx(told_s, abs=2.0)
 
     play(scene)

@@ -168,6 +168,8 @@ class BadMannersRuntime:
         """Names whose weights are not there."""
         self.stopping: set[str] = set()
         """Names of which a stop is under way."""
+        self.looks_for_s = 0.0
+        """How long it takes to see whether a server can be started."""
         self.let_go: set[str] = set()
         """Names whose servers the gateway stops at a time of its own choice."""
         self._making: dict[str, Launch] = {}
@@ -203,6 +205,8 @@ class BadMannersRuntime:
         return _handle(server)
 
     async def check(self, launch: Launch) -> None:
+        if self.looks_for_s:
+            await asyncio.sleep(self.looks_for_s)
         if launch.name in self.lacks_files:
             raise StartFailed("its weights do not exist")
 

@@ -478,21 +478,22 @@ class World:
         if self.devices is not None:
             rooms.check(self.devices, self.runtime, self.fleet, self.breaks)
         for watched in self.watched.values():
-            if watched.state in DOWN and not watched.waiting and not watched.holding:
-                continue
-            if watched.spec.id in self.many:
-                continue
-            self._see_adopted(watched)
-            self._see_placed(watched)
-            if (deadline := self._deadline(watched)) is not None and now > deadline + ROUNDING_S:
-                self.breaks(f"P5: {watched.spec.id} is {watched.state} beyond its deadline ({deadline:.3f})")
-            status = self.fleet.status(watched.spec)
-            if (held := status.in_flight) > len(watched.holding):
-                self.breaks(f"P4: {held} leases of {watched.spec.id} are out, and {len(watched.holding)} are held")
-            self._check_waiting(watched, status, now)
-            if watched.state in STARTING_UP and now > self._unwanted_from(watched) + ROUNDING_S:
-                self.breaks(f"P8: nobody wants {watched.spec.id} any more, and it is {watched.state}")
+            at_rest = watched.state in DOWN and not watched.waiting and not watched.holding
+            if not at_rest and watched.spec.id not in self.many:
+                self._check_model(watched, now)
         self._check_orphans()
+
+    def _check_model(self, watched: Watched, now: float) -> None:
+        self._see_adopted(watched)
+        self._see_placed(watched)
+        if (deadline := self._deadline(watched)) is not None and now > deadline + ROUNDING_S:
+            self.breaks(f"P5: {watched.spec.id} is {watched.state} beyond its deadline ({deadline:.3f})")
+        status = self.fleet.status(watched.spec)
+        if (held := status.in_flight) > len(watched.holding):
+            self.breaks(f"P4: {held} leases of {watched.spec.id} are out, and {len(watched.holding)} are held")
+        self._check_waiting(watched, status, now)
+        if watched.state in STARTING_UP and now > self._unwanted_from(watched) + ROUNDING_S:
+            self.breaks(f"P8: nobody wants {watched.spec.id} any more, and it is {watched.state}")
 
     def time_passes(self, seconds: float) -> None:
         """Before time passes, with all done that can be done by now: count who waits for GPUs though it is his turn."""
