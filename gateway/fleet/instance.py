@@ -371,7 +371,7 @@ class Instance:
         oldest, ready_at = self._queue.oldest, self._life.ready_at if self._life else None
         return Occupancy(
             phase=_PHASES.get(self._state, Phase.LEAVING),
-            in_flight=self._in_flight,
+            in_flight=0 if self._state is State.STOPPING else self._in_flight,  # they are cut
             queued=self._queue.requests,
             since=self._since if ready_at is None else ready_at,
             last_use_at=self._last_use,

@@ -257,6 +257,25 @@ def test_a_claim_does_not_wait_for_a_long_drain_while_an_idle_server_can_go() ->
     play(scene)
 
 
+def test_a_server_that_is_cut_off_has_nothing_to_finish_before_it_goes() -> None:
+    async def scene() -> None:
+        on = Shared("a")
+        work = on.ask("a", 100.0)
+        await asyncio.sleep(10)
+        (server,) = on.world.fleet._instances()
+        assert server.occupancy().in_flight == 1
+        goes = asyncio.create_task(on.world.operate(on.specs["a"], "force-stop"))
+        while on.status("a").state is not State.STOPPING:
+            await asyncio.sleep(0)
+
+        assert on.status("a").in_flight == 1, "its caller has not heard of it yet"
+        assert server.occupancy().in_flight == 0
+        await goes
+        await work
+
+    play(scene)
+
+
 def test_what_leaves_keeps_its_gpu_though_a_replica_that_starts_has_its_name_by_now() -> None:
     async def scene() -> None:
         keys = {"max_concurrency": 1, "generation_timeout": 5000.0}
