@@ -29,7 +29,8 @@ from tests.tgi_double.process import free_port
 
 CALLERS = 24
 SAMPLE_EVERY_S = 1.0
-WARM_UP_SHARE = 0.25
+WARM_UP_S = 75.0
+"""Of the load, what does not count: a key's requests of the last minute, say, are remembered."""
 QUIET_S = 12.0
 """How long is looked before and after the load; what is open for a health check closes meanwhile."""
 ANSWER_S = 60.0
@@ -70,25 +71,25 @@ class Soaked:
 
     @property
     def growth_mb_per_minute(self) -> float:
-        """How fast memory grows once the first part of the load is over."""
-        warm_from_s = self.rss_mib[-1][0] * WARM_UP_SHARE
-        warm = [(at_s / 60, mib * 2**20 / 1e6) for at_s, mib in self.rss_mib if at_s >= warm_from_s]
+        """How fast memory grows once the load is warm."""
+        warm = [(at_s / 60, mib * 2**20 / 1e6) for at_s, mib in self.rss_mib if at_s >= WARM_UP_S]
         return slope(warm)
 
 
-def measure(minutes: float, cores: Cores, told: Callable[[str], object]) -> Soaked:
-    """Return what so many minutes of load leave behind.
+def measure(minutes: float, cores: Cores, told: Callable[[str], object], callers: int = CALLERS) -> Soaked:
+    """Return what so many minutes of load leave behind, after those in which it warms up.
 
     Raises:
         CannotMeasure: the gateway or the upstream does not run.
     """
-    told(f"mixed load for {minutes:g} minutes")
+    told(f"mixed load for {minutes:g} minutes, and {WARM_UP_S:g} s before them")
     with tempfile.TemporaryDirectory() as name, pinned(cores.others), served(_break_off) as broken:
         folder = Path(name)
         with upstream(folder, 8, cores.others) as behind:
             models = _models(behind, broken)
             with gateway_of(Place(folder, behind, cores.tested), models) as (pid, port, key):
-                return asyncio.run(_soaked(pid, port, _habits(port, key), key, minutes * 60))
+                lasts_s = WARM_UP_S + minutes * 60
+                return asyncio.run(_soaked(pid, port, _habits(port, key), key, lasts_s, callers))
 
 
 async def _break_off(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -149,7 +150,7 @@ def _habits(port: int, key: str) -> list[Habit]:
     ]
 
 
-async def _soaked(pid: int, port: int, habits: Sequence[Habit], key: str, seconds: float) -> Soaked:
+async def _soaked(pid: int, port: int, habits: Sequence[Habit], key: str, lasts_s: float, count: int) -> Soaked:
     asked, answered = Counter[str](), Counter[str]()
     headers = {"Authorization": f"Bearer {key}"}
     figures, listed = (Target(port, path, headers=headers, method="GET") for path in ("/metrics", "/models"))
@@ -158,7 +159,7 @@ async def _soaked(pid: int, port: int, habits: Sequence[Habit], key: str, second
     before = await _least_open(pid, figures)
     rss: list[tuple[float, float]] = []
     began = time.monotonic()
-    callers = [asyncio.create_task(_call(habits, seed, began + seconds, asked, answered)) for seed in range(CALLERS)]
+    callers = [asyncio.create_task(_call(habits, seed, began + lasts_s, asked, answered)) for seed in range(count)]
     while not all(caller.done() for caller in callers):
         rss.append((time.monotonic() - began, rss_mib(tree(pid))))
         await asyncio.sleep(SAMPLE_EVERY_S)

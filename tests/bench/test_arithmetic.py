@@ -38,7 +38,7 @@ from tests.bench.budgets import (
 from tests.bench.callers import Target, Throughput, is_whole, lua, throughput
 from tests.bench.machine import CannotMeasure, cpu_s, needed, rss_mib, tree
 from tests.bench.paced_server import tokens_of
-from tests.bench.soak import Open, Soaked
+from tests.bench.soak import WARM_UP_S, Open, Soaked
 from tests.runtimes.processes import wait_until
 
 # ---- arithmetic ----
@@ -85,11 +85,11 @@ def soaked(rss_mib: list[tuple[float, float]], more: Open = NOTHING_MORE, under_
 
 
 def rising(mib_per_minute: float) -> list[tuple[float, float]]:
-    return [(float(second), 50 + second * mib_per_minute / 60) for second in range(121)]
+    return [(float(second), 50 + second * mib_per_minute / 60) for second in range(200)]
 
 
 def test_memory_is_judged_without_its_warm_up() -> None:
-    warming_up = [(float(second), 50.0 if second >= 30 else float(second)) for second in range(121)]
+    warming_up = [(float(second), WARM_UP_S if second >= WARM_UP_S else float(second)) for second in range(200)]
 
     assert soaked(warming_up).growth_mb_per_minute == pytest.approx(0)
     assert soaked(rising(1)).growth_mb_per_minute == pytest.approx(2**20 / 1e6)
