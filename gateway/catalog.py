@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 from typing_extensions import TypedDict  # pydantic reads the standard one from Python 3.12 on only
 
 from gateway.catalog_values import (
@@ -26,6 +26,7 @@ from gateway.catalog_values import (
     PlainJson,
     Seconds,
     SecondsOrNever,
+    Secret,
     Sha256,
     Template,
     Texts,
@@ -123,7 +124,7 @@ class ModelSpec(BaseModel):
     Default: docker for tgi, process for llamacpp, external for openai."""
     url: Url | None = None
     """Address of a server that already runs; runtime external only."""
-    api_key: Annotated[SecretStr, Field(min_length=1)] | None = None
+    api_key: Annotated[Secret, Field(min_length=1)] | None = None
     """Key that the server at `url` asks for. Write it as ${VARIABLE}."""
     image: Word | None = None
     """Container image. Default: the engine's own."""

@@ -16,7 +16,7 @@ from posixpath import normpath
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, WithJsonSchema
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, WithJsonSchema
 
 # ---- amounts with units ---------------------------------------------------------------------------------------------
 
@@ -107,6 +107,11 @@ def _one_line(text: str) -> str:
     return text
 
 
+def _secret_line(secret: SecretStr) -> SecretStr:
+    _one_line(secret.get_secret_value())  # it goes out in a header
+    return secret
+
+
 def _no_spaces(text: str) -> str:
     if any(char.isspace() for char in text):
         raise ValueError("must not contain spaces")
@@ -178,6 +183,7 @@ _TEXTS_SCHEMA = {"type": ["string", "array"], "items": {"type": "string", "minLe
 Id = Annotated[str, _matches(ID_PATTERN, _ID_RULE)]
 Line = Annotated[str, AfterValidator(_one_line)]
 Word = Annotated[Line, AfterValidator(_no_spaces)]
+Secret = Annotated[SecretStr, AfterValidator(_secret_line)]
 Url = Annotated[Word, AfterValidator(_web_address)]
 Volume = Annotated[Line, AfterValidator(_volume)]
 Volumes = Annotated[tuple[Volume, ...], AfterValidator(_different_targets)]

@@ -276,6 +276,10 @@ LIST_IT = "list it under the `aliases` of the one that shall answer to it"
         ),
         ("url: 'http://h'", "url: is for runtime external only, and this model's runtime is docker"),
         ("runtime: external, url: 'ftp://h'", f"url: {NO_URL}"),
+        (
+            "runtime: external, url: 'http://h', api_key: \"k\\n\"",
+            "api_key: must be one line of text, at most 1000 characters, without spaces around it",
+        ),
         ("runtime: external, url: 'http://h?x=1'", f"url: {NO_URL}"),
         ("runtime: external, url: 'http://h:99999'", f"url: {NO_URL}"),
         ("runtime: external, url: 'http://u:p@h'", "url: must not contain a user or password: use api_key"),

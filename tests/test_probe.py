@@ -96,6 +96,14 @@ def test_where_nobody_listens_there_is_nothing() -> None:
     play(leaves, scene)
 
 
+def test_a_check_that_cannot_be_sent_is_a_missed_one() -> None:
+    async def scene(probe: HttpProbe, server: RawServer) -> None:
+        assert await probe.ask(f"{server.url}/health", 5, {"Authorization": "Bearer k\n"}) is None
+        assert server.peers == []
+
+    play(leaves, scene)
+
+
 def test_no_more_of_an_answer_is_read_than_matters() -> None:
     async def scene(probe: HttpProbe, server: RawServer) -> None:
         assert await probe.ask(f"{server.url}/health", 20, {}) == (200, b"x" * MOST_BYTES)

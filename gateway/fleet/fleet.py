@@ -34,8 +34,9 @@ LOOK_AGAIN_S = 2.0
 ASK_AGAIN_S = 15.0
 """When it is asked again whether what was left of a removed model is gone."""
 STRANGER_GRACE_S = 10.0
-LEAVING_S = 30.0
 """How long a server of ours that the catalog knows nothing of may take to leave."""
+LEAVING_S = 30.0
+"""How long those are waited for that have to go before models are preloaded."""
 
 log = logging.getLogger(__name__)
 
@@ -295,16 +296,17 @@ class Fleet:
             self._preload([spec])
 
     def _contended(self, catalog: Catalog) -> Iterator[str]:
-        """Yield in words which servers would have the name of one that another model still has."""
+        """Yield in words which servers would have a name that another one still has."""
         owners = {one.key: one for one in self._instances() if one.has_its_name}
+        begun = {one.key for one in self._instances() if one.status.state is not State.STOPPED}
         for spec in catalog.models.values():
-            for key in (server_key(spec, replica) for replica in range(spec.replicas)):
-                if (owner := owners.get(key)) and owner.spec.id != spec.id:
+            for key, name in ((server_key(spec, n), server_name(spec, n)) for n in range(spec.replicas)):
+                owner = owners.get(key)
+                if owner and owner.spec.id != spec.id:
                     there = "still there" if owner.runs else "perhaps still there"
-                    yield (
-                        f"{spec.id}: the server tgi-{key} of the model {owner.spec.id} is {there}: leave this out, and "
-                        "save the file with it again when that is gone"
-                    )
+                    yield _wait_for(spec, f"the server {name} of the model {owner.spec.id} is {there}")
+                elif key in begun and (spec.runtime, name) in self._strangers:  # it cannot take over what is found
+                    yield _wait_for(spec, f"an earlier server {name} is still there on runtime {spec.runtime}")
 
     async def _forget(self, spec: ModelSpec, model: Replicas) -> None:
         """Drop a removed model when nothing is left of it; until then it is the one that goes on, should it be back."""
@@ -526,6 +528,10 @@ class Fleet:
 def _stranger(runtime: str, name: str) -> str:
     """Return what the GPUs' ledger calls a server that no model of the catalog has: none of them can be called so."""
     return f"{name} on {runtime}"
+
+
+def _wait_for(spec: ModelSpec, what: str) -> str:
+    return f"{spec.id}: {what}: leave this out, and save the file with it again when that is gone"
 
 
 def _warn_of_idle_keys(spec: ModelSpec) -> None:

@@ -418,6 +418,8 @@ class _Table:
         self.promised, self.reserved = older, closed | self.reserved
 
     def _free_at(self, each: Resident) -> float:
+        if each.phase is Phase.STUCK:
+            return math.inf
         start_s = each.cost_s if each.phase is Phase.STARTING else 0.0
         return each.since + start_s + self.rules.residency_s(each)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from random import Random
 from typing import Any, ClassVar
@@ -11,7 +12,7 @@ from typing import Any, ClassVar
 import pytest
 
 from gateway.catalog import Catalog, ModelSpec
-from gateway.errors import CatalogError, GatewayError, UnknownModel
+from gateway.errors import CatalogError, GatewayError, StartFailed, UnknownModel
 from gateway.fleet.changes import changes_between
 from gateway.fleet.fetch import Fetch
 from gateway.fleet.figures import FiguresOf, Silent, silent
@@ -19,10 +20,11 @@ from gateway.fleet.fleet import Fleet
 from gateway.fleet.health import Answer
 from gateway.fleet.journal import Journal
 from gateway.lifecycle import State
+from gateway.runtimes.base import Launch
 from tests.fleet.scenes import Scene, play, spec
 from tests.fleet.test_fetch import Downloads, OneProgram, told
 from tests.simulator.changes import ChangingWorld, catalog_of
-from tests.simulator.servers import NEVER, BadMannersRuntime, Manners, SimulatedEngine, SimulatedProbe
+from tests.simulator.servers import NEVER, BadMannersRuntime, Deaf, Manners, Server, SimulatedEngine, SimulatedProbe
 
 OTHER = spec(id="other", weights="other.gguf")
 BAD = CatalogError(["models.yaml: m: gpus: must be a number", "models.yaml: colour: is no key"])
@@ -307,6 +309,35 @@ def test_a_removed_model_of_which_something_is_perhaps_left_is_not_forgotten() -
         assert not here.alive("tgi-m")
         fleet.change(catalog_of([OTHER, tgi()]))
         assert fleet.get(tgi()) is not instance
+        await fleet.aclose()
+
+    play(scene)
+
+
+@pytest.mark.parametrize("serves", [True, False])
+def test_a_model_does_not_move_to_a_runtime_where_a_server_of_its_name_is_still_being_removed(*, serves: bool) -> None:
+    async def scene() -> None:
+        here, there = BadMannersRuntime(Random(0)), BadMannersRuntime(Random(0))
+        there.next_manners = [Manners()] * 9
+        there.servers["tgi-m"] = [Server("tgi-m", Manners(leaves_s=9.0), Deaf(), Launch("tgi-m"))]
+        other = spec(id="other", weights="other.gguf", runtime="docker", engine="tgi", hf_name="a")
+        here.next_manners = [Manners(make_s=0.1, load_s=0.5, fails_to_start=not serves)] * 9
+        before, after = spec(), tgi()
+        fleet = fleet_of({"process": here, "docker": there}, before, other)
+        await fleet.begin()
+        with suppress(StartFailed):
+            await fleet.get(before).start()
+        state = fleet.status(before).state
+
+        with pytest.raises(CatalogError, match="an earlier server tgi-m is still there on runtime docker: leave"):
+            fleet.change(catalog_of([after, other]))
+        assert fleet.status(before).state is state
+        await asyncio.sleep(20)
+        assert not there.alive("tgi-m")
+        fleet.change(catalog_of([after, other]))
+        await asyncio.sleep(20)
+        await fleet.get(after).start()
+        assert there.alive("tgi-m")
         await fleet.aclose()
 
     play(scene)

@@ -325,6 +325,16 @@ def test_a_crowd_that_waits_for_one_gpu_keeps_nobody_from_another(demand: Demand
     assert decided(gpus(2), there, [*crowd, claim("z", demand)]).evicted == {"idle": "z"}
 
 
+def test_an_aged_claim_reserves_what_it_can_have_and_not_where_something_is_stuck() -> None:
+    stuck = resident("stuck", "0", phase=Phase.STUCK, since=0.0)
+    starts = resident("starts", "1", phase=Phase.STARTING, memory=10 * GIB)
+    big = claim("big", age_s=AGED_S)
+
+    now = decided(gpus(2), [stuck, starts], [big, claim("small", share(10))])
+
+    assert "big is to get GPU 1" in now.waits["small"]
+
+
 def test_a_crowd_for_any_gpu_is_told_how_many_are_before_it() -> None:
     busy = [resident(name, gpu, in_flight=1, usage=IN_USE) for name, gpu in (("a", "0"), ("b", "1"))]
     crowd = [claim(f"c-{number}", age_s=50) for number in range(MOST_EXAMINED)]
