@@ -14,23 +14,28 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 from fastapi import FastAPI
+from fastapi._body_limit import AppBodyLimitMiddleware
 from fastapi.telemetry import TelemetryConfig
+from fastapi.telemetry._asgi import ExceptionTelemetryMiddleware
 from starlette.middleware.cors import CORSMiddleware
+from starlette.middleware.errors import ServerErrorMiddleware
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway import machine
 from gateway.api import problems
 from gateway.api.api_server import api_server_router
 from gateway.api.authorization import Authorization
 from gateway.api.autotrain import autotrain_router
+from gateway.api.body_limit import BodyLimit
 from gateway.api.generate import generate_router
 from gateway.api.hot_routes import HotRoutes
 from gateway.api.inference import inference_router
 from gateway.api.llm_service import llm_service_router
-from gateway.api.metrics import Counted, metrics_router
-from gateway.api.middleware import BodyLimit, Lingering, LoopbackOnly, PlainPaths, PlainRefusal, RequestLog, Waiting
+from gateway.api.metrics import counted, metrics_router
+from gateway.api.middleware import LoopbackOnly, PlainPaths, RequestLog, Waiting, in_words
 from gateway.api.models import models_router
 from gateway.api.openai import openai_router
 from gateway.api.overview import overview_router
@@ -172,7 +177,7 @@ def compose(settings: Settings, catalog: Catalog, load: Callable[[bytes], Catalo
             for part in (client, processes, containers, others, inventory):
                 await part.aclose()
 
-    app = FastAPI(
+    app = Application(
         title="TGI Gateway",
         version=VERSION,
         lifespan=lifespan,
@@ -200,19 +205,44 @@ def compose(settings: Settings, catalog: Catalog, load: Callable[[bytes], Catalo
     # the last one added comes first
     app.add_middleware(HotRoutes, routes=[route for router in routers for route in router.routes])
     app.add_middleware(BodyLimit, most_bytes=settings.max_body_bytes, closing=lambda: fleet.closing)
-    app.add_middleware(Waiting, room=Room(settings.max_waiting))
+    room = Room(settings.max_waiting)
     if keys is not None:
-        app.add_middleware(Authorization, keys=keys)
+        app.add_middleware(Authorization, keys=keys, room=room)
+    else:
+        app.add_middleware(Waiting, room=room)
     app.add_middleware(PlainPaths)
     if settings.cors_origins:  # before the keys: a browser asks without one whether it may send one
         app.add_middleware(CORSMiddleware, allow_origins=settings.cors_origins, **CORS)
     if keys is None and not settings.allow_insecure:
         app.add_middleware(LoopbackOnly, refusal=_not_for_you)
-    app.add_middleware(Counted, figures=figures)
-    app.add_middleware(RequestLog)
-    app.add_middleware(Lingering)
-    app.add_middleware(PlainRefusal)
+    app.add_middleware(RequestLog, ended=counted(figures))
     return app
+
+
+class Application(FastAPI):
+    """FastAPI without those of its layers around everything that have nothing to do here."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await super().__call__(scope, receive, in_words(send))
+            return
+        scope["app"] = self
+        if self.root_path:
+            scope["root_path"] = self.root_path
+        if self.middleware_stack is None:
+            self.middleware_stack = self.build_middleware_stack()
+        await self.middleware_stack(scope, receive, send)
+
+    def build_middleware_stack(self) -> ASGIApp:
+        """Return the gateway's own layers and what is beneath them. Each request would wait for the others as well.
+
+        `RequestLog` answers what nobody has caught, `BodyLimit` bounds the body, and there is no telemetry.
+        """
+        layers: Any = super().build_middleware_stack()
+        for idle in (ServerErrorMiddleware, ExceptionTelemetryMiddleware, AppBodyLimitMiddleware):
+            assert isinstance(layers, idle)  # as FastAPI builds them
+            layers = layers.app
+        return cast("ASGIApp", layers)
 
 
 def _kept(experience: Experience, settings: Settings) -> AbstractAsyncContextManager[None]:

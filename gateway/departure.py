@@ -1,4 +1,8 @@
-"""Ending what is done for a caller when there is a reason to, above all when the caller has gone."""
+"""Ending what is done for a caller when there is a reason to, above all when the caller has gone.
+
+A server that says at once when a connection is lost puts a `Departure` into the state of the connection's requests
+(`gateway.connection` does). With any other one `receive` has to be listened to, in a task of its own.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import asyncio
 from types import TracebackType
 from typing import Self
 
-from starlette.types import Receive
+from starlette.types import Receive, Scope
 
 
 class Departed(Exception):
@@ -14,7 +18,10 @@ class Departed(Exception):
 
 
 class Interrupt:
-    """A context whose inside can be ended with a reason. Only the first one counts, and none afterwards."""
+    """A context whose inside can be ended with a reason. Only the first one counts, and none afterwards.
+
+    It is entered and left in a task, and left by raising the reason.
+    """
 
     def __init__(self) -> None:
         self.reason: Exception | None = None
@@ -22,13 +29,13 @@ class Interrupt:
         self._task: asyncio.Task[object]
         self._cancelling = 0
 
-    async def __aenter__(self) -> Self:
+    def __enter__(self) -> Self:
         task = asyncio.current_task()
         assert task is not None  # coroutines run in tasks
         self._task, self._cancelling = task, task.cancelling()
         return self
 
-    async def __aexit__(
+    def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.over = True
@@ -51,31 +58,75 @@ def interruptible() -> Interrupt:
     return Interrupt()
 
 
-def until_departure(receive: Receive) -> Interrupt:
+class Departure:
+    """A connection's end, told to whoever works for its caller by then."""
+
+    KEY = "departure"
+    """Under which it is in a request's state."""
+
+    def __init__(self) -> None:
+        self.has_come = False
+        self._watchers: set[Interrupt] = set()
+
+    def watch(self, interrupt: Interrupt) -> None:
+        """Have it fired when the caller goes, or in a moment if he has gone."""
+        self._watchers.add(interrupt)
+        if self.has_come:
+            asyncio.get_running_loop().call_soon(interrupt.fire, Departed())
+
+    def forget(self, interrupt: Interrupt) -> None:
+        self._watchers.discard(interrupt)
+
+    def comes(self) -> None:
+        """Say that the connection is lost."""
+        self.has_come = True
+        for each in self._watchers:
+            each.fire(Departed())
+
+
+def until_departure(scope: Scope, receive: Receive) -> Interrupt:
     """As `interruptible`, and interrupted when the caller's connection closes.
 
     Raises:
         Departed: it did. Whatever is inside was ended at its next await.
     """
-    return _UntilDeparture(receive)
+    departure = scope.get("state", {}).get(Departure.KEY)
+    return _UntilDeparture(departure) if departure else _UntilDisconnect(receive)
 
 
 class _UntilDeparture(Interrupt):
+    def __init__(self, departure: Departure) -> None:
+        super().__init__()
+        self._departure = departure
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        self._departure.watch(self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._departure.forget(self)
+        super().__exit__(kind, error, trace)
+
+
+class _UntilDisconnect(Interrupt):
     def __init__(self, receive: Receive) -> None:
         super().__init__()
         self._receive = receive
         self._watcher: asyncio.Task[None]
 
-    async def __aenter__(self) -> Self:
-        await super().__aenter__()
+    def __enter__(self) -> Self:
+        super().__enter__()
         self._watcher = asyncio.create_task(self._watch(), name="departure")
         return self
 
-    async def __aexit__(
+    def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._watcher.cancel()
-        await super().__aexit__(kind, error, trace)
+        super().__exit__(kind, error, trace)
 
     async def _watch(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":

@@ -208,7 +208,7 @@ class PutThrough(Response):
             else:
                 stream.close()
             try:
-                async with until_departure(receive) as interrupt:
+                with until_departure(scope, receive) as interrupt:
                     whole = await passage.carry_out(interrupt, streamed=passage.streamed)
             except Departed:
                 note(scope, LEFT)

@@ -145,7 +145,10 @@ class Errand(Generic[Result]):
         self._asked_at = time.monotonic()
         outcome = GatewayError.code
         try:
-            result = await self._carry_out(interrupt, streamed=streamed)
+            try:
+                result = await self._attempt(interrupt, streamed=streamed)
+            except ConnectFailed:
+                result = await self._second_attempt(interrupt, streamed=streamed)
             outcome = self.outcome(result)
             return result
         except asyncio.CancelledError:
@@ -157,11 +160,9 @@ class Errand(Generic[Result]):
         finally:
             self.instance.figures.ended(outcome)
 
-    async def _carry_out(self, interrupt: Interrupt, *, streamed: bool) -> Result:
-        try:
-            return await self._attempt(interrupt, streamed=streamed)
-        except ConnectFailed:  # nothing was sent; a moment later the gateway may know that the server has ended
-            await asyncio.sleep(SECOND_ATTEMPT_S)
+    async def _second_attempt(self, interrupt: Interrupt, *, streamed: bool) -> Result:
+        """Try again where nothing was sent: a moment later the gateway may know that the server has ended."""
+        await asyncio.sleep(SECOND_ATTEMPT_S)
         try:
             return await self._attempt(interrupt, streamed=streamed)
         except ConnectFailed as error:
@@ -169,33 +170,34 @@ class Errand(Generic[Result]):
 
     async def _attempt(self, interrupt: Interrupt, *, streamed: bool) -> Result:
         """Hold a lease for as long as the server works on the call."""
-        request, wait = standing(), Wait()
+        request = standing()
+        wait = None if self.instance.grants_at_once else self._begin_to_wait(request)
         try:
-            self._begin_to_wait(request, wait)
             async with self.instance.lease(max_wait_s=self._max_wait_s, admitted=self.admission.granted) as lease:
                 lease.on_cut = interrupt.fire
-                wait.end()
+                if wait:
+                    wait.end()
                 request.works()
                 try:
                     return await self._under(lease, interrupt, streamed=streamed)
                 finally:
                     request.worked()
         finally:
-            wait.end()
+            if wait:
+                wait.end()
 
-    def _begin_to_wait(self, request: Standing, wait: Wait) -> None:
-        """Note that who asks waits, if so. A wait for a model that is not up does not count against him.
+    def _begin_to_wait(self, request: Standing) -> Wait:
+        """Return the wait of who asks. If it is for a model that is not up, it does not count against him.
 
         Raises:
             QueueFull: too many wait for models in all.
         """
-        if self.instance.grants_at_once:
-            return
-        status = self.instance.status
+        status, wait = self.instance.status, Wait(request)
         if _is_cold(status):
             request.rests()
         if not self.admission.granted and (_is_cold(status) or _is_busy(status)):
             wait.begin()
+        return wait
 
     async def _under(self, lease: Lease, interrupt: Interrupt, *, streamed: bool) -> Result:
         self.admission.granted = True
@@ -207,15 +209,6 @@ class Errand(Generic[Result]):
         give_up = partial(self._give_up, interrupt, timeout_s, streamed=streamed)
         pace = Pace(timeout_s, give_up, streamed=streamed, begins=self._begins)
         try:
-            return await self._send(lease, pace)
-        finally:
-            pace.is_over()
-
-    def _begins(self) -> None:
-        self.instance.figures.first_token(time.monotonic() - self._asked_at)
-
-    async def _send(self, lease: Lease, pace: Pace) -> Result:
-        try:
             async with self._client.send(lease.handle.base_url, self.call(lease.secret), self._tags) as answer:
                 result = await self.read(answer, pace)
             pace.is_over()
@@ -224,6 +217,11 @@ class Errand(Generic[Result]):
             raise self._broken(error, pace) from None
         except GatewayError as error:
             raise without_key(error, self.spec) from None
+        finally:
+            pace.is_over()
+
+    def _begins(self) -> None:
+        self.instance.figures.first_token(time.monotonic() - self._asked_at)
 
     async def complete(self, result: Result, lease: Lease) -> Result:  # noqa: ARG002 - for those that must ask again
         """Return the result with what was not in the answer, whose connection is closed now. Has a bound of its own."""
@@ -275,7 +273,7 @@ class Exchange(Errand[Finished]):
         super().__init__(instance, client, request_id=request_id, max_wait_s=max_wait_s)
         instance.engine.check(instance.spec, request)
         self._request = request
-        self._sink: Sink = Tokens()
+        self._sink: Sink
 
     def engine_changed(self) -> None:
         self.engine.check(self.spec, self._request)
@@ -287,7 +285,7 @@ class Exchange(Errand[Finished]):
             GatewayError: there is none.
         """
         tokens = Tokens()
-        async with interruptible() as interrupt:
+        with interruptible() as interrupt:
             finished = await self.run(tokens, interrupt)
         return collect(tokens.events, finished)
 
@@ -376,7 +374,7 @@ class Tokenization(Errand["tuple[PromptToken, ...]"]):
         Raises:
             GatewayError: there are none.
         """
-        async with interruptible() as interrupt:
+        with interruptible() as interrupt:
             return await self.carry_out(interrupt, streamed=False)
 
     def call(self, secret: str) -> Call:
@@ -414,8 +412,11 @@ class Relay(Response):
         """
         with (StreamWriter if self._choices.stream else WholeWriter)(self._choices, send) as writer:
             try:
-                async with until_departure(receive) as interrupt:
-                    finished = await self._run(writer, interrupt)
+                with until_departure(scope, receive) as interrupt:
+                    if len(self._exchanges) == 1:  # as nearly all have: it needs no task of its own
+                        finished = [await self._exchanges[0].run(writer.part(0), interrupt)]
+                    else:
+                        finished = await self._run(writer)
             except Departed:
                 note(scope, LEFT)
                 log.info("%s: a caller left", self._exchanges[0].instance.name)
@@ -425,12 +426,9 @@ class Relay(Response):
             else:
                 await writer.finish(finished)
 
-    async def _run(self, writer: Writer, interrupt: Interrupt) -> list[Finished]:
-        if len(self._exchanges) == 1:  # as nearly all have: it needs no task of its own
-            return [await self._exchanges[0].run(writer.part(0), interrupt)]
-
+    async def _run(self, writer: Writer) -> list[Finished]:
         async def one(index: int, exchange: Exchange) -> Finished:
-            async with interruptible() as interrupt:
+            with interruptible() as interrupt:
                 return await exchange.run(writer.part(index), interrupt)
 
         work = [partial(one, index, exchange) for index, exchange in enumerate(self._exchanges)]
@@ -478,7 +476,7 @@ class Worked(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            async with until_departure(receive):
+            with until_departure(scope, receive):
                 done = await self._work()
         except Departed:
             note(scope, LEFT)

@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from functools import partial
@@ -27,6 +28,7 @@ from gateway.app import check_one_worker, compose
 from gateway.catalog import Catalog
 from gateway.catalog_file import load_catalog
 from gateway.catalog_values import did_you_mean
+from gateway.connection import CallersConnection
 from gateway.errors import CatalogError, UnknownModel
 from gateway.fleet.fleet import Fleet
 from gateway.settings import Settings, check_exposure, load_settings, unknown_variables
@@ -230,7 +232,7 @@ def _config(app: FastAPI | str, what: Prepared, **more: Any) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         loop="uvloop",
-        http="httptools",
+        http=CallersConnection,
         ws="none",
         lifespan="on",
         workers=1,
@@ -244,18 +246,24 @@ def _config(app: FastAPI | str, what: Prepared, **more: Any) -> uvicorn.Config:
 
 def _log_config(log_format: str) -> dict[str, Any]:
     """Return the log's configuration: a line on stderr for each event, uvicorn's own among them."""
-    text = {
-        "()": "gateway.serving.TextLines",
-        "fmt": "%(asctime)s %(levelname)s %(name)s: %(message)s",
-        "datefmt": "%Y-%m-%dT%H:%M:%S%z",
-    }
+    lines = JsonLines if log_format == "json" else TextLines
     return {
         "version": 1,
         "disable_existing_loggers": False,
-        "formatters": {"lines": {"()": "gateway.serving.JsonLines"} if log_format == "json" else text},
-        "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "lines"}},
+        "formatters": {"lines": {"()": lines}},
+        "handlers": {"stderr": {"()": ToStderr, "formatter": "lines"}},
         "root": {"level": "INFO", "handlers": ["stderr"]},
     }
+
+
+class ToStderr(logging.Handler):
+    """Writes each line at once: Python's stderr is flushed at every line's end, and need not be told to."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            sys.stderr.write(self.format(record) + "\n")
+        except Exception:
+            self.handleError(record)
 
 
 class TextLines(logging.Formatter):
@@ -264,9 +272,13 @@ class TextLines(logging.Formatter):
     _second = -1
     _time = ""
 
-    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802 - logging's own
-        if int(record.created) != self._second:
-            self._second, self._time = int(record.created), super().formatTime(record, datefmt)
+    def format(self, record: logging.LogRecord) -> str:
+        line = f"{self._at(int(record.created))} {record.levelname} {record.name}: {record.getMessage()}"
+        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+
+    def _at(self, second: int) -> str:
+        if second != self._second:
+            self._second, self._time = second, time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(second))
         return self._time
 
 

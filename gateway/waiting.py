@@ -1,15 +1,15 @@
 """A request's wait for its model: it does not count against the limits of who asks, and is one of a bounded number.
 
-Whoever counts requests puts a `Standing` into the request's context; the errands in which the request calls models'
-servers say there when they wait for a cold model and when they hold a lease, and the fleet says so when a model that
-was up goes while they queue for it. The gateway's `Room` is there likewise.
+Whoever lets a request in puts a `Standing` into its context; the errands in which the request calls models' servers
+say there when they wait for a cold model and when they hold a lease, and the fleet says so when a model that was up
+goes while they queue for it. It knows the gateway's `Room`, in which they wait.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
+from contextvars import ContextVar, Token
+from typing import Self
 
 from gateway.errors import QueueFull
 
@@ -19,24 +19,25 @@ FULL_RETRY_S = 5.0
 class Standing:
     """Whether a request is at work. It is from its arrival on, but while it waits for a model that is not up yet.
 
-    `count` is told of each change: 1 when it is at work, -1 when it is not any more.
+    A context: what is inside, and the tasks that it makes, know this as theirs. `count` is told of each change: 1 when
+    it is at work, -1 when it is not any more. Whoever waits in it waits in `room`, if there is one.
     """
 
-    def __init__(self, count: Callable[[int], None] = lambda _: None) -> None:
+    def __init__(self, count: Callable[[int], None] = lambda _: None, room: Room | None = None) -> None:
+        self.room = room
         self._count = count
         self._at_work = False
         self._leases = 0
+        self._outer: Token[Standing | None]
 
-    @contextmanager
-    def request(self) -> Iterator[None]:
-        """Have what is inside, and the tasks that it makes, know this as theirs."""
-        token = _OF_REQUEST.set(self)
+    def __enter__(self) -> Self:
+        self._outer = _OF_REQUEST.set(self)
         self._set(at_work=True)
-        try:
-            yield
-        finally:
-            self._set(at_work=False)
-            _OF_REQUEST.reset(token)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._set(at_work=False)
+        _OF_REQUEST.reset(self._outer)
 
     def rests(self) -> None:
         """Say that a part of the request waits for a cold model; it rests if no other part holds a lease."""
@@ -73,15 +74,6 @@ class Room:
         self._most = most
         self._waiting = 0
 
-    @contextmanager
-    def given(self) -> Iterator[None]:
-        """Have what is inside, and the tasks that it makes, wait in this room."""
-        token = _ROOM.set(self)
-        try:
-            yield
-        finally:
-            _ROOM.reset(token)
-
     def enter(self) -> None:
         """Count one more who waits.
 
@@ -97,13 +89,11 @@ class Room:
         self._waiting -= 1
 
 
-_ROOM: ContextVar[Room | None] = ContextVar("room", default=None)
-
-
 class Wait:
-    """One who waits, in the room of the request that is being answered, if there is one."""
+    """A request's wait for one model."""
 
-    def __init__(self) -> None:
+    def __init__(self, request: Standing) -> None:
+        self._request = request
         self._room: Room | None = None
 
     def begin(self) -> None:
@@ -112,8 +102,7 @@ class Wait:
         Raises:
             QueueFull: there is no room.
         """
-        room = _ROOM.get()
-        if room:
+        if room := self._request.room:
             room.enter()
             self._room = room
 

@@ -44,7 +44,7 @@ FLOORS = [
     ["gateway.dialing"],
     ["gateway.upstream", "gateway.probe", "gateway.dialects", "gateway.passage"],
     ["gateway.api"],
-    ["gateway.app"],
+    ["gateway.app", "gateway.connection"],
     ["gateway.serving", "gateway.doctor"],
     ["gateway.terminal"],
     ["gateway.commands"],

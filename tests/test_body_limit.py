@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
-from gateway.api.middleware import BODY_PIECE_S, BODY_S, LOOK_S, BodyLimit
+from gateway.api.body_limit import BODY_PIECE_S, BODY_S, LOOK_S, BodyLimit, at_once_or
 from gateway.errors import BodyTimeout, BodyTooLarge, GatewayError
 from tests.simulator.loop import SimulatedLoop
 
@@ -168,5 +169,83 @@ def test_a_body_that_is_too_large_is_refused() -> None:
 
         for fine in (b"%d" % MOST_BYTES, b"many", b""):
             assert await gateway.ask(Caller((0, REST), (0, LEFT)), (b"content-length", fine)) == []
+
+    played(scene)
+
+
+# ---- what need not be waited for, mostly ----
+
+
+class Ledger:
+    """Makes contexts, and counts those who are inside."""
+
+    def __init__(self) -> None:
+        self.inside = 0
+        self.entered = 0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        self.inside += 1
+        self.entered += 1
+        try:
+            yield
+        finally:
+            self.inside -= 1
+
+
+async def after(*waits_s: float, fails: bool = False) -> str:
+    for wait_s in waits_s:
+        await asyncio.sleep(wait_s)
+    if fails:
+        raise KeyError("failed")
+    return "done"
+
+
+@pytest.mark.parametrize(("waits_s", "entered"), [((), 0), ((1,), 1), ((1, 2, 3), 1)])
+def test_what_is_there_is_not_waited_for_and_what_is_not_is_waited_for_in_one_context(
+    waits_s: tuple[float, ...], entered: int
+) -> None:
+    async def scene() -> None:
+        ledger = Ledger()
+
+        assert await at_once_or(after(*waits_s), ledger.waiting) == "done"
+        assert asyncio.get_running_loop().time() == sum(waits_s)
+        assert (ledger.entered, ledger.inside) == (entered, 0)
+
+    played(scene)
+
+
+@pytest.mark.parametrize("waits_s", [(), (1, 2)])
+def test_what_fails_at_once_or_later_fails_as_it_is(waits_s: tuple[float, ...]) -> None:
+    async def scene() -> None:
+        ledger = Ledger()
+        with pytest.raises(KeyError, match="failed"):
+            await at_once_or(after(*waits_s, fails=True), ledger.waiting)
+
+        assert ledger.inside == 0
+
+    played(scene)
+
+
+def test_a_cancel_reaches_what_is_waited_for_and_leaves_the_context() -> None:
+    async def scene() -> None:
+        ledger, ended = Ledger(), []
+
+        async def stubborn() -> str:
+            try:
+                return await after(60)
+            except asyncio.CancelledError:
+                ended.append(asyncio.get_running_loop().time())
+                await after(1)  # it may even wait once more
+                raise
+
+        task = asyncio.ensure_future(at_once_or(stubborn(), ledger.waiting))
+        await asyncio.sleep(5)
+        task.cancel()
+        await asyncio.wait([task])
+
+        assert task.cancelled()
+        assert (ended, asyncio.get_running_loop().time()) == ([5], 6)
+        assert (ledger.entered, ledger.inside) == (1, 0)
 
     played(scene)

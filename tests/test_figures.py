@@ -12,7 +12,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families as families_of
 from starlette.types import Message, Receive, Scope, Send
 
-from gateway.api.metrics import Counted, api_of, gpus_of
+from gateway.api.metrics import api_of, counted, gpus_of
+from gateway.api.middleware import RequestLog
 from gateway.catalog import ModelSpec
 from gateway.figures import Figures, Gpu
 from gateway.fleet.gpus import Gpus
@@ -221,8 +222,8 @@ def test_a_stop_is_counted_by_its_reason(words: str, reason: str) -> None:
         after([*READY, (9, "ready", "draining", words), (19, "draining", "stopping", "drain_timeout")]), model="m"
     )
 
-    for counted in (stopped, drained, cut):
-        found = {name: n for name, n in counted.items() if name.startswith("gateway_stops_total")}
+    for each in (stopped, drained, cut):
+        found = {name: n for name, n in each.items() if name.startswith("gateway_stops_total")}
         assert found == {f"gateway_stops_total reason={reason}": 1}
 
 
@@ -423,10 +424,11 @@ def test_every_request_is_counted_once_however_it_ends(said: list[Any], outcome:
 
     async def scene() -> bytes:
         figures = Figures("1")
-        counted = Counted(app, figures)
+        logged = RequestLog(app, counted(figures))
         for kind in ("lifespan", "websocket", "http"):
+            scope = {"type": kind, "method": "GET", "path": "/v1/models", "headers": []}
             with suppress(ValueError):
-                await counted({"type": kind, "path": "/v1/models"}, _nothing_comes, _nowhere)
+                await logged(scope, _nothing_comes, _nowhere)
         return await figures.page([], [])
 
     page = asyncio.run(scene())

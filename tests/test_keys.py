@@ -18,7 +18,7 @@ from gateway.api.middleware import PlainPaths
 from gateway.api.rights import right_for
 from gateway.app import create_app
 from gateway.errors import CatalogError, RateLimited
-from gateway.keys import Key, NoChange, add_key, holder_of, load_keys, remove_key
+from gateway.keys import Key, NoChange, add_key, by_hash, holder_of, load_keys, remove_key
 
 DIGEST = hashlib.sha256(b"secret").hexdigest()
 OTHER = hashlib.sha256(b"other").hexdigest()
@@ -101,8 +101,8 @@ def test_a_new_key_is_known_by_what_was_shown_once(file: Path) -> None:
     assert token not in file.read_text()
     (key,) = load_keys(file)
     assert (key.name, key.rights, key.max_concurrency) == ("alice", frozenset({"generate", "manage"}), 2)
-    assert holder_of(token.encode(), [key]) == key
-    assert holder_of(b"gw_other", [key]) is None
+    assert holder_of(token.encode(), by_hash([key])) == key
+    assert holder_of(b"gw_other", by_hash([key])) is None
 
 
 def test_changes_keep_the_rest_of_the_file(file: Path) -> None:
@@ -139,7 +139,7 @@ def test_changes_at_once_are_all_made(file: Path) -> None:
     tokens = [each.result() for each in made]
 
     assert removed.exception() is None
-    holders = [holder_of(token.encode(), load_keys(file)) for token in tokens]
+    holders = [holder_of(token.encode(), by_hash(load_keys(file))) for token in tokens]
     assert [holder and holder.name for holder in holders] == [f"k{number}" for number in range(20)]
 
 

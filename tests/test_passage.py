@@ -10,12 +10,12 @@ from contextlib import asynccontextmanager
 import pytest
 from starlette.types import Message
 
+from gateway.departure import Interrupt
 from gateway.dialects.tgi import Untouched
 from gateway.engines.base import Call
 from gateway.errors import GatewayError, GenerationFailed, StartFailed
 from gateway.fleet.life import Lease
 from gateway.passage import Passage, PutThrough, Whole
-from gateway.relay import Pace
 from gateway.writers import COMMENT
 from tests.fleet.scenes import Scene, play
 from tests.simulator.servers import Manners
@@ -58,9 +58,9 @@ class Watched(Passage):
 
     stage: Scene
 
-    async def _send(self, lease: Lease, pace: Pace) -> Whole | None:
+    async def _under(self, lease: Lease, interrupt: Interrupt, *, streamed: bool) -> Whole | None:
         with self.stage.held(lease):
-            return await super()._send(lease, pace)
+            return await super()._under(lease, interrupt, streamed=streamed)
 
     def call(self, secret: str) -> Call:
         return self._call

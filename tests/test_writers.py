@@ -190,7 +190,7 @@ def test_an_interrupt_raises_its_reason_and_only_the_first() -> None:
     async def scene() -> None:
         async def work() -> None:
             loop = asyncio.get_running_loop()
-            async with interruptible() as interrupt:
+            with interruptible() as interrupt:
                 loop.call_later(1, interrupt.fire, GenerationFailed("first"))
                 loop.call_later(1, interrupt.fire, GenerationFailed("second"))
                 await asyncio.sleep(5)
@@ -204,7 +204,7 @@ def test_an_interrupt_raises_its_reason_and_only_the_first() -> None:
 
 def test_an_interrupt_that_comes_too_late_does_nothing() -> None:
     async def scene() -> None:
-        async with interruptible() as interrupt:
+        with interruptible() as interrupt:
             pass
         asyncio.get_running_loop().call_soon(interrupt.fire, GenerationFailed("too late"))
         await asyncio.sleep(1)
@@ -215,7 +215,7 @@ def test_an_interrupt_that_comes_too_late_does_nothing() -> None:
 def test_a_cancellation_from_elsewhere_stays_one() -> None:
     async def scene() -> None:
         async def work() -> None:
-            async with interruptible() as interrupt:
+            with interruptible() as interrupt:
                 asyncio.get_running_loop().call_soon(interrupt.fire, GenerationFailed("ours"))
                 await asyncio.sleep(5)
 
@@ -236,7 +236,7 @@ def test_a_departure_ends_what_is_inside() -> None:
             return {"type": "http.disconnect"}
 
         async def work() -> None:
-            async with until_departure(receive):
+            with until_departure({}, receive):
                 await asyncio.sleep(60)
 
         with pytest.raises(Departed):

@@ -50,7 +50,7 @@ def exchange(
     Raises:
         Unsupported: the engine cannot do what is asked.
     """
-    request.state.model = instance.spec.id
+    request.scope["state"]["model"] = instance.spec.id
     return Exchange(instance, wanted, client, request_id=request_id_of(request.scope), max_wait_s=max_wait_s(prefer))
 
 
@@ -61,5 +61,5 @@ def invalid(words: str, kind: str, *field: str) -> RequestValidationError:
 
 def max_wait_s(prefer: str | None) -> float | None:
     """Return the bound that `Prefer: wait=N` (RFC 7240) sets on the wait for a cold model, in seconds."""
-    found = _WAIT.search(prefer or "")
+    found = _WAIT.search(prefer) if prefer else None
     return float(found[1]) if found else None

@@ -14,8 +14,8 @@ from gateway.api import problems
 from gateway.api.headers import headers
 from gateway.api.rights import right_for
 from gateway.errors import Forbidden, RateLimited, Unauthorized
-from gateway.keys import Key, Right, holder_of
-from gateway.waiting import Standing
+from gateway.keys import Key, Right, by_hash, holder_of
+from gateway.waiting import Room, Standing
 
 MINUTE_S = 60.0
 REFUSED = {"www-authenticate": "Bearer", "connection": "close"}
@@ -25,10 +25,11 @@ _BEARER = re.compile(r"bearer +([\x21-\x7e]{1,512}) *", re.IGNORECASE)
 
 
 class Allowance:
-    """What one key may still do of what it is limited to. `clock` counts seconds."""
+    """What one key may still do of what it is limited to. `clock` counts seconds; `room` is where its requests wait."""
 
-    def __init__(self, key: Key, clock: Callable[[], float]) -> None:
+    def __init__(self, key: Key, clock: Callable[[], float], room: Room | None = None) -> None:
         self.key = key
+        self._room = room
         self._clock = clock
         self._under_way = 0
         self._began_at: deque[float] = deque()
@@ -43,7 +44,7 @@ class Allowance:
         """
         self._check_concurrency()
         self._check_rate()
-        return Standing(self._count)
+        return Standing(self._count, self._room)
 
     def _count(self, change: int) -> None:
         self._under_way += change
@@ -74,10 +75,17 @@ class Authorization:
     generation whose caller leaves, that is at once. Its wait for a cold model does not count (`Allowance.admit`).
     """
 
-    def __init__(self, app: ASGIApp, keys: Sequence[Key], clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        keys: Sequence[Key],
+        room: Room | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Take what it needs. All requests wait for their models in `room`."""
         self._app = app
-        self._keys = keys
-        self._allowances = {key.name: Allowance(key, clock) for key in keys}
+        self._keys = by_hash(keys)
+        self._allowances = {key.name: Allowance(key, clock, room) for key in keys}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         right = right_for(get_route_path(scope)) if scope["type"] == "http" else None
@@ -92,7 +100,7 @@ class Authorization:
         except (Forbidden, RateLimited) as error:
             await problems.render(error, scope)(scope, receive, send)
         else:
-            with standing.request():
+            with standing:
                 await self._app(scope, receive, send)
 
     def _key(self, scope: Scope, right: Right) -> Key:

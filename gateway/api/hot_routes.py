@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.api import problems
 from gateway.api.headers import header
-from gateway.api.json_body import Handler, JsonRequest, JsonRoute, is_json
+from gateway.api.json_body import Handler, JsonRequest, JsonRoute, is_json, json_in, refuse_compressed
 from gateway.errors import GatewayError, InvalidRequest
 
 MODELS = "/models/"
@@ -96,7 +96,10 @@ async def _said(request: Request) -> Any:
         raise InvalidRequest("The body could not be read.") from None
     if not sent:
         raise RequestValidationError([{"loc": ("body",), "msg": "Field required", "type": "missing"}])
-    return await request.json() if is_json(header(request.scope, b"content-type")) else sent
+    if not is_json(header(request.scope, b"content-type")):
+        return sent
+    refuse_compressed(request)
+    return json_in(sent)
 
 
 def _checked(route: JsonRoute, said: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
+from pydantic_core import from_json
 from starlette.requests import ClientDisconnect
 
 from gateway.api.headers import header
@@ -44,16 +45,32 @@ class JsonRequest(Request):
             InvalidRequest: it is not JSON in UTF-8; says what it is instead.
         """
         refuse_compressed(self)
-        try:
-            return json.loads((await self.body()).decode())
-        except UnicodeDecodeError as error:
-            raise InvalidRequest(f"The body is not UTF-8 (byte {error.start}); JSON is sent in UTF-8.") from None
-        except json.JSONDecodeError as error:
-            raise InvalidRequest(f"The body is not valid JSON: {error.msg} at character {error.pos}.") from None
-        except RecursionError:
-            raise InvalidRequest("The body is nested too deeply.") from None
-        except ValueError:
-            raise InvalidRequest("The body holds a number that is too long.") from None
+        return json_in(await self.body())
+
+
+def json_in(sent: bytes) -> Any:
+    """Return the value that a body holds.
+
+    Raises:
+        InvalidRequest: it is not JSON in UTF-8; says what it is instead.
+    """
+    try:
+        return from_json(sent, cache_strings="keys")
+    except ValueError:  # it may still be some: half a surrogate pair, or nested deeper
+        return _json_in(sent)
+
+
+def _json_in(sent: bytes) -> Any:
+    try:
+        return json.loads(sent.decode())
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"The body is not UTF-8 (byte {error.start}); JSON is sent in UTF-8.") from None
+    except json.JSONDecodeError as error:
+        raise InvalidRequest(f"The body is not valid JSON: {error.msg} at character {error.pos}.") from None
+    except RecursionError:
+        raise InvalidRequest("The body is nested too deeply.") from None
+    except ValueError:
+        raise InvalidRequest("The body holds a number that is too long.") from None
 
 
 def refuse_compressed(request: Request) -> None:

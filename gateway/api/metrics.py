@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Sequence
 
 from fastapi import APIRouter
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from starlette._utils import get_route_path
 from starlette.responses import PlainTextResponse, Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Scope
 
-from gateway.errors import GatewayError
+from gateway.api.middleware import Ended
 from gateway.figures import Figures, Gpu
 from gateway.fleet.fleet import Fleet
 from gateway.fleet.gpus import Gpus
-from gateway.outcome import note, outcome_of
+from gateway.outcome import outcome_of
 
 _APIS = {
     **dict.fromkeys(("generate", "generate_stream"), "generate"),
@@ -62,30 +61,10 @@ def api_of(path: str) -> str:
     return _APIS.get(first) or ("autotrain" if _AUTOTRAIN.fullmatch(path) else "other")
 
 
-class Counted:
-    """Counts every request, however it ends. It must see how those end that are refused for want of a key."""
+def counted(figures: Figures) -> Ended:
+    """Return what counts every request, however it ends: those too that are refused for want of a key."""
 
-    def __init__(self, app: ASGIApp, figures: Figures) -> None:
-        self._app = app
-        self._figures = figures
+    def count(scope: Scope, status: int | None, took_s: float) -> None:
+        figures.answered(api_of(get_route_path(scope)), outcome_of(scope, status), took_s)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        began_at, status = time.perf_counter(), None
-
-        async def send_noted(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        try:
-            await self._app(scope, receive, send_noted)
-        except Exception:
-            note(scope, GatewayError.code)
-            raise
-        finally:
-            took_s = time.perf_counter() - began_at
-            self._figures.answered(api_of(get_route_path(scope)), outcome_of(scope, status), took_s)
+    return count

@@ -1,37 +1,34 @@
-"""What happens to every request, whatever it is for: an id, a line in the log, a bound on its body. Plain ASGI."""
+"""What happens to every request, whatever it is for: an id, a line in the log, a place to wait in. Plain ASGI."""
 
 from __future__ import annotations
 
 import asyncio
 import ipaddress
 import logging
+import os
 import re
-import secrets
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.api import problems
 from gateway.api.headers import header
-from gateway.departure import Interrupt, interruptible
-from gateway.errors import BodyTimeout, BodyTooLarge, GatewayError
-from gateway.fleet.refusals import shutting_down
-from gateway.waiting import Room
+from gateway.errors import GatewayError
+from gateway.outcome import note
+from gateway.waiting import Room, Standing
 
 log = logging.getLogger("gateway.access")
 
-BODY_S = 60.0
-BODY_PIECE_S = 10.0
-"""How long a body may take to come, as a whole and between two pieces of it."""
-LOOK_S = 1.0
-"""How often that is looked after."""
 LINGER_S = 2.0
 """How long what is left of a refused request is still taken."""
 UNANSWERED = "unanswered"
 _ID = re.compile(r"[\x21-\x7e]{1,128}")
+
+Ended = Callable[[Scope, int | None, float], None]
+"""Hears that a request has ended: with which status, None if it got no answer, and after how many seconds."""
 
 
 def request_id_of(scope: Scope) -> str:
@@ -39,221 +36,76 @@ def request_id_of(scope: Scope) -> str:
     return str(scope["state"]["request_id"])
 
 
-class PlainRefusal:
-    """Has the server say in words, without a traceback, why the application refuses to start."""
+def in_words(send: Send) -> Send:
+    """Return what sends a lifespan's messages, and has the server say in words why the application cannot start."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    async def send_words(message: Message) -> None:
+        error = sys.exc_info()[1]
+        if message["type"] == "lifespan.startup.failed" and isinstance(error, GatewayError):
+            message = {**message, "message": error.detail}
+        await send(message)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_words(message: Message) -> None:
-            error = sys.exc_info()[1]
-            if message["type"] == "lifespan.startup.failed" and isinstance(error, GatewayError):
-                message = {**message, "message": error.detail}
-            await send(message)
-
-        await self._app(scope, receive, send_words if scope["type"] == "lifespan" else send)
+    return send_words
 
 
 class RequestLog:
-    """Gives each request an id (the caller's own if it sent a fit one) and logs how it ended."""
+    """Gives each request an id (the caller's own if it sent a fit one), and tells how it ended: the log, and `ended`.
 
-    def __init__(self, app: ASGIApp) -> None:
+    Where the connection is to be closed with the answer, it takes the rest of the request for a moment and throws it
+    away: what is closed with something unread is reset, and a reset may overtake the answer. A proxy then says 502.
+    """
+
+    def __init__(self, app: ASGIApp, ended: Ended = lambda *_: None) -> None:
         self._app = app
+        self._ended = ended
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         sent = header(scope, b"x-request-id")
-        request_id = sent if _ID.fullmatch(sent) else secrets.token_hex(16)
+        request_id = sent if _ID.fullmatch(sent) else os.urandom(16).hex()
         scope.setdefault("state", {})["request_id"] = request_id
-        exchange = _Exchange(request_id, send)
-        began = time.perf_counter()
+        exchange = _Exchange(request_id, receive, send)
+        began_at = time.perf_counter()
         try:
             await self._app(scope, receive, exchange.send)
         except Exception as error:
             log.exception("the gateway itself failed, request %s", request_id)
-            if exchange.status != UNANSWERED:
+            note(scope, GatewayError.code)
+            if exchange.status is not None:
                 raise  # too late for an answer: the server cuts the connection
             await problems.our_fault(error, scope)(scope, receive, exchange.send)
         finally:
+            took_s = time.perf_counter() - began_at
+            self._ended(scope, exchange.status, took_s)
             if log.isEnabledFor(logging.INFO):
-                _tell(_facts(scope, exchange.status, (time.perf_counter() - began) * 1000))
-
-
-def _facts(scope: Scope, status: int | str, took_ms: float) -> dict[str, object]:
-    """Return what the log says of a request, field by field: key and model if it named some that are known."""
-    known = {name: scope["state"][name] for name in ("request_id", "key", "model") if name in scope["state"]}
-    return {"method": scope["method"], "path": scope["path"], "status": status, "took_ms": round(took_ms, 1), **known}
-
-
-def _tell(facts: Mapping[str, object]) -> None:
-    """Write the line of a request. Where it is written from does not matter, so nobody has to look for that."""
-    line = logging.LogRecord(log.name, logging.INFO, __file__, 0, _words(facts), (facts,), None)
-    line.facts = facts
-    log.handle(line)
-
-
-def _words(facts: Mapping[str, object]) -> str:
-    """Return the words of a line for people, in which the facts are still to be put."""
-    # the path as it came may hold anything: %r keeps one request on one line
-    words = "%(method)s %(path)r %(status)s %(took_ms).1f ms %(request_id)s"
-    return words + "".join(f" {name} %({name})s" for name in ("key", "model") if name in facts)
-
-
-class Waiting:
-    """Has all requests wait for their models in one room."""
-
-    def __init__(self, app: ASGIApp, room: Room) -> None:
-        self._app = app
-        self._room = room
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._room.given():
-            await self._app(scope, receive, send)
+                log.handle(AccessLine(_facts(scope, exchange.status, took_s)))
 
 
 class _Exchange:
-    def __init__(self, request_id: str, send: Send) -> None:
-        self.status: int | str = UNANSWERED
-        self._tag = (b"x-request-id", request_id.encode())
-        self._send = send
+    """What goes back to one caller."""
 
-    async def send(self, message: Message) -> None:
+    def __init__(self, request_id: str, receive: Receive, send: Send) -> None:
+        self.status: int | None = None
+        self._tag = (b"x-request-id", request_id.encode())
+        self._receive = receive
+        self._send = send
+        self._closes = False
+
+    def send(self, message: Message) -> Awaitable[None]:
         if message["type"] == "http.response.start":
             self.status = message["status"]
+            self._closes = (b"connection", b"close") in message["headers"]
             message = {**message, "headers": [*message["headers"], self._tag]}
-        await self._send(message)
+        elif self._closes and not message.get("more_body", False):
+            return self._linger(message)
+        return self._send(message)
 
-
-class BodyLimit:
-    """Refuses a body above `most_bytes`, before it is read if it says its length; and one that does not come."""
-
-    def __init__(self, app: ASGIApp, most_bytes: int, closing: Callable[[], asyncio.Future[None]]) -> None:
-        self._app = app
-        self._most_bytes = most_bytes
-        self._pieces = _Pieces(closing)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        try:
-            said_bytes = int(header(scope, b"content-length") or 0)
-        except ValueError:
-            said_bytes = 0
-        if said_bytes > self._most_bytes:
-            # the rest of the body is not read, so the connection cannot be used again
-            await problems.render(_too_large(self._most_bytes), scope, {"connection": "close"})(scope, receive, send)
-            return
-        await self._app(scope, _Body(receive, self._most_bytes, self._pieces).receive, send)
-
-
-class _Body:
-    """One request's body as it comes."""
-
-    def __init__(self, receive: Receive, most_bytes: int, pieces: _Pieces) -> None:
-        self._receive = receive
-        self._most_bytes = most_bytes
-        self._pieces = pieces
-        self._due_at = asyncio.get_running_loop().time() + BODY_S
-        self._read_bytes = 0
-        self._is_whole = False
-
-    async def receive(self) -> Message:
-        """Return the next message of the server.
-
-        Raises:
-            BodyTooLarge, BodyTimeout, GatewayError: as `BodyLimit` says.
-        """
-        if self._is_whole:  # what is waited for now is the caller's departure, and that may take long
-            return await self._receive()
-        message = await self._pieces.next(self._receive, self._due_at)
-        self._is_whole = not message.get("more_body", False)
-        self._read_bytes += len(message.get("body", b""))
-        if self._read_bytes > self._most_bytes:
-            raise _too_large(self._most_bytes)
-        return message
-
-
-class _Pieces:
-    """Waits for pieces of bodies: not for ever, and not beyond the gateway's end.
-
-    Nearly all of them are there already, so one timer looks after all that are waited for.
-    """
-
-    def __init__(self, closing: Callable[[], asyncio.Future[None]]) -> None:
-        self._closing = closing
-        self._due_at: dict[Interrupt, float] = {}
-        self._timer: asyncio.TimerHandle | None = None
-
-    async def next(self, receive: Receive, due_at: float) -> Message:
-        """Return what `receive` returns.
-
-        Raises:
-            BodyTimeout: it has not come at that time, or within the time that a piece may take.
-            GatewayError: the gateway shuts down, and it has not even come.
-        """
-        async with interruptible() as interrupt:
-            self._look_after(interrupt, due_at)
-            try:
-                return await receive()
-            finally:
-                del self._due_at[interrupt]
-
-    def _look_after(self, interrupt: Interrupt, due_at: float) -> None:
-        loop = asyncio.get_running_loop()
-        self._due_at[interrupt] = min(due_at, loop.time() + BODY_PIECE_S)
-        if self._closing().done():
-            loop.call_soon(self._refuse)
-        elif self._timer is None:
-            self._closing().add_done_callback(self._refuse)
-            self._timer = loop.call_later(LOOK_S, self._look)
-
-    def _look(self) -> None:
-        """Give up what is overdue; look again as long as anything is waited for."""
-        loop = asyncio.get_running_loop()
-        words = f"The body did not come: a piece may take {BODY_PIECE_S:g} s, and all of it {BODY_S:g} s."
-        for interrupt, due_at in self._due_at.items():
-            if due_at <= loop.time():
-                interrupt.fire(BodyTimeout(words))
-        self._timer = loop.call_later(LOOK_S, self._look) if self._due_at else None
-        if self._timer is None:
-            self._closing().remove_done_callback(self._refuse)
-
-    def _refuse(self, _: object = None) -> None:
-        for interrupt in self._due_at:
-            interrupt.fire(shutting_down())
-
-
-def _too_large(most_bytes: int) -> GatewayError:
-    return BodyTooLarge(f"The body is larger than {most_bytes:,} bytes; send less, or raise GATEWAY_MAX_BODY.")
-
-
-class Lingering:
-    """Takes the rest of a request whose connection is to be closed with the answer, for a moment, and throws it away.
-
-    What is closed with something unread is reset, and a reset may overtake the answer: a proxy then says 502 instead.
-    """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        closes = False
-
-        async def send_and_linger(message: Message) -> None:
-            nonlocal closes
-            if message["type"] == "http.response.start":
-                closes = (b"connection", b"close") in message["headers"]
-            elif closes and message["type"] == "http.response.body" and not message.get("more_body", False):
-                await send({**message, "more_body": True})
-                await _discard(receive)
-                message = {**message, "body": b""}
-            await send(message)
-
-        await self._app(scope, receive, send_and_linger if scope["type"] == "http" else send)
+    async def _linger(self, last: Message) -> None:
+        await self._send({**last, "more_body": True})
+        await _discard(self._receive)
+        await self._send({**last, "body": b""})
 
 
 async def _discard(receive: Receive) -> None:
@@ -262,6 +114,59 @@ async def _discard(receive: Receive) -> None:
         async with asyncio.timeout(LINGER_S):
             while (await receive()).get("more_body", False):
                 pass
+
+
+def _facts(scope: Scope, status: int | None, took_s: float) -> dict[str, object]:
+    """Return what the log says of a request, field by field: key and model if it named some that are known."""
+    state = scope["state"]
+    facts = {
+        "method": scope["method"],
+        "path": scope["path"],
+        "status": UNANSWERED if status is None else status,
+        "took_ms": round(took_s * 1000, 1),
+        "request_id": state["request_id"],
+    }
+    for name in ("key", "model"):
+        if name in state:
+            facts[name] = state[name]
+    return facts
+
+
+class AccessLine(logging.LogRecord):
+    """The line of one request. Nobody looks for where in the code it comes from: that would take as long as all else.
+
+    `facts` is what it says, field by field.
+    """
+
+    def __init__(self, facts: dict[str, object]) -> None:
+        # what any record has and is the same in all of these is copied, and not asked for again
+        self.__dict__.update(_ANY_LINE)
+        self.created = time.time()
+        self.msecs = self.created % 1 * 1000
+        self.msg = _words(facts)
+        self.facts = facts
+
+
+_ANY_LINE = logging.LogRecord(log.name, logging.INFO, __file__, 0, "", None, None).__dict__
+
+
+def _words(facts: Mapping[str, object]) -> str:
+    """Return the words of a line for people."""
+    # the path as it came may hold anything: !r keeps one request on one line
+    words = f"{facts['method']} {facts['path']!r} {facts['status']} {facts['took_ms']} ms {facts['request_id']}"
+    return words + "".join([f" {name} {facts[name]}" for name in ("key", "model") if name in facts])
+
+
+class Waiting:
+    """Has all requests wait for their models in one room, where nobody is asked for a key."""
+
+    def __init__(self, app: ASGIApp, room: Room) -> None:
+        self._app = app
+        self._room = room
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with Standing(room=self._room):
+            await self._app(scope, receive, send)
 
 
 class PlainPaths:

@@ -62,12 +62,11 @@ class LineStream(Response):
         self._until = until
         self._heartbeat = heartbeat
 
-    async def __call__(self, _: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
-            async with until_departure(receive) as interrupt:
-                with self._ending(interrupt):
-                    await self._pump(send)
+            with until_departure(scope, receive) as interrupt, self._ending(interrupt):
+                await self._pump(send)
         except Departed:
             return
         except Ended:

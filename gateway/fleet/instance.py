@@ -200,7 +200,7 @@ class Instance:
     @property
     def grants_at_once(self) -> bool:
         """Whether who asks for a lease now does not wait for it."""
-        return not self._queue and self._has_slot()
+        return self._has_slot() and not self._queue
 
     def lease(self, *, max_wait_s: float | None = None, admitted: bool = False) -> Leasing:
         """Hold the right to send one request, starting the model first if it is down.
@@ -500,7 +500,7 @@ class Instance:
         """Give whoever waits what there is, in the order of arrival, wherever in the model they queue."""
         if self._state is not State.READY or not self._life or not self._life.handle:
             return
-        for ticket in self._queue:
+        for ticket in self._queue if self._queue else ():
             if not ticket.wants_lease:
                 self._queue.grant(ticket, self._life.handle)
         while self._has_slot() and self._serve_next():
@@ -529,8 +529,9 @@ class Instance:
         self._rearm()
 
     def _has_slot(self) -> bool:
-        free = self._in_flight < self.spec.max_concurrency
-        return free and self._state is State.READY and self._held_for is None
+        if self._state is not State.READY or self._held_for is not None or self._life is None:
+            return False
+        return len(self._life.leases) < self.spec.max_concurrency
 
     def _hand_over(self, ticket: Ticket, lease: Lease) -> None:
         if not self._queue.grant(ticket, lease):
@@ -543,7 +544,7 @@ class Instance:
         now = self._loop.time()
         lease = Lease(life.handle, life.secret, life, self.spec, self.engine, granted_at=now, give_back=self._give_back)
         life.leases[lease] = None
-        self._rearm()
+        self._disarm()  # a model that works is not idle
         return lease
 
     def _withdraw(self, ticket: Ticket) -> None:
@@ -982,12 +983,15 @@ class Instance:
 
     def _rearm(self) -> None:
         """Set the one timer that this state has: a start to call off, an idle server to stop, a drain to end."""
-        if self._timer:
-            self._timer.cancel()
-            self._timer = None
+        self._disarm()
         if (due := self._due()) is not None:
             when, reason = due
             self._timer = self._loop.call_at(when, self._time_is_up, self._life, reason)
+
+    def _disarm(self) -> None:
+        if self._timer:
+            self._timer.cancel()
+            self._timer = None
 
     def _due(self) -> tuple[float, str] | None:
         match self._state:

@@ -71,6 +71,8 @@ class Queue:
     @property
     def oldest(self) -> Ticket | None:
         """Return the first one that waits for a lease."""
+        if not self._tickets:  # as mostly, when a lease is given back
+            return None
         return next((ticket for ticket in self._tickets if ticket.wants_lease), None)
 
     @property

@@ -136,8 +136,9 @@ class Replicas:
     @property
     def served(self) -> Served:
         """What callers ask: the replicas, or the one server itself where there are no more."""
-        alone = self._count == 1 and not any(one.has_its_name for one in self._members[1:])
-        return self._members[0] if alone else self
+        if len(self._members) == 1 or (self._count == 1 and not any(one.has_its_name for one in self._members[1:])):
+            return self._members[0]
+        return self
 
     # What is known of the model
 

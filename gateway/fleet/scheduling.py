@@ -69,10 +69,10 @@ class Usage:
 
     def asked(self, now: float) -> Usage:
         """Return what is known once a request has come."""
-        if math.isinf(self.last_at):
+        if self.last_at == -math.inf:
             return Usage(now)
         interval_s = max(now - self.last_at, 0.1)
-        if math.isinf(self.interval_s):
+        if self.interval_s == math.inf:
             return Usage(now, interval_s)
         off = math.log(interval_s / self.interval_s)
         spread = (1 - LEARNING) * self.spread + LEARNING * abs(off)

@@ -395,7 +395,7 @@ def test_who_queues_is_not_at_work_any_more_once_his_model_makes_room() -> None:
         counted: list[int] = []
 
         async def asks() -> str:
-            with Standing(counted.append).request():
+            with Standing(counted.append):
                 return await on.ask("a")
 
         assert await on.ask("a") == "answered"
@@ -423,7 +423,7 @@ def test_who_queues_is_not_at_work_any_more_once_his_model_goes_to_start_again(o
         counted: list[int] = []
 
         async def asks() -> str:
-            with Standing(counted.append).request():
+            with Standing(counted.append):
                 return await on.ask("a")
 
         assert await on.ask("a") == "answered"
