@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from itertools import product
 from typing import Any
 
 import pytest
@@ -464,6 +465,8 @@ def test_names_are_escaped_where_the_format_asks_for_it() -> None:
         ("/models/gpt-2/tgi/v1/chat/completions", "tgi"),
         ("/models/gpt-2/tgi", "tgi"),
         ("/v1/models", "openai"),
+        ("/v1/chat/completions", "openai"),
+        ("/v1/completions", "openai"),
         ("/models", "models"),
         ("/models/gpt-2/start", "models"),
         ("/", "gateway"),
@@ -480,10 +483,33 @@ def test_names_are_escaped_where_the_format_asks_for_it() -> None:
         ("/models//tgi", "models"),
         ("/api/llm/inference/", "autotrain"),
         ("/api/llm", "other"),
+        ("/api/llm/inferences", "other"),
     ],
 )
 def test_an_address_belongs_to_one_of_few_apis(path: str, api: str) -> None:
     assert api_of(path) == api
+
+
+STEPS = ("", "models", "gpt-2", "tgi", "llm-service", "generate", "api", "llm", "inference", "v1")
+SHAPES = {
+    re.compile(r"/models/[^/]+/tgi(/.*)?", re.DOTALL): "tgi",
+    re.compile(r"/models/[^/]+/llm-service(/.*)?", re.DOTALL): "llm-service",
+    re.compile(r"/models/[^/]+/api-server(/.*)?", re.DOTALL): "api-server",
+    re.compile(r"/models(/.*)?", re.DOTALL): "models",
+    re.compile(r"/(generate|generate_stream)(/.*)?", re.DOTALL): "generate",
+    re.compile(r"/inference(/.*)?", re.DOTALL): "inference",
+    re.compile(r"/v1(/.*)?", re.DOTALL): "openai",
+    re.compile(r"/api/llm/inference(/.*)?", re.DOTALL): "autotrain",
+    re.compile(r"/(health|status|info|events|metrics|docs|redoc|openapi\.json)?(/.*)?", re.DOTALL): "gateway",
+    re.compile(r".*", re.DOTALL): "other",
+}
+
+
+@pytest.mark.parametrize("count", range(1, 6))
+def test_an_address_belongs_where_the_first_shape_that_fits_says(count: int) -> None:
+    for path in map("/".join, product(STEPS, repeat=count)):
+        api = next(api for shape, api in SHAPES.items() if shape.fullmatch(path))
+        assert api_of(path) == api, path
 
 
 @pytest.mark.parametrize(
