@@ -216,6 +216,7 @@ class OfModel:
 
     def ended(self, outcome: str) -> None:
         if outcome not in self._outcomes:
+            self._figures.of(self._model)  # so that it is forgotten again, should the model be gone
             self._outcomes[outcome] = self._figures.calls.of(self._model, outcome)
         self._outcomes[outcome].value += 1
 

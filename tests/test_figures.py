@@ -384,6 +384,15 @@ def test_a_model_that_left_the_catalog_is_forgotten_and_begins_anew_when_it_come
     assert values(page, model="stays", reason="idle") == {"gateway_stops_total": 1}
 
 
+def test_what_ends_after_its_model_was_forgotten_is_forgotten_too() -> None:
+    figures = Figures("1")
+    late = figures.of("goes")
+    page_of(figures)
+    late.ended("cancelled")
+
+    assert b"goes" not in page_of(figures)
+
+
 def test_two_gateways_in_one_process_count_apart() -> None:
     one, other = Figures("1"), Figures("2")
     one.of("m").ended("ok")
