@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import time
+from bisect import bisect_left
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from functools import cache
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, disable_created_metrics
 from prometheus_client import generate_latest as rendered
@@ -20,6 +20,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.registry import Collector
 
+from gateway.counts import Buckets, Count, Counts, Histograms
 from gateway.fleet.journal import Entry
 from gateway.fleet.starts import Moves, Started, Stopped
 from gateway.fleet.status import Status
@@ -50,30 +51,30 @@ class Figures:
         own = self.registry = CollectorRegistry()
         ProcessCollector(registry=own)
         Gauge("gateway_build_info", "1; the label tells the version.", ["version"], registry=own).labels(version).set(1)
-        self.queue_wait = Histogram(
+        self.queue_wait = Histograms(
             "gateway_queue_wait_seconds",
             "Time from a call's arrival until it had the model's server, a cold start included.",
             ["model"],
             registry=own,
             buckets=WAITS_S,
         )
-        self.first_token = Histogram(
+        self.first_token = Histograms(
             "gateway_time_to_first_token_seconds",
             "Time from a call's arrival until the first token of its stream, the wait in the queue included.",
             ["model"],
             registry=own,
             buckets=FIRST_TOKEN_S,
         )
-        self.generated_tokens = Counter(
+        self.generated_tokens = Counts(
             "gateway_generated_tokens_total",
             "Tokens of answers that came to their end, by the server's own count; its events where it tells no count.",
             ["model"],
             registry=own,
         )
-        self.prompt_tokens = Counter(
+        self.prompt_tokens = Counts(
             "gateway_prompt_tokens_total", "Tokens of prompts, where the server tells.", ["model"], registry=own
         )
-        self.calls = Counter(
+        self.calls = Counts(
             "gateway_calls_total",
             "Calls to models' servers by how they ended; a request with many prompts makes many.",
             ["model", "outcome"],
@@ -102,10 +103,10 @@ class Figures:
             ["model", "reason"],
             registry=own,
         )
-        self._requests = Counter(
+        self._requests = Counts(
             "gateway_requests_total", "Requests by API and outcome.", ["api", "outcome"], registry=own
         )
-        self._request_time = Histogram(
+        self._request_time = Histograms(
             "gateway_request_duration_seconds",
             "How long requests took, to the last byte of the answer.",
             ["api"],
@@ -123,8 +124,7 @@ class Figures:
             "Tasks of the event loop: with nothing under way always about as many.",
             registry=own,
         )
-        # looked up once, because it is asked at every request
-        self._requests_of, self._request_time_of = cache(self._requests.labels), cache(self._request_time.labels)
+        self._answers: dict[tuple[str, str], tuple[Count, Buckets]] = {}
         self._models: dict[str, OfModel] = {}
         self._moves = Moves(clock)
 
@@ -152,8 +152,12 @@ class Figures:
 
     def answered(self, api: str, outcome: str, took_s: float) -> None:
         """Count a request. `api` and `outcome` come from tables, and never from the caller."""
-        self._requests_of(api, outcome).inc()
-        self._request_time_of(api).observe(took_s)
+        if (api, outcome) not in self._answers:
+            self._answers[api, outcome] = self._requests.of(api, outcome), self._request_time.of(api)
+        requests, took = self._answers[api, outcome]
+        requests.value += 1
+        took.sum += took_s  # as observe() does, without a call: it is asked at every request
+        took.counts[bisect_left(took.bounds, took_s)] += 1
 
     @asynccontextmanager
     async def sampling_lag(self) -> AsyncIterator[None]:
@@ -178,54 +182,43 @@ class Figures:
 
         Written in a thread: with a thousand models it takes longer than the event loop should stand still.
         """
-        self._forget(self._models.keys() - {status.spec.id for status in statuses})
+        if gone := self._models.keys() - {status.spec.id for status in statuses}:
+            self._forget(gone)
         self._tasks.set(len(asyncio.all_tasks()))
         now = Now(statuses, gpus)
         return await asyncio.to_thread(lambda: rendered(now) + rendered(self.registry))
 
     def _forget(self, models: set[str]) -> None:
-        of_models: tuple[MetricWrapperBase, ...] = (
-            self.queue_wait,
-            self.first_token,
-            self.generated_tokens,
-            self.prompt_tokens,
-            self.calls,
-            self._starts,
-            self._start_time,
-            self._stops,
-        )
+        for rows in (self.queue_wait, self.first_token, self.generated_tokens, self.prompt_tokens, self.calls):
+            rows.forget(models)
+        of_starts: tuple[MetricWrapperBase, ...] = (self._starts, self._start_time, self._stops)
         for model in models:
             del self._models[model]
-            for metric in of_models:
+            for metric in of_starts:
                 metric.remove_by_labels({"model": model})
 
 
 class OfModel:
-    """Counts for one model: the labels are looked up once, because this is called in the midst of requests."""
+    """Counts for one model: the rows are looked up once, because this is called in the midst of requests."""
 
     def __init__(self, figures: Figures, model: str) -> None:
         self._figures = figures
         self._model = model
-        self._outcomes: dict[str, Counter] = {}
-        self._queue_wait = figures.queue_wait.labels(model)
-        self._first_token = figures.first_token.labels(model)
-        self._generated = figures.generated_tokens.labels(model)
-        self._prompts = figures.prompt_tokens.labels(model)
-
-    def waited(self, seconds: float) -> None:
-        self._queue_wait.observe(seconds)
-
-    def first_token(self, seconds: float) -> None:
-        self._first_token.observe(seconds)
+        self._outcomes: dict[str, Count] = {}
+        self.waited = figures.queue_wait.of(model).observe
+        self.first_token = figures.first_token.of(model).observe
+        self._generated = figures.generated_tokens.of(model)
+        self._prompts = figures.prompt_tokens.of(model)
 
     def generated(self, tokens: int, prompt_tokens: int) -> None:
-        self._generated.inc(tokens)
-        self._prompts.inc(prompt_tokens)
+        self._generated.value += tokens
+        self._prompts.value += prompt_tokens
 
     def ended(self, outcome: str) -> None:
         if outcome not in self._outcomes:
-            self._outcomes[outcome] = self._figures.calls.labels(self._model, outcome)
-        self._outcomes[outcome].inc()
+            self._figures.of(self._model)  # so that it is forgotten again, should the model be gone
+            self._outcomes[outcome] = self._figures.calls.of(self._model, outcome)
+        self._outcomes[outcome].value += 1
 
 
 class Now(Collector):

@@ -18,6 +18,7 @@ FLOORS = [
         "gateway.machine",
         "gateway.devices",
         "gateway.aside",
+        "gateway.counts",
     ],
     ["gateway.catalog", "gateway.generation", "gateway.departure", "gateway.outcome", "gateway.waiting"],
     [
@@ -61,6 +62,7 @@ ALONE = {
     "gateway.machine",
     "gateway.devices",
     "gateway.aside",
+    "gateway.counts",
 }
 """These import nothing of the package: programs and values that stand by themselves."""
 SIDE_BY_SIDE = {"gateway.fleet", "gateway.api", "gateway.engines", "gateway.runtimes"}

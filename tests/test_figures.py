@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from itertools import product
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families as families_of
 from starlette.types import Message, Receive, Scope, Send
 
 from gateway.api.metrics import api_of, counted, gpus_of
 from gateway.api.middleware import RequestLog
 from gateway.catalog import ModelSpec
-from gateway.figures import Figures, Gpu
+from gateway.figures import FIRST_TOKEN_S, REQUESTS_S, WAITS_S, Figures, Gpu, OfModel
 from gateway.fleet.gpus import Gpus
 from gateway.fleet.journal import Entry, Journal
 from gateway.fleet.placement import Device, Place
@@ -274,6 +280,96 @@ def test_what_models_do_is_counted_for_each() -> None:
     assert values(page, outcome="cancelled") == {"gateway_calls_total model=other": 1}
 
 
+class Theirs:
+    """What `Figures` counts in the midst of requests, counted by prometheus_client's own counters."""
+
+    def __init__(self, figures: Figures) -> None:
+        self.registry = CollectorRegistry()
+        words = {family.name: family.documentation for family in figures.registry.collect()}
+
+        def counter(name: str, *labels: str) -> Counter:
+            return Counter(name, words[name], labels, registry=self.registry)
+
+        def histogram(name: str, label: str, bounds: Sequence[float]) -> Histogram:
+            return Histogram(name, words[name], [label], registry=self.registry, buckets=bounds)
+
+        self.queue_wait = histogram("gateway_queue_wait_seconds", "model", WAITS_S)
+        self.first_token = histogram("gateway_time_to_first_token_seconds", "model", FIRST_TOKEN_S)
+        self.generated = counter("gateway_generated_tokens", "model")
+        self.prompts = counter("gateway_prompt_tokens", "model")
+        self.calls = counter("gateway_calls", "model", "outcome")
+        self.requests = counter("gateway_requests", "api", "outcome")
+        self.request_time = histogram("gateway_request_duration_seconds", "api", REQUESTS_S)
+
+    def call(self, model: str, seconds: float, tokens: int, outcome: str) -> None:
+        self.queue_wait.labels(model).observe(seconds)
+        self.first_token.labels(model).observe(seconds)
+        self.generated.labels(model).inc(tokens)
+        self.prompts.labels(model).inc(tokens + 1)
+        self.calls.labels(model, outcome).inc()
+
+    def answered(self, api: str, outcome: str, took_s: float) -> None:
+        self.requests.labels(api, outcome).inc()
+        self.request_time.labels(api).observe(took_s)
+
+
+def call(one: OfModel, seconds: float, tokens: int, outcome: str) -> None:
+    one.waited(seconds)
+    one.first_token(seconds)
+    one.generated(tokens, tokens + 1)
+    one.ended(outcome)
+
+
+def told_of(names: Iterable[str], page: bytes) -> list[str]:
+    """Return what a page tells under these names, each with its help and type."""
+    told = page.decode().split("# HELP ")[1:]
+    return [text for text in told if text.split(" ")[0] in names]
+
+
+SECONDS = st.sampled_from([0, *WAITS_S, *FIRST_TOKEN_S, *REQUESTS_S, math.inf]) | st.floats(0, 2000)
+OUTCOMES = st.sampled_from(["ok", "cancelled", "START_TIMEOUT"])
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("abc"), SECONDS, st.integers(0, 10**8), OUTCOMES)),
+    st.lists(st.tuples(st.sampled_from(["generate", "openai"]), OUTCOMES, SECONDS)),
+)
+def test_requests_are_told_as_prometheus_own_counters_would_tell_them(
+    calls: list[tuple[str, float, int, str]], answers: list[tuple[str, str, float]]
+) -> None:
+    figures = Figures("1")
+    theirs = Theirs(figures)
+    for model, seconds, tokens, outcome in calls:
+        call(figures.of(model), seconds, tokens, outcome)
+        theirs.call(model, seconds, tokens, outcome)
+    for answer in answers:
+        figures.answered(*answer)
+        theirs.answered(*answer)
+
+    expected = generate_latest(theirs.registry)
+    names = {text.split(" ")[0] for text in expected.decode().split("# HELP ")[1:]}
+    assert len(names) == 7
+    assert told_of(names, page_of(figures, [status_of(model) for model in "abc"])) == told_of(names, expected)
+
+
+def test_a_model_that_was_never_called_is_told_as_zero_and_without_outcomes() -> None:
+    figures = Figures("1")
+    figures.of("m")
+
+    page = page_of(figures, [status_of("m")]).decode()
+
+    rows = set(re.findall(r'^(\w+)\{[^}]*model="m"[^}]*\} 0\.0$', page, re.MULTILINE))
+    assert {
+        "gateway_queue_wait_seconds_bucket",
+        "gateway_queue_wait_seconds_count",
+        "gateway_queue_wait_seconds_sum",
+        "gateway_time_to_first_token_seconds_sum",
+        "gateway_generated_tokens_total",
+        "gateway_prompt_tokens_total",
+    } <= rows
+    assert "gateway_calls_total" not in rows
+
+
 def test_a_model_that_left_the_catalog_is_forgotten_and_begins_anew_when_it_comes_back() -> None:
     figures = Figures("1")
     journal = Journal(lambda: 0.0, figures.heard)
@@ -287,6 +383,15 @@ def test_a_model_that_left_the_catalog_is_forgotten_and_begins_anew_when_it_come
     page = page_of(figures, [status_of("stays"), status_of("goes")])
     assert values(page, model="goes", outcome="ok") == {"gateway_calls_total": 1}
     assert values(page, model="stays", reason="idle") == {"gateway_stops_total": 1}
+
+
+def test_what_ends_after_its_model_was_forgotten_is_forgotten_too() -> None:
+    figures = Figures("1")
+    late = figures.of("goes")
+    page_of(figures)
+    late.ended("cancelled")
+
+    assert b"goes" not in page_of(figures)
 
 
 def test_two_gateways_in_one_process_count_apart() -> None:
@@ -370,6 +475,8 @@ def test_names_are_escaped_where_the_format_asks_for_it() -> None:
         ("/models/gpt-2/tgi/v1/chat/completions", "tgi"),
         ("/models/gpt-2/tgi", "tgi"),
         ("/v1/models", "openai"),
+        ("/v1/chat/completions", "openai"),
+        ("/v1/completions", "openai"),
         ("/models", "models"),
         ("/models/gpt-2/start", "models"),
         ("/", "gateway"),
@@ -386,10 +493,33 @@ def test_names_are_escaped_where_the_format_asks_for_it() -> None:
         ("/models//tgi", "models"),
         ("/api/llm/inference/", "autotrain"),
         ("/api/llm", "other"),
+        ("/api/llm/inferences", "other"),
     ],
 )
 def test_an_address_belongs_to_one_of_few_apis(path: str, api: str) -> None:
     assert api_of(path) == api
+
+
+STEPS = ("", "models", "gpt-2", "tgi", "llm-service", "generate", "api", "llm", "inference", "v1")
+SHAPES = {
+    re.compile(r"/models/[^/]+/tgi(/.*)?", re.DOTALL): "tgi",
+    re.compile(r"/models/[^/]+/llm-service(/.*)?", re.DOTALL): "llm-service",
+    re.compile(r"/models/[^/]+/api-server(/.*)?", re.DOTALL): "api-server",
+    re.compile(r"/models(/.*)?", re.DOTALL): "models",
+    re.compile(r"/(generate|generate_stream)(/.*)?", re.DOTALL): "generate",
+    re.compile(r"/inference(/.*)?", re.DOTALL): "inference",
+    re.compile(r"/v1(/.*)?", re.DOTALL): "openai",
+    re.compile(r"/api/llm/inference(/.*)?", re.DOTALL): "autotrain",
+    re.compile(r"/(health|status|info|events|metrics|docs|redoc|openapi\.json)?(/.*)?", re.DOTALL): "gateway",
+    re.compile(r".*", re.DOTALL): "other",
+}
+
+
+@pytest.mark.parametrize("count", range(1, 6))
+def test_an_address_belongs_where_the_first_shape_that_fits_says(count: int) -> None:
+    for path in map("/".join, product(STEPS, repeat=count)):
+        api = next(api for shape, api in SHAPES.items() if shape.fullmatch(path))
+        assert api_of(path) == api, path
 
 
 @pytest.mark.parametrize(

@@ -50,15 +50,32 @@ def gpus_of(gpus: Gpus) -> Sequence[Gpu]:
     ]
 
 
+def _by_its_steps(path: str) -> str:
+    if path[:1] != "/":
+        return "other"
+    steps = path.split("/", 4)
+    if steps[1] == "models":
+        return _OF_A_MODEL.get(steps[3], "models") if len(steps) > 3 and steps[2] else "models"
+    return _APIS.get(steps[1]) or ("autotrain" if _AUTOTRAIN.fullmatch(path) else "other")
+
+
+_ASKED_OFTEN = {
+    path: _by_its_steps(path)
+    for path in (
+        "/generate",
+        "/generate_stream",
+        "/inference",
+        "/api/llm/inference",
+        "/v1/chat/completions",
+        "/v1/completions",
+    )
+}
+"""What is met without taking a path apart."""
+
+
 def api_of(path: str) -> str:
     """Return which API an address belongs to: one of a table, whatever the path holds."""
-    if not path.startswith("/"):
-        return "other"
-    first, _, rest = path[1:].partition("/")
-    if first == "models":
-        model_id, _, rest = rest.partition("/")
-        return _OF_A_MODEL.get(rest.partition("/")[0], "models") if model_id else "models"
-    return _APIS.get(first) or ("autotrain" if _AUTOTRAIN.fullmatch(path) else "other")
+    return _ASKED_OFTEN[path] if path in _ASKED_OFTEN else _by_its_steps(path)
 
 
 def counted(figures: Figures) -> Ended:
