@@ -42,30 +42,26 @@ class Allowance:
         Raises:
             RateLimited: it would be one too many; it was not counted.
         """
-        self._check_concurrency()
-        self._check_rate()
+        most = self.key.max_concurrency
+        if most is not None and self._under_way >= most:
+            words = f"The key {self.key.name} may have {most} requests under way; ask again when one has ended."
+            raise RateLimited(words, retry_after_s=SLOT_S)
+        if self.key.requests_per_minute is not None:
+            self._begin(self.key.requests_per_minute, self._clock())
         return Standing(self._count, self._room)
 
     def _count(self, change: int) -> None:
         self._under_way += change
 
-    def _check_concurrency(self) -> None:
-        most = self.key.max_concurrency
-        if most is not None and self._under_way >= most:
-            words = f"The key {self.key.name} may have {most} requests under way; ask again when one has ended."
-            raise RateLimited(words, retry_after_s=SLOT_S)
-
-    def _check_rate(self) -> None:
-        """At most so many requests begin within any minute."""
-        most, now = self.key.requests_per_minute, self._clock()
-        if most is None:
-            return
-        while self._began_at and self._began_at[0] <= now - MINUTE_S:
-            self._began_at.popleft()
-        if len(self._began_at) >= most:
+    def _begin(self, most: int, now: float) -> None:
+        """Note that a request begins: at most so many do within any minute."""
+        began_at = self._began_at
+        while began_at and began_at[0] <= now - MINUTE_S:
+            began_at.popleft()
+        if len(began_at) >= most:
             words = f"The key {self.key.name} may make {most} requests a minute; Retry-After says when the next one."
-            raise RateLimited(words, retry_after_s=self._began_at[0] + MINUTE_S - now)
-        self._began_at.append(now)
+            raise RateLimited(words, retry_after_s=began_at[0] + MINUTE_S - now)
+        began_at.append(now)
 
 
 class Authorization:
