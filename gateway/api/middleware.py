@@ -79,8 +79,8 @@ class RequestLog:
         finally:
             took_s = time.perf_counter() - began_at
             self._ended(scope, exchange.status, took_s)
-            if log.isEnabledFor(logging.INFO):  # once the loop has sent the answer
-                asyncio.get_running_loop().call_soon(_tell, _facts(scope, exchange.status, took_s))
+            if log.isEnabledFor(logging.INFO):
+                log.handle(AccessLine(_facts(scope, exchange.status, took_s)))
 
 
 class _Exchange:
@@ -130,10 +130,6 @@ def _facts(scope: Scope, status: int | None, took_s: float) -> dict[str, object]
         if name in state:
             facts[name] = state[name]
     return facts
-
-
-def _tell(facts: dict[str, object]) -> None:
-    log.handle(AccessLine(facts))
 
 
 class AccessLine(logging.LogRecord):
