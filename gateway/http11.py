@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import re
 import select
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import cast
 
 import httptools
@@ -208,24 +208,22 @@ class Answer:
             return None
         return float(min(int(words[:9]), LONGEST_RETRY_S))
 
-    async def chunks(self) -> AsyncGenerator[bytes, None]:
-        """Yield the body.
+    async def more(self) -> bytes:
+        """Return what has come of the body since the last time, which is waited for; b"" at its end, however often.
 
         Raises:
             Broken: it ended too early, or what came is not HTTP.
         """
         reading = self._reading
-        while True:
-            if reading.pieces:
-                piece = reading.take()
-                self._connection.read_on()
-                yield piece
-            elif reading.is_complete:
-                return
-            elif reading.fault:
+        while not reading.waiting_bytes:
+            if reading.is_complete:
+                return b""
+            if reading.fault:
                 raise Broken(reading.fault)
-            else:
-                await self._connection.something()
+            await self._connection.something()
+        piece = reading.take()
+        self._connection.read_on()
+        return piece
 
 
 # ---- the connection ----
