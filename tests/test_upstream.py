@@ -369,6 +369,7 @@ def test_no_more_are_kept_than_there_is_room_for(play: Play) -> None:
         said(b"ok", "Connection: close"),
         said(b"ok", "Keep-Alive: max=1"),
         said(b"ok", "Keep-Alive: timeout=0"),
+        said(b"ok", "KEEP-alive: max=1"),
         said(b"ok").replace(b"HTTP/1.1", b"HTTP/1.0"),
     ],
 )
@@ -430,22 +431,26 @@ def test_a_connection_that_the_server_closes_meanwhile_is_not_used_again(play: P
     play(scene)
 
 
-def test_a_connection_whose_end_the_loop_has_not_noticed_yet_is_not_used_again(play: Play) -> None:
+@pytest.mark.parametrize("uses", [1, 3])
+def test_a_connection_whose_end_the_loop_has_not_noticed_yet_is_not_used_again(play: Play, uses: int) -> None:
     async def scene(client: HttpClient) -> None:
         loop = asyncio.get_running_loop()
         with socket.create_server(("127.0.0.1", 0)) as listener:
             listener.setblocking(False)
 
-            async def answer_one() -> socket.socket:
+            async def answer(times: int) -> socket.socket:
                 peer, _ = await loop.sock_accept(listener)
-                await loop.sock_recv(peer, 4096)
-                await loop.sock_sendall(peer, said(b"ok"))
+                for _ in range(times):
+                    await loop.sock_recv(peer, 4096)
+                    await loop.sock_sendall(peer, said(b"ok"))
                 return peer
 
             url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-            peer, _ = await asyncio.gather(answer_one(), ask(client, url))
-            peer.close()  # and from here to the next request the loop has no turn
-            answering = asyncio.create_task(answer_one())
+            answering = asyncio.create_task(answer(uses))
+            for _ in range(uses):
+                assert await ask(client, url) == (200, b"ok")
+            (await answering).close()  # and from here to the next request the loop has no turn
+            answering = asyncio.create_task(answer(1))
             assert await ask(client, url) == (200, b"ok")
             (await answering).close()
 
