@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import re
 import select
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import Mapping
+from functools import cached_property, lru_cache
+from itertools import chain
 from typing import cast
 
 import httptools
@@ -48,21 +50,21 @@ def request_head(call: Call, target: str, host: str, headers: Mapping[str, str])
     """
     if not _TARGET.fullmatch(target):
         raise ValueError("the path of a call is no path")
-    lines = [f"{call.method} {target} HTTP/1.1\r\nHost: {host}\r\n{_ALWAYS}"]
-    lines += _header_lines({**headers, **call.headers})
-    if call.body or call.method != "GET":
-        lines.append(f"Content-Length: {len(call.body)}")
-    if call.fresh:
-        lines.append("Connection: close")
-    lines.append("\r\n")
-    return "\r\n".join(lines).encode("utf-8", "surrogateescape")
-
-
-def _header_lines(headers: Mapping[str, str]) -> Iterator[str]:
-    for name, value in headers.items():
-        if not _NAME.fullmatch(name) or name.lower() in _OURS or _CONTROLS.search(value):
+    head = f"{call.method} {target} HTTP/1.1\r\nHost: {host}\r\n{_ALWAYS}"
+    for name, value in {**headers, **call.headers}.items():
+        if not _is_a_calls(name) or _CONTROLS.search(value):
             raise ValueError("a call has a header that cannot be sent")
-        yield f"{name}: {value}"
+        head += f"\r\n{name}: {value}"
+    if call.body or call.method != "GET":
+        head += f"\r\nContent-Length: {len(call.body)}"
+    if call.fresh:
+        head += "\r\nConnection: close"
+    return f"{head}\r\n\r\n".encode("utf-8", "surrogateescape")
+
+
+@lru_cache(maxsize=256)  # of names alone: a value may be a key
+def _is_a_calls(name: str) -> bool:
+    return _NAME.fullmatch(name) is not None and name.lower() not in _OURS
 
 
 # ---- reading ----
@@ -73,40 +75,52 @@ class Reading:
 
     def __init__(self) -> None:
         self.status = 0
-        self.headers: dict[str, str] = {}
         self.has_head = False
         self.is_complete = False
-        self.keeps = False
-        """Whether the connection may carry another request after this answer."""
         self.fault = ""
         """Why there will be no more of it."""
+        self.is_over = False
+        """Whether nothing more will come of it: it is complete, or has a fault."""
+        self.keeps = False
+        """Whether the connection may carry another request after this answer."""
         self.pieces: list[bytes] = []
         """What has come of the body and was not taken yet."""
         self.waiting_bytes = 0
         self._parser: httptools.HttpResponseParser | None = httptools.HttpResponseParser(self)
-        self._head_bytes = 0
+        self._said: list[tuple[bytes, bytes]] = []
+        """The headers as they came."""
+        self._interim_headers = 0
+        """How many of these are not the answer's own."""
+        self._names = b""
+        """Of the headers, in lower case, each between line ends."""
         self._no_body_bytes = 0
         self._is_interim = False
-        self._until_close = False
 
     @property
-    def is_over(self) -> bool:
-        """Whether nothing more will come of it."""
-        return self.is_complete or bool(self.fault)
+    def headers(self) -> Mapping[str, str]:
+        """By their names in lower case; decoded each time."""
+        return {
+            name.decode("latin-1").lower(): value.strip().decode("utf-8", "surrogateescape")
+            for name, value in self._said
+        }
+
+    def header(self, name: bytes) -> bytes | None:
+        """Return the header of this name, which is in lower case, as it came; None if there is none."""
+        at = self._names.rfind(b"\n%b\n" % name)
+        return None if at < 0 else self._said[self._names.count(b"\n", 0, at)][1]
 
     def feed(self, data: bytes) -> None:
         """Take what came."""
         if self.is_over or self._parser is None:
             self._fail("it said more than its answer")
             return
-        before = len(self.pieces)
+        self._no_body_bytes += len(data)
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
             self._fail("it changed to another protocol")
         except httptools.HttpParserError:
             self._fail("its answer is not HTTP")
-        self._no_body_bytes = 0 if len(self.pieces) > before else self._no_body_bytes + len(data)
         if self._no_body_bytes > MOST_HEAD_BYTES and not self.is_complete:
             self._fail("its answer has a head, or what follows a body, that is too large")
 
@@ -115,8 +129,8 @@ class Reading:
         self.keeps = False
         if self.is_over:
             return
-        if well and self.has_head and self._until_close:
-            self.is_complete = True
+        if well and self.has_head and not self._has_end:
+            self.is_complete = self.is_over = True
         elif self.has_head:
             self._fail("it closed the connection before the end of its answer")
         else:
@@ -124,14 +138,15 @@ class Reading:
 
     def take(self) -> bytes:
         """Return what has come of the body."""
-        [piece] = self.pieces if len(self.pieces) == 1 else [b"".join(self.pieces)]
-        self.pieces.clear()
+        piece = self.pieces[0] if len(self.pieces) == 1 else b"".join(self.pieces)
+        self.pieces = []
         self.waiting_bytes = 0
         return piece
 
     def let_go(self) -> None:
         """Be read no further: the answer was left, or is complete."""
-        self._fail("the answer was left")
+        if not self.is_over:
+            self._fail("the answer was left")
         self._parser = None  # which holds this object in turn
 
     def on_message_begin(self) -> None:
@@ -139,35 +154,41 @@ class Reading:
             raise ValueError("surplus")  # reported by the parser as an error of its own
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self.has_head:  # a trailer
-            return
-        self._head_bytes += len(name) + len(value)
-        self.headers[name.decode("latin-1").lower()] = value.strip().decode("utf-8", "surrogateescape")
+        if not self.has_head:  # else it is a trailer
+            self._said.append((name, value))
 
     def on_headers_complete(self) -> None:
         assert self._parser is not None
         status = self._parser.get_status_code()
         if 100 <= status < 200:
-            self._is_interim, self.headers = True, {}
+            self._is_interim, self._interim_headers = True, len(self._said)
             return
-        if self._head_bytes > MOST_HEAD_BYTES:
+        if self._no_body_bytes > MOST_HEAD_BYTES and sum(map(len, chain(*self._said))) > MOST_HEAD_BYTES:
             self._refuse("its answer has a head that is too large")
-        encoding = self.headers.get("transfer-encoding")
-        if encoding is not None and encoding.lower() != "chunked":
+        del self._said[: self._interim_headers]
+        self._names = b"\n".join([b"", *[name for name, _ in self._said], b""]).lower()
+        encoding = self.header(b"transfer-encoding")
+        if encoding is not None and encoding.strip().lower() != b"chunked":
             self._refuse("its answer has a transfer encoding that was not asked for")
         self.status, self.has_head = status, True
         self.keeps = self._parser.should_keep_alive()
-        self._until_close = encoding is None and "content-length" not in self.headers and status not in (204, 304)
 
     def on_body(self, body: bytes) -> None:
         self.pieces.append(body)
         self.waiting_bytes += len(body)
+        self._no_body_bytes = 0
 
     def on_message_complete(self) -> None:
         if self._is_interim:
             self._is_interim = False
         else:
-            self.is_complete = True
+            self.is_complete = self.is_over = True
+
+    @property
+    def _has_end(self) -> bool:
+        """Whether the answer says where it ends; one that does not ends with the connection."""
+        names = (b"transfer-encoding", b"content-length")
+        return self.status in (204, 304) or any(self.header(name) is not None for name in names)
 
     def _refuse(self, words: str) -> None:
         self._fail(words)
@@ -176,7 +197,7 @@ class Reading:
     def _fail(self, words: str) -> None:
         self.keeps = False
         if not self.is_over:
-            self.fault = words
+            self.fault, self.is_over = words, True
 
 
 def idle_s(headers: Mapping[str, str], uses: int, most_s: float) -> float:
@@ -198,7 +219,11 @@ class Answer:
         self._reading = reading
         self._connection = connection
         self.status = reading.status
-        self.headers: Mapping[str, str] = reading.headers
+
+    @cached_property
+    def headers(self) -> Mapping[str, str]:
+        """By their names in lower case. Decoded once somebody looks: at most answers nobody does."""
+        return self._reading.headers
 
     @property
     def retry_after_s(self) -> float | None:
@@ -208,24 +233,22 @@ class Answer:
             return None
         return float(min(int(words[:9]), LONGEST_RETRY_S))
 
-    async def chunks(self) -> AsyncGenerator[bytes, None]:
-        """Yield the body.
+    async def more(self) -> bytes:
+        """Return what has come of the body since the last time, which is waited for; b"" at its end, however often.
 
         Raises:
             Broken: it ended too early, or what came is not HTTP.
         """
         reading = self._reading
-        while True:
-            if reading.pieces:
-                piece = reading.take()
-                self._connection.read_on()
-                yield piece
-            elif reading.is_complete:
-                return
-            elif reading.fault:
+        while not reading.waiting_bytes:
+            if reading.is_complete:
+                return b""
+            if reading.fault:
                 raise Broken(reading.fault)
-            else:
-                await self._connection.something()
+            await self._connection.something()
+        piece = reading.take()
+        self._connection.read_on()
+        return piece
 
 
 # ---- the connection ----
@@ -234,12 +257,16 @@ class Answer:
 class Connection(asyncio.Protocol):
     """One connection to a server. It carries one request at a time, and remembers nothing of it afterwards."""
 
+    loop: asyncio.AbstractEventLoop
+    """The one in which it was made."""
+    _transport: asyncio.Transport
+
     def __init__(self) -> None:
         self.uses = 0
         self.idle_until = 0.0
-        self._transport: asyncio.Transport | None = None
         self._reading: Reading | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self._poll: select.poll | None = None
         self._may_write = True
         self._may_read = True
 
@@ -252,29 +279,28 @@ class Connection(asyncio.Protocol):
             ConnectFailed: the server had closed the connection before anything was sent.
             Broken: there is no answer. If the connection was used before, nobody knows whether the request was read.
         """
-        assert self._transport is not None
         if self._transport.is_closing():
             raise ConnectFailed("it closes connections at once")
         reading = self._reading = Reading()
         self.uses += 1
-        await self._write(head, body, reading)
-        while not reading.has_head and not reading.is_over:
+        if len(body) <= LARGE_BYTES:
+            self._transport.write(head + body)
+        else:
+            await self._write_large(head, body, reading)
+        while not reading.has_head:
+            if reading.is_over:
+                raise Broken(reading.fault)
             await self.something()
-        if not reading.has_head:
-            raise Broken(reading.fault)
         return Answer(reading, self)
 
-    async def something(self) -> None:
-        """Wait for something to happen: to come, to end, or to have gone out."""
-        self._waiter = asyncio.get_running_loop().create_future()
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
+    def something(self) -> asyncio.Future[None]:
+        """Return what is done once something happens: once it comes, ends, or has gone out. One alone waits for it."""
+        self._waiter = self.loop.create_future()
+        return self._waiter
 
     def read_on(self) -> None:
         """Say that what had come was taken."""
-        if not self._may_read and self._transport is not None:
+        if not self._may_read:
             self._may_read = True
             self._transport.resume_reading()
 
@@ -284,7 +310,8 @@ class Connection(asyncio.Protocol):
         may_idle_s = 0.0
         if reading is not None:
             if reading.is_complete and reading.keeps:
-                may_idle_s = idle_s(reading.headers, self.uses, most_idle_s)
+                limits = reading.header(b"keep-alive")
+                may_idle_s = most_idle_s if limits is None else idle_s(reading.headers, self.uses, most_idle_s)
             reading.let_go()
         if not may_idle_s:
             self.abort()
@@ -298,22 +325,18 @@ class Connection(asyncio.Protocol):
 
         The socket is asked itself, because what it has may not have been read yet.
         """
-        if self._transport is None or self._transport.is_closing():
+        if self._transport.is_closing():
             return False
-        poll = select.poll()
-        poll.register(self._transport.get_extra_info("socket").fileno(), select.POLLIN)
-        return not poll.poll(0)
+        if self._poll is None:  # a socket keeps its number for as long as its transport is not closing
+            self._poll = select.poll()
+            self._poll.register(self._transport.get_extra_info("socket").fileno(), select.POLLIN)
+        return not self._poll.poll(0)
 
     def abort(self) -> None:
         """Close the connection, whatever it is about."""
-        if self._transport is not None:
-            self._transport.abort()
+        self._transport.abort()
 
-    async def _write(self, head: bytes, body: bytes, reading: Reading) -> None:
-        assert self._transport is not None
-        if len(body) <= LARGE_BYTES:
-            self._transport.write(head + body)
-            return
+    async def _write_large(self, head: bytes, body: bytes, reading: Reading) -> None:
         self._transport.write(head)
         view = memoryview(body)
         for start in range(0, len(body), LARGE_BYTES):
@@ -327,10 +350,12 @@ class Connection(asyncio.Protocol):
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+        self._waiter = None
 
     # what the transport calls
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.loop = asyncio.get_running_loop()
         self._transport = cast("asyncio.Transport", transport)  # uvloop's is one in all but name
 
     def data_received(self, data: bytes) -> None:
@@ -339,7 +364,7 @@ class Connection(asyncio.Protocol):
             self.abort()
             return
         reading.feed(data)
-        if reading.waiting_bytes > MOST_BUFFERED_BYTES and self._may_read and self._transport is not None:
+        if reading.waiting_bytes > MOST_BUFFERED_BYTES and self._may_read:
             self._may_read = False
             self._transport.pause_reading()
         self._wake()

@@ -9,8 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -146,10 +145,9 @@ class Passage(Errand["Whole | None"]):
     async def _pass_on(self, answer: Answer, stream: Stream, pace: Pace) -> None:
         lines = _Lines()
         try:
-            async with aclosing(answer.chunks()) as chunks:
-                async for chunk in chunks:
-                    if await self._over_with(lines.feed(chunk), stream, pace):
-                        return
+            while chunk := await answer.more():
+                if await self._over_with(lines.feed(chunk), stream, pace):
+                    return
         except Broken:
             if not self.manner.may_end:
                 raise
@@ -333,18 +331,18 @@ class _Discreet:
         self.status = answer.status
         self.retry_after_s = answer.retry_after_s
         self.headers = {name: self._hidden(value) for name, value in answer.headers.items()}
+        self._held = b""
+        """What may be the beginning of the key."""
 
-    async def chunks(self) -> AsyncGenerator[bytes, None]:
-        held = b""
-        async with aclosing(self._answer.chunks()) as chunks:
-            async for chunk in chunks:
-                said = hidden(held + chunk, self._spec)
-                sure = len(said) - begun_key(said, self._spec)
-                held = said[sure:]
-                if sure:
-                    yield said[:sure]
-        if held:
-            yield held
+    async def more(self) -> bytes:
+        while chunk := await self._answer.more():
+            said = hidden(self._held + chunk, self._spec)
+            sure = len(said) - begun_key(said, self._spec)
+            self._held = said[sure:]
+            if sure:
+                return said[:sure]
+        held, self._held = self._held, b""
+        return held
 
     def _hidden(self, value: str) -> str:
         return hidden(value.encode("utf-8", "surrogateescape"), self._spec).decode("utf-8", "surrogateescape")

@@ -12,8 +12,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, aclosing, suppress
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Generic, Protocol, TypeVar, cast
@@ -59,7 +59,7 @@ class Broken(Exception):
 
 
 class Answer(Protocol):
-    """A server's answer: its head, and its body as it comes. Raises `Broken` if it ends too early."""
+    """A server's answer: its head, and its body as it comes."""
 
     @property
     def status(self) -> int: ...
@@ -72,7 +72,12 @@ class Answer(Protocol):
     def retry_after_s(self) -> float | None:
         """When the server wants to be asked again, if it says so."""
 
-    def chunks(self) -> AsyncGenerator[bytes, None]: ...
+    async def more(self) -> bytes:
+        """Return what has come of the body since the last time, which is waited for; b"" at its end, however often.
+
+        Raises:
+            Broken: it ended too early.
+        """
 
 
 class Client(Protocol):
@@ -309,14 +314,13 @@ class Exchange(Errand[Finished]):
         if answer.status != 200:
             raise await self.refusal(answer)
         decoder = self.engine.decoder(self._request)
-        async with aclosing(answer.chunks()) as chunks:
-            async for chunk in chunks:
-                tokens, finished = _apart(decoder.feed(chunk))
-                if tokens:
-                    await self._sink.take(tokens, last=finished is not None)
-                    pace.came(len(tokens))
-                if finished:
-                    return replace(finished, generation_s=pace.took_s)
+        while chunk := await answer.more():
+            tokens, finished = _apart(decoder.feed(chunk))
+            if tokens:
+                await self._sink.take(tokens, last=finished is not None)
+                pace.came(len(tokens))
+            if finished:
+                return replace(finished, generation_s=pace.took_s)
         raise Broken("the answer has no end")
 
     async def complete(self, result: Finished, lease: Lease) -> Finished:
@@ -533,9 +537,6 @@ class Pace:
 async def start_of(answer: Answer, most_bytes: int) -> bytes:
     """Return the body of an answer, as much of it as can matter."""
     body = bytearray()
-    async with aclosing(answer.chunks()) as chunks:
-        async for chunk in chunks:
-            body += chunk
-            if len(body) > most_bytes:
-                break
+    while len(body) <= most_bytes and (chunk := await answer.more()):
+        body += chunk
     return bytes(body[:most_bytes])

@@ -36,9 +36,9 @@ class HttpClient:
     """
 
     def __init__(self, connect_s: float = CONNECT_S, idle_s: float = IDLE_S) -> None:
+        self.idle_s = idle_s
+        self.pool = Pool()
         self._connect_s = connect_s
-        self._idle_s = idle_s
-        self._pool = Pool()
         self._trusted: ssl.SSLContext | None = None
 
     def send(self, base_url: str, call: Call, headers: Mapping[str, str]) -> AbstractAsyncContextManager[Answer]:
@@ -55,36 +55,25 @@ class HttpClient:
 
     async def aclose(self) -> None:
         """Close what is kept. Answers that are being read are their readers' to leave."""
-        self._pool.close()
+        self.pool.close()
         await asyncio.sleep(0)  # a transport that was told to close does so in the loop's next round
 
-    async def connection(self, address: Address, *, fresh: bool) -> Connection:
-        """Return a connection to send one request over.
+    async def connect(self, address: Address) -> Connection:
+        """Return a new connection.
 
         Raises:
             ConnectFailed: none could be made in time.
         """
-        if not fresh and (kept := self._pool.take(_place(address))):
-            return kept
         try:
             async with asyncio.timeout(self._connect_s):
                 return await connect(address, self._trust() if address.scheme == "https" else None)
         except (OSError, UnicodeError) as error:  # a time-out is an OSError too, and what is wrong with TLS
             raise ConnectFailed(type(error).__name__) from error
 
-    def over_with(self, connection: Connection, address: Address, *, fresh: bool) -> None:
-        """Keep a connection whose answer was read to the end, if it may be; else close it at once."""
-        if may_idle_s := connection.leave(0.0 if fresh else self._idle_s):
-            self._pool.keep(_place(address), connection, may_idle_s)
-
     def _trust(self) -> ssl.SSLContext:
         """Return whom this machine trusts, as OpenSSL finds it: SSL_CERT_FILE, SSL_CERT_DIR, or its own store."""
         self._trusted = self._trusted or ssl.create_default_context()
         return self._trusted
-
-
-def _place(address: Address) -> Place:
-    return address.scheme, address.host, address.port
 
 
 class _Exchange:
@@ -93,13 +82,14 @@ class _Exchange:
     def __init__(self, client: HttpClient, address: Address, call: Call, head: bytes) -> None:
         self._client = client
         self._address = address
+        self._place: Place = address.scheme, address.host, address.port
         self._call = call
         self._head = head
         self._connection: Connection | None = None
 
     async def __aenter__(self) -> Answer:
-        fresh = self._call.fresh
-        connection = self._connection = await self._client.connection(self._address, fresh=fresh)
+        kept = None if self._call.fresh else self._client.pool.take(self._place)
+        connection = self._connection = kept or await self._client.connect(self._address)
         try:
             return await connection.ask(self._head, self._call.body)
         except BaseException as error:
@@ -109,8 +99,10 @@ class _Exchange:
             raise
 
     async def __aexit__(self, *_: object) -> None:
+        """Keep the connection, if the answer was read to the end and it may be kept; else close it at once."""
         assert self._connection is not None
-        self._client.over_with(self._connection, self._address, fresh=self._call.fresh)
+        if may_idle_s := self._connection.leave(0.0 if self._call.fresh else self._client.idle_s):
+            self._client.pool.keep(self._place, self._connection, may_idle_s)
 
 
 class Pool:
@@ -123,10 +115,10 @@ class Pool:
 
     def take(self, place: Place) -> Connection | None:
         """Return a connection that can be used again, if there is one."""
-        kept, now = self._kept.get(place, []), asyncio.get_running_loop().time()
+        kept = self._kept.get(place)
         while kept:
             connection = kept.pop()
-            if now < connection.idle_until and connection.is_quiet:
+            if connection.loop.time() < connection.idle_until and connection.is_quiet:
                 return connection
             connection.abort()
         return None
@@ -136,14 +128,13 @@ class Pool:
         if self._is_closed:
             connection.abort()
             return
-        loop = asyncio.get_running_loop()
-        connection.idle_until = loop.time() + idle_s
+        connection.idle_until = connection.loop.time() + idle_s
         kept = self._kept.setdefault(place, [])
         kept.append(connection)
         if len(kept) > MOST_KEPT:
             kept.pop(0).abort()
         if self._timer is None:
-            self._timer = loop.call_later(idle_s, self._sweep)
+            self._timer = connection.loop.call_later(idle_s, self._sweep)
 
     def close(self) -> None:
         """Close all, and keep none any more."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Literal
 
 import pytest
 from hypothesis import given
@@ -91,6 +92,33 @@ def test_a_head_has_one_line_for_each_header_or_is_refused(path: str, name: str,
         return
     assert head.count(b"\r") == head.count(b"\n") == head.count(b"\r\n") == 8
     assert head.find(b"\r\n\r\n") == len(head) - 4
+
+
+@given(
+    st.sampled_from(["GET", "POST"]),
+    st.binary(max_size=3),
+    st.dictionaries(st.sampled_from(["Authorization", "X-B", "x-b", "c"]), st.text("ab \t:é\udc80", max_size=4)),
+    st.dictionaries(st.sampled_from(["x-request-id", "X-B", "c"]), st.text("ab", max_size=4)),
+    st.booleans(),
+)
+def test_a_head_is_these_lines_in_this_order(
+    method: Literal["GET", "POST"], body: bytes, own: dict[str, str], tags: dict[str, str], fresh: bool
+) -> None:
+    head = request_head(Call("/x", body, own, method, fresh), "/v1/x", "model:80", tags)
+
+    assert head.decode("utf-8", "surrogateescape").split("\r\n") == [
+        f"{method} /v1/x HTTP/1.1",
+        "Host: model:80",
+        "Accept: */*",
+        "Accept-Encoding: identity",
+        "User-Agent: tgi-gateway",
+        *[f"{name}: {own.get(name, value)}" for name, value in tags.items()],
+        *[f"{name}: {value}" for name, value in own.items() if name not in tags],
+        *([f"Content-Length: {len(body)}"] if body or method == "POST" else []),
+        *(["Connection: close"] if fresh else []),
+        "",
+        "",
+    ]
 
 
 # ---- answers ----
@@ -211,6 +239,43 @@ def test_an_answers_names_are_in_lower_case_and_its_values_are_trimmed() -> None
     assert (headers["x-compute-time"], headers["cafe"], headers["server"]) == ("5", "x", "gruñón")
 
 
+NAMES = st.sampled_from(["Vary", "vary", "VARY", "Keep-Alive", "keep-alive", "X-Keep-Alive", "Keep", "Alive"])
+
+
+@given(st.lists(st.tuples(NAMES, st.text("ab \té", max_size=4))))
+def test_a_header_that_is_asked_for_alone_is_the_one_among_all(headers: list[tuple[str, str]]) -> None:
+    reading = read(said(b"", *[f"{name}: {value}" for name, value in headers]))
+    plain = {"content-length": "0"} | {name.lower(): value.strip(" \t") for name, value in headers}
+
+    assert reading.headers == plain
+    for name in ("vary", "keep-alive", "x-keep-alive", "keep", "alive", "content-length", "content", "", "v"):
+        found = reading.header(name.encode())
+        assert (found is None) == (name not in plain)
+        assert found is None or found.strip().decode() == plain[name]
+
+
+def test_an_answer_without_headers_has_none() -> None:
+    reading = read(b"HTTP/1.1 204 No Content\r\n\r\n")
+
+    assert (reading.headers, reading.header(b""), reading.header(b"keep-alive")) == ({}, None, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "refused"),
+    [
+        ("TRANSFER-encoding", "gzip, chunked", True),
+        ("transfer-encoding", "gzip, chunked", True),
+        ("Transfer-Encoding", "Chunked ", False),
+        ("X-Transfer-Encoding", "gzip", False),
+    ],
+)
+def test_the_encoding_of_a_transfer_is_found_however_it_is_written(name: str, value: str, refused: bool) -> None:
+    data = chunked(b"ok").replace(b"Transfer-Encoding: chunked", f"{name}: {value}".encode(), 1)
+    reading = read(data if name[0] != "X" else data.replace(b"\r\n", b"\r\nTransfer-Encoding: chunked\r\n", 1))
+
+    assert (reading.is_complete, "transfer encoding" in reading.fault) == (not refused, refused)
+
+
 def test_trailers_and_interim_answers_leave_no_header() -> None:
     assert "status" not in read(WELL_SAID["chunks with trailers"][0]).headers
     assert "link" not in read(WELL_SAID["interim answers"][0]).headers
@@ -243,6 +308,15 @@ def test_a_large_head_is_refused_even_if_it_comes_at_once() -> None:
 
     assert "too large" in reading.fault
     assert not reading.has_head
+
+
+@pytest.mark.parametrize("spare_bytes", [0, 1])
+def test_the_heads_of_interim_answers_count_too(spare_bytes: int) -> None:
+    hints = b"HTTP/1.1 103 Hints\r\nX: %b\r\n\r\n"
+    left_bytes = MOST_HEAD_BYTES - len("XContent-Length2") - 40_001 - spare_bytes + 1
+    reading = read(hints % (b"y" * 40_000) + said(b"ok", "X: " + "y" * left_bytes))
+
+    assert (reading.is_complete, "too large" in reading.fault) == (bool(spare_bytes), not spare_bytes)
 
 
 def test_a_body_has_no_bound_here() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 
 import pytest
@@ -33,13 +33,16 @@ class Said:
     def __init__(self, pieces: Mapping[float, bytes], status: int = 200, kind: str = "text/event-stream") -> None:
         self.status = status
         self.headers = {"content-type": kind}
-        self._pieces = pieces
+        self._pieces = iter(pieces.items())
+        self._began_at: float | None = None
 
-    async def chunks(self) -> AsyncGenerator[bytes, None]:
-        began = asyncio.get_running_loop().time()
-        for when, piece in self._pieces.items():
-            await asyncio.sleep(began + when - asyncio.get_running_loop().time())
-            yield piece
+    async def more(self) -> bytes:
+        loop = asyncio.get_running_loop()
+        self._began_at = loop.time() if self._began_at is None else self._began_at
+        for when, piece in self._pieces:
+            await asyncio.sleep(self._began_at + when - loop.time())
+            return piece
+        return b""
 
 
 class Speaker:

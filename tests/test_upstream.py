@@ -7,7 +7,7 @@ import socket
 import time
 import tracemalloc
 from collections.abc import Awaitable, Callable
-from contextlib import ExitStack, aclosing
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
 
@@ -61,8 +61,11 @@ async def _played(scene: Scene, client: HttpClient) -> None:
 
 
 async def body_of(answer: Answer) -> bytes:
-    async with aclosing(answer.chunks()) as chunks:
-        return b"".join([chunk async for chunk in chunks])
+    pieces = []
+    while piece := await answer.more():
+        pieces.append(piece)
+    assert await answer.more() == b""
+    return b"".join(pieces)
 
 
 async def ask(client: HttpClient, url: str, call: Call = ASK) -> tuple[int, bytes]:
@@ -136,11 +139,10 @@ def test_an_answer_that_is_cut_short_is_broken(play: Play, what: str) -> None:
 def test_what_came_before_the_cut_is_not_lost(play: Play) -> None:
     async def scene(client: HttpClient) -> None:
         async with serving(SaysAndCloses(said(b"hello")[:-1])) as server, client.send(server.url, ASK, {}) as answer:
-            chunks = answer.chunks()
-            heard = [await anext(chunks)]
-            with pytest.raises(Broken):
-                heard.append(await anext(chunks))
-            assert heard == [b"hell"]
+            assert await answer.more() == b"hell"
+            for _ in range(2):
+                with pytest.raises(Broken):
+                    await answer.more()
 
     play(scene)
 
@@ -367,6 +369,7 @@ def test_no_more_are_kept_than_there_is_room_for(play: Play) -> None:
         said(b"ok", "Connection: close"),
         said(b"ok", "Keep-Alive: max=1"),
         said(b"ok", "Keep-Alive: timeout=0"),
+        said(b"ok", "KEEP-alive: max=1"),
         said(b"ok").replace(b"HTTP/1.1", b"HTTP/1.0"),
     ],
 )
@@ -428,22 +431,26 @@ def test_a_connection_that_the_server_closes_meanwhile_is_not_used_again(play: P
     play(scene)
 
 
-def test_a_connection_whose_end_the_loop_has_not_noticed_yet_is_not_used_again(play: Play) -> None:
+@pytest.mark.parametrize("uses", [1, 3])
+def test_a_connection_whose_end_the_loop_has_not_noticed_yet_is_not_used_again(play: Play, uses: int) -> None:
     async def scene(client: HttpClient) -> None:
         loop = asyncio.get_running_loop()
         with socket.create_server(("127.0.0.1", 0)) as listener:
             listener.setblocking(False)
 
-            async def answer_one() -> socket.socket:
+            async def answer(times: int) -> socket.socket:
                 peer, _ = await loop.sock_accept(listener)
-                await loop.sock_recv(peer, 4096)
-                await loop.sock_sendall(peer, said(b"ok"))
+                for _ in range(times):
+                    await loop.sock_recv(peer, 4096)
+                    await loop.sock_sendall(peer, said(b"ok"))
                 return peer
 
             url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-            peer, _ = await asyncio.gather(answer_one(), ask(client, url))
-            peer.close()  # and from here to the next request the loop has no turn
-            answering = asyncio.create_task(answer_one())
+            answering = asyncio.create_task(answer(uses))
+            for _ in range(uses):
+                assert await ask(client, url) == (200, b"ok")
+            (await answering).close()  # and from here to the next request the loop has no turn
+            answering = asyncio.create_task(answer(1))
             assert await ask(client, url) == (200, b"ok")
             (await answering).close()
 
@@ -621,12 +628,10 @@ def test_a_server_that_speaks_faster_than_it_is_heard_is_slowed_down(play: Play)
                 while before != manner.sent_bytes:
                     before = manner.sent_bytes
                     await asyncio.sleep(0.1)
-                async with aclosing(answer.chunks()) as chunks:
-                    first = await anext(chunks)
-                    assert len(first) < 4 * MOST_BUFFERED_BYTES
-                    heard = len(first)
-                    while heard <= before:
-                        heard += len(await anext(chunks))
+                heard = len(await answer.more())
+                assert heard < 4 * MOST_BUFFERED_BYTES
+                while heard <= before:
+                    heard += len(await answer.more())
             await server.peers[0].has_left.wait()
 
     play(scene)
