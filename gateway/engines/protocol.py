@@ -53,8 +53,8 @@ def object_in(text: bytes) -> dict[str, Any]:
 def each_json_in(values: Sequence[bytes]) -> Iterable[Any]:
     """Return what the JSON of each line says, as `json_in`; there may be spaces around it.
 
-    All are read at once if all are quite right. Else each is when it is taken: nobody asks for what is behind the end of
-    an answer.
+    All are read at once if all are quite right. Else each is when it is taken: nobody asks for what is behind the end
+    of an answer.
 
     Raises:
         ValueError, RecursionError: one is not JSON, or too deep; when it is taken.

@@ -122,7 +122,7 @@ def generation(request: GenerationRequest) -> dict[str, Any]:
 
 def _parameters(request: GenerationRequest) -> dict[str, Any]:
     """Return TGI's parameters, without those that are off: it refuses most values that say so."""
-    said = {} if request.max_new_tokens is None else {"max_new_tokens": request.max_new_tokens}
+    said: dict[str, Any] = {} if request.max_new_tokens is None else {"max_new_tokens": request.max_new_tokens}
     said |= _sampling(request)
     if request.repetition_penalty != 1:
         said["repetition_penalty"] = request.repetition_penalty
@@ -140,7 +140,7 @@ def _sampling(request: GenerationRequest) -> dict[str, Any]:
     temperature = request.temperature
     if temperature == 0:
         return {"do_sample": False}  # and no top_p or top_k: with these it would sample
-    said = {"do_sample": True, "temperature": temperature if temperature > LEAST_TEMPERATURE else LEAST_TEMPERATURE}
+    said: dict[str, Any] = {"do_sample": True, "temperature": max(temperature, LEAST_TEMPERATURE)}
     if request.top_p < TOP_P_IS_OFF:
         said["top_p"] = request.top_p
     if request.top_k is not None:
