@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -114,38 +115,23 @@ def ask(**more: Any) -> GenerationRequest:
 
 
 TEXTS = st.text(st.characters(exclude_characters=NEVER), max_size=3)
-ODD = st.none() | st.booleans() | st.integers(-2, 2) | st.just("error") | st.just([]) | st.just(10**30)
-TGI_TOKENS = st.fixed_dictionaries(
-    {
-        "id": st.integers(0, 9) | ODD,
-        "text": TEXTS | ODD,
-        "logprob": st.floats() | st.sampled_from([-0.5, 0, None]) | ODD,
-        "special": st.booleans() | ODD,
-    }
-)
-TGI_ENDS = st.just({}) | st.fixed_dictionaries(
-    {
-        "generated_text": st.none() | TEXTS,
-        "details": st.none()
-        | st.fixed_dictionaries(
-            {
-                "finish_reason": st.sampled_from(["length", "eos_token", "stop_sequence", "odd"]),
-                "input_length": st.just(9) | ODD,
-            }
-        ),
-    }
-)
-LIKELIEST = st.none() | st.just([]) | st.just([{"id": 1, "text": "a", "logprob": -0.5}])
-TGI_FRAMES = st.builds(
-    lambda token, end, top: {"token": token, "top_tokens": top, **end}, TGI_TOKENS, TGI_ENDS, LIKELIEST
-)
-USUAL = st.builds(
-    lambda text, logprob: {
-        "token": {"id": 5, "text": text, "logprob": logprob, "special": False},
-        "generated_text": None,
-    },
-    TEXTS,
-    st.floats(-9, 0),
+NUMBERS = st.floats() | st.sampled_from([0, -1, 10**30, float("inf"), float("nan")])
+ODD = st.none() | st.booleans() | NUMBERS | st.sampled_from(["", "a", "error", [], [1], {}, {"a": 1}])
+USUAL: dict[str, Any] = {"id": 5, "text": " word", "logprob": -0.5, "special": False}
+DETAILS = st.fixed_dictionaries({"finish_reason": st.sampled_from(["length", "eos_token", "odd"]), "input_length": ODD})
+USUAL_FRAMES = st.builds(lambda text: {"token": {**USUAL, "text": text}, "generated_text": None}, TEXTS)
+TGI_FRAMES = (
+    st.builds(lambda name, odd: {"token": {**USUAL, name: odd}}, st.sampled_from([*USUAL, "more"]), ODD)
+    | st.builds(
+        lambda name: {"token": {key: said for key, said in USUAL.items() if key != name}}, st.sampled_from([*USUAL])
+    )
+    | st.builds(
+        lambda name, odd: {"token": USUAL, name: odd},
+        st.sampled_from(["token", "top_tokens", "generated_text", "details", "error"]),
+        ODD,
+    )
+    | st.builds(lambda details: {"token": USUAL, "generated_text": "a", "details": details}, DETAILS)
+    | st.just({"token": USUAL, "top_tokens": [{"id": 1, "text": "a", "logprob": -0.5}]})
 )
 ODD_FRAMES = st.sampled_from(
     [
@@ -165,10 +151,11 @@ ODD_FRAMES = st.sampled_from(
 
 @settings(derandomize=True)
 @given(
-    st.lists(USUAL | TGI_FRAMES | ODD_FRAMES, min_size=1, max_size=6),
+    st.lists(USUAL_FRAMES | TGI_FRAMES | ODD_FRAMES, min_size=1, max_size=6),
     st.sampled_from([None, 1, 3]),
     st.sampled_from([0, 1]),
 )
+@example([{"token": {**USUAL, "text": None}}], None, 0)
 def test_tgis_tokens_are_the_same_in_a_hurry_and_not(frames: list[Any], most: int | None, top: int) -> None:
     asked = {"max_new_tokens": most, "top_tokens": top}
     chunks = [line(frame) for frame in frames]
@@ -178,31 +165,30 @@ def test_tgis_tokens_are_the_same_in_a_hurry_and_not(frames: list[Any], most: in
     assert repr(heard(in_a_hurry, chunks)) == repr(heard(not_so, chunks))
 
 
-COMPLETIONS = st.fixed_dictionaries(
-    {
-        "choices": st.lists(
-            st.fixed_dictionaries(
-                {
-                    "text": TEXTS | ODD,
-                    "logprobs": st.none() | st.just({"tokens": ["a"], "token_logprobs": [-0.5]}) | ODD,
-                    "finish_reason": st.none() | st.sampled_from(["stop", "length", "abort"]),
-                }
-            ),
-            max_size=2,
-        )
-        | ODD
-    },
-    optional={
-        "usage": st.none() | st.fixed_dictionaries({"completion_tokens": st.just(3) | ODD}),
-        "error": st.none() | st.just("bad"),
-        "object": st.just("error") | st.just("text_completion"),
-    },
+CHOICE: dict[str, Any] = {"text": " word", "logprobs": None, "finish_reason": None}
+TEXT_ALONE = st.builds(lambda text: {"choices": [{**CHOICE, "text": text}]}, TEXTS)
+REPORTED = {"tokens": ["a", "b"], "token_logprobs": [-0.5, -1.5]}
+COMPLETIONS = (
+    st.builds(lambda name, odd: {"choices": [{**CHOICE, name: odd}]}, st.sampled_from([*CHOICE, "more"]), ODD)
+    | st.builds(lambda name, odd: {"choices": [CHOICE], name: odd}, st.sampled_from(["choices", "usage", "error"]), ODD)
+    | st.builds(lambda reason: {"choices": [{**CHOICE, "finish_reason": reason}]}, st.sampled_from(["stop", "abort"]))
+    | st.sampled_from(
+        [
+            {"choices": [CHOICE, CHOICE]},
+            {"choices": [{**CHOICE, "logprobs": REPORTED}]},
+            {"choices": [CHOICE], "usage": {"completion_tokens": 9, "prompt_tokens": 7}},
+            {"choices": [CHOICE], "object": "error"},
+            b"[DONE]",
+        ]
+    )
 )
-TEXT_ALONE = st.builds(lambda text: {"choices": [{"text": text, "finish_reason": None}]}, TEXTS)
 
 
 @settings(derandomize=True)
 @given(st.lists(TEXT_ALONE | COMPLETIONS | ODD_FRAMES, min_size=1, max_size=6), st.booleans())
+@example(
+    [{"choices": [{**CHOICE, "finish_reason": "stop"}]}, {"choices": [CHOICE], "usage": {"prompt_tokens": 7}}], False
+)
 def test_an_openai_servers_texts_are_the_same_in_a_hurry_and_not(frames: list[Any], counts: bool) -> None:
     # `keep_stop`: the server is told of no stop text in either case, so that its word `stop` means the same
     asked = {"count_prompt": counts, "keep_stop": True}
@@ -214,7 +200,7 @@ def test_an_openai_servers_texts_are_the_same_in_a_hurry_and_not(frames: list[An
 
 
 DECODERS: dict[str, tuple[Callable[[], Decoder], Any]] = {
-    "tgi": (lambda: tgi_answers.StreamDecoder(ask()), USUAL | TGI_FRAMES),
+    "tgi": (lambda: tgi_answers.StreamDecoder(ask()), USUAL_FRAMES | TGI_FRAMES),
     "openai": (lambda: openai_answers.CompletionDecoder(ask()), TEXT_ALONE | COMPLETIONS),
 }
 
@@ -230,14 +216,26 @@ def test_events_in_one_chunk_are_read_as_those_that_come_one_by_one(name: str, d
     assert repr(heard(make(), [b"".join(chunks)])) == repr(([] if failed else events, failed))
 
 
+JUNK = b"data: {no JSON\n\ndata: [\n\n"
+
+
 def test_what_follows_the_end_of_an_answer_may_be_anything() -> None:
-    token = {"token": {"id": 5, "text": "a", "logprob": -0.5, "special": False}}
-    stream = line(token) * 3 + b"data: {no JSON\n\ndata: [\n\n"
+    *tokens, end = tgi_answers.StreamDecoder(ask()).feed(line({"token": USUAL}) * 3 + JUNK)
 
-    *tokens, end = tgi_answers.StreamDecoder(ask()).feed(stream)
-
-    assert tokens == [TokenEvent(5, "a", -0.5, token="a")] * 3
+    assert tokens == [TokenEvent(5, " word", -0.5, token=" word")] * 3
     assert end == Finished("length", 3, 0)
+
+    stream = (
+        line({"choices": [CHOICE]}) + line({"choices": [{"text": "", "finish_reason": "length"}]}) + line(b"[DONE]")
+    )
+    assert openai_answers.CompletionDecoder(ask()).feed(stream + JUNK) == [
+        TokenEvent(None, " word"),
+        Finished("length", 1, 0),
+    ]
+
+
+def test_an_error_is_one_whatever_else_is_in_its_event() -> None:
+    assert heard(openai_answers.CompletionDecoder(ask()), [line({"choices": [CHOICE], "object": "error"})])[1]
 
 
 # ---- stop texts ----
@@ -276,3 +274,13 @@ def test_a_request_may_be_as_deep_as_json_can_be() -> None:
         deep = [deep]
 
     assert json.loads(written({"schema": deep})) == {"schema": deep}
+
+
+# ---- the end ----
+
+
+def test_an_end_is_told_with_how_long_it_took_and_is_else_the_same() -> None:
+    end = Finished("stop", 3, 9, "text", "stop", 0.0)
+
+    assert end.timed(1.5) == replace(end, generation_s=1.5)
+    assert end.generation_s == 0.0
