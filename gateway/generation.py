@@ -103,9 +103,13 @@ Grammar = JsonObject | JsonSchema | Regex
 """What form the whole answer must have."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class GenerationRequest:
-    """What is to be generated. Every sampling value is explicit: an engine's own defaults are never ours."""
+    """What is to be generated. Every sampling value is explicit: an engine's own defaults are never ours.
+
+    Nobody changes one. (As the other values that every request makes, it is not frozen: each of its fields would be set
+    by a call.)
+    """
 
     prompt: str = field(repr=False)
     """Text to continue; empty with `chat`."""
@@ -147,7 +151,7 @@ class GenerationRequest:
 # ---- what comes back ------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class TokenChance:
     """One candidate at one position.
 
@@ -189,7 +193,7 @@ class TokenEvent(NamedTuple):
     tool_calls: tuple[ToolCallPiece, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Finished:
     """The end of a generation. `text` is what was still held back and belongs to the answer after all."""
 
@@ -204,8 +208,12 @@ class Finished:
     generation_s: float = 0.0
     """How long the server worked on it, without start and queue; measured by the relay."""
 
+    def timed(self, generation_s: float) -> Finished:
+        """Return the same end with how long the server worked on it."""
+        return Finished(self.reason, self.tokens_generated, self.prompt_tokens, self.text, self.stop, generation_s)
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(slots=True)
 class GenerationResult:
     """A whole answer: the continuation without the prompt and without the stop text that ended it."""
 
@@ -232,6 +240,7 @@ class PromptToken:
 def collect(events: Iterable[TokenEvent], finished: Finished) -> GenerationResult:
     """Return the whole answer that the events of a finished generation add up to."""
     tokens = tuple(events)
+    pieces = [piece for token in tokens for piece in token.tool_calls]
     return GenerationResult(
         text="".join([token.text for token in tokens]) + finished.text,
         tokens=tokens,
@@ -240,7 +249,7 @@ def collect(events: Iterable[TokenEvent], finished: Finished) -> GenerationResul
         prompt_tokens=finished.prompt_tokens,
         generation_s=finished.generation_s,
         stop=finished.stop,
-        tool_calls=_joined([piece for token in tokens for piece in token.tool_calls]),
+        tool_calls=_joined(pieces) if pieces else (),
     )
 
 

@@ -36,7 +36,9 @@ class GenerateBody(Body):
     top_p: float = Field(0.95, gt=0, le=1, description="Nucleus sampling; 1 is off, and the default with top_tokens")
     top_k: int | None = Field(None, ge=1, le=MOST_TOKENS, description="Sample from the k likeliest tokens; null is off")
     stop: StopTexts = Field(
-        default=[], description="Texts that end the generation, left out of it; one may stand without a list"
+        default_factory=list,  # a list would be copied part by part for every request
+        json_schema_extra={"default": []},
+        description="Texts that end the generation, left out of it; one may stand without a list",
     )
     stop_on_newline: bool = Field(False, description="End at the first new line")
     seed: int | None = Field(None, ge=0, le=2**64 - 1, description="Makes sampling repeatable")
@@ -114,7 +116,7 @@ def to_request(spec: ModelSpec, body: GenerateBody) -> GenerationRequest:
         prompt=body.prompt,
         max_new_tokens=limit,
         temperature=body.temperature,
-        top_p=_top_p(body),
+        top_p=_top_p(body) if body.top_tokens else body.top_p,
         top_k=body.top_k,
         stop=(*body.stop, "\n") if body.stop_on_newline else tuple(body.stop),
         seed=body.seed,
@@ -127,8 +129,8 @@ def to_request(spec: ModelSpec, body: GenerateBody) -> GenerationRequest:
 
 
 def _top_p(body: GenerateBody) -> float:
-    """Return the nucleus. Who asks for probabilities and names none has none: they are of the whole vocabulary."""
-    return 1.0 if body.top_tokens and "top_p" not in body.model_fields_set else body.top_p
+    """Return the nucleus of who asks for probabilities. Without one named, none: they are of the whole vocabulary."""
+    return body.top_p if "top_p" in body.model_fields_set else 1.0
 
 
 class NativeReply:

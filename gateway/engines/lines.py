@@ -22,6 +22,26 @@ class EventLines:
         Raises:
             GenerationFailed: a line has no end within `MOST_LINE_BYTES`.
         """
+        usual = self._usual(chunk)
+        return self._lines(chunk) if usual is None else [(b"data", value.strip()) for value in usual]
+
+    def data(self, chunk: bytes) -> list[bytes]:
+        """Return the values of the lines named `data` that `chunk` completes; spaces may be around them.
+
+        Raises:
+            GenerationFailed: a line has no end within `MOST_LINE_BYTES`.
+        """
+        usual = self._usual(chunk)
+        return [value for field, value in self._lines(chunk) if field == b"data"] if usual is None else usual
+
+    def _usual(self, chunk: bytes) -> list[bytes] | None:
+        """Return the values if `chunk` is whole events of a line of `data` each, as nearly all are; else None."""
+        if self._unread or chunk[:5] != b"data:" or chunk[-2:] != b"\n\n":
+            return None
+        values = chunk[5:-2].split(b"\n\ndata:")
+        return values if chunk.count(b"\n") == 2 * len(values) else None  # more of them: other lines are among them
+
+    def _lines(self, chunk: bytes) -> list[tuple[bytes, bytes]]:
         if len(self._unread) > MOST_LINE_BYTES:
             raise GenerationFailed("The model's server sent a line without end, which is no protocol; see its log.")
         if b"\n" not in chunk:  # what is unread is looked at once, however small its pieces are

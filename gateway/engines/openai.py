@@ -26,6 +26,7 @@ from gateway.engines import openai_answers, openai_calls
 from gateway.engines.base import Api, Call, Decoder, Diagnosis
 from gateway.engines.keys import authorization, key_refused
 from gateway.engines.openai_calls import SERVERS, Server
+from gateway.engines.protocol import written
 from gateway.errors import GatewayError, InvalidRequest, StartFailed, Unsupported
 from gateway.generation import GenerationRequest, PromptToken, Regex
 from gateway.runtimes.base import Exit, Launch, Progress
@@ -82,7 +83,7 @@ class OpenAi:
     def call(self, spec: ModelSpec, request: GenerationRequest, secret: str) -> Call:  # noqa: ARG002 - see `launch`
         path = "/completions" if request.chat is None else "/chat/completions"
         asked = openai_calls.body_of(_server(spec), spec, request, reports=_reports_logprobs(spec))
-        return _post(path, json.dumps({"model": model_name(spec), **asked}).encode(), spec)
+        return _post(path, written({"model": model_name(spec), **asked}), spec)
 
     def decoder(self, request: GenerationRequest) -> Decoder:
         if request.chat is None:

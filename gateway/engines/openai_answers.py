@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice, zip_longest
 from typing import Any, NamedTuple
 
 from gateway.engines.chat import UNKNOWN_PROMPT_TOKENS, ChatDecoder, Piece, reported, with_text
 from gateway.engines.keys import key_refused
 from gateway.engines.lines import EventLines
-from gateway.engines.protocol import NOT_THE_PROTOCOL, count_in, json_in, number_in, object_in
+from gateway.engines.protocol import NOT_THE_PROTOCOL, count_in, json_in, number_in
 from gateway.engines.stops import StopTexts
 from gateway.errors import (
     BodyTooLarge,
@@ -61,6 +61,7 @@ class CompletionDecoder:
     def __init__(self, request: GenerationRequest) -> None:
         self._request = request
         self._lines, self._stop = EventLines(), StopTexts(request.stop)
+        self._is_plain = not (any(request.stop) or request.top_tokens)
         self._tokens = 0
         self._usage: Mapping[str, Any] = {}
         self._reason: FinishReason | None = None
@@ -68,24 +69,27 @@ class CompletionDecoder:
         self._finished = False
 
     def feed(self, chunk: bytes) -> list[TokenEvent | Finished]:
-        return [event for field, value in self._lines.feed(chunk) for event in self._line(field, value)]
-
-    def _line(self, field: bytes, value: bytes) -> Iterator[TokenEvent | Finished]:
-        if self._finished or field != b"data":
-            return
+        events: list[TokenEvent | Finished] = []
         try:
-            yield from self._end() if value == b"[DONE]" else self._chunk(object_in(value))
+            for value in self._lines.data(chunk):
+                if not self._finished:
+                    said = value.strip()
+                    events += (self._end(),) if said == b"[DONE]" else self._chunk(json_in(said))
         except NOT_THE_PROTOCOL as error:
             raise _not_understood() from error
+        return events
 
-    def _chunk(self, chunk: dict[str, Any]) -> Iterator[TokenEvent | Finished]:
-        if _error_of(chunk):
+    def _chunk(self, chunk: dict[str, Any]) -> Sequence[TokenEvent | Finished]:
+        """Return the events of a chunk. Little is called for one like most: a text and nothing else."""
+        if chunk.get("error") or "choices" not in chunk or chunk.get("object") == "error":
             raise failure(chunk, self._tokens > 0)
         self._usage = chunk.get("usage") or self._usage
-        for choice in chunk["choices"][:1]:
-            yield from self._choice(choice)
-        if self._is_over():
-            yield from self._end()
+        choices = chunk["choices"][:1]
+        if self._is_plain and self._reason is None and choices and (text := _only_text(choices[0])):
+            self._tokens += 1
+            return (TokenEvent(None, text),)
+        events = [event for choice in choices for event in self._choice(choice)]
+        return (*events, self._end()) if self._is_over() else events
 
     def _is_over(self) -> bool:
         if self._stop.found:
@@ -118,7 +122,7 @@ class CompletionDecoder:
                 return "stop" if self._stopped_by else "eos"
         return "stop" if _tells_stops(self._request) and said == "stop" else "eos"
 
-    def _end(self) -> Iterator[Finished]:
+    def _end(self) -> Finished:
         reason = "stop" if self._stop.found else self._reason
         if reason is None:
             raise _not_understood()
@@ -126,7 +130,7 @@ class CompletionDecoder:
         counted = 0 if self._stop.found else count_in(self._usage.get("completion_tokens"))
         prompt_tokens = count_in(self._usage.get("prompt_tokens")) or UNKNOWN_PROMPT_TOKENS
         rest = "" if self._stop.found else self._stop.rest()
-        yield Finished(reason, counted or self._tokens, prompt_tokens, rest, self._stop.matched or self._stopped_by)
+        return Finished(reason, counted or self._tokens, prompt_tokens, rest, self._stop.matched or self._stopped_by)
 
 
 def failure(chunk: Mapping[str, Any], begun: bool) -> GatewayError:
@@ -138,6 +142,12 @@ def failure(chunk: Mapping[str, Any], begun: bool) -> GatewayError:
     if not begun and (known := _known(error)):
         return known
     return GenerationFailed(f"The model's server failed in mid-answer: {error.words}.")
+
+
+def _only_text(choice: Mapping[str, Any]) -> str | None:
+    """Return the text of a choice that tells nothing else; None if it does, or is not the protocol."""
+    text = choice.get("text")
+    return text if type(text) is str and not (choice.get("logprobs") or choice.get("finish_reason")) else None
 
 
 def _pieces(choice: Mapping[str, Any]) -> list[Piece]:

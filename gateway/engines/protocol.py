@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from pydantic_core import from_json
+from pydantic_core import from_json, to_json
 
 from gateway.bodies import MOST_TOKENS
 from gateway.generation import TokenEvent
@@ -47,6 +48,29 @@ def object_in(text: bytes) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError("no object")
     return found
+
+
+def each_json_in(values: Sequence[bytes]) -> Iterable[Any]:
+    """Return what the JSON of each line says, as `json_in`; there may be spaces around it.
+
+    All are read at once if all are quite right. Else each is when it is taken: nobody asks for what is behind the end
+    of an answer.
+
+    Raises:
+        ValueError, RecursionError: one is not JSON, or too deep; when it is taken.
+    """
+    try:
+        return [from_json(value, cache_strings="keys") for value in values]
+    except ValueError:
+        return (json_in(value.strip()) for value in values)
+
+
+def written(body: Mapping[str, Any]) -> bytes:
+    """Return what a server is sent, as JSON."""
+    try:
+        return to_json(body)  # in a third of the time of json
+    except ValueError:  # a text that is no Unicode, or too deep
+        return json.dumps(body).encode()
 
 
 def _clean(found: Any) -> Any:

@@ -9,8 +9,7 @@ class StopTexts:
     """Passes an answer's text on, except what may yet become a stop text."""
 
     def __init__(self, texts: Sequence[str]) -> None:
-        self._texts = tuple(text for text in texts if text)
-        self._longest = max(map(len, self._texts), default=0)
+        self._texts = tuple(filter(None, texts))
         self._held = ""
         self.found = False
         self.matched = ""
@@ -39,9 +38,12 @@ class StopTexts:
 
     def _may_become_stop(self, text: str) -> int:
         """Return how many characters at the end of `text` begin a stop text."""
-        longest = min(len(text), self._longest)
-        starts = (length for length in range(longest, 0, -1) if self._begins_stop(text[-length:]))
-        return next(starts, 0)
+        return max([_begun(stop, text) for stop in self._texts])
 
-    def _begins_stop(self, text: str) -> bool:
-        return any(stop.startswith(text) for stop in self._texts)
+
+def _begun(stop: str, text: str) -> int:
+    """Return how many characters at the end of `text`, which does not hold `stop`, begin it."""
+    start = text.find(stop[0], max(len(text) - len(stop) + 1, 0))
+    while start >= 0 and not stop.startswith(text[start:]):
+        start = text.find(stop[0], start + 1)
+    return len(text) - start if start >= 0 else 0

@@ -13,7 +13,6 @@ What its server does in ways of its own, and is mended here:
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -27,6 +26,7 @@ from gateway.devices import Share
 from gateway.engines import tgi_answers, tgi_diagnoses, tgi_requests
 from gateway.engines.base import Api, Call, Decoder, Diagnosis
 from gateway.engines.keys import authorization
+from gateway.engines.protocol import written
 from gateway.engines.tgi_memory import WIGGLE, memory_fraction
 from gateway.errors import GatewayError, StartFailed, Unsupported
 from gateway.generation import GenerationRequest, PromptToken
@@ -164,7 +164,7 @@ class Tgi:
 
 
 def _post(path: str, body: Mapping[str, Any], spec: ModelSpec) -> Call:
-    return Call(path, json.dumps(body).encode(), {"Content-Type": "application/json", **authorization(spec)})
+    return Call(path, written(body), {"Content-Type": "application/json", **authorization(spec)})
 
 
 def _kind_of_body(headers: Mapping[str, str]) -> dict[str, str]:

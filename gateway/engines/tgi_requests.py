@@ -58,11 +58,13 @@ def _check_sampling(request: GenerationRequest) -> None:
             "This model's engine has no presence_penalty. Leave it out; repetition_penalty is the nearest it has, and "
             "not in chats."
         )
+    if request.chat is None:
+        return
     missing = {
         "top_k": request.temperature > 0 and request.top_k is not None,
         "repetition_penalty": request.repetition_penalty != 1,
     }
-    if request.chat is not None and any(missing.values()):
+    if any(missing.values()):
         names = " and no ".join(name for name, is_missing in missing.items() if is_missing)
         raise Unsupported(f"This model's engine has no {names} in chats. Leave it out, or send a prompt.")
 
@@ -120,28 +122,32 @@ def generation(request: GenerationRequest) -> dict[str, Any]:
 
 def _parameters(request: GenerationRequest) -> dict[str, Any]:
     """Return TGI's parameters, without those that are off: it refuses most values that say so."""
-    wanted = {
-        "max_new_tokens": request.max_new_tokens,
-        **_sampling(request),
-        "repetition_penalty": _unless(request.repetition_penalty, 1.0),
-        "frequency_penalty": _unless(request.frequency_penalty, 0.0),
-        "top_n_tokens": _unless(request.top_tokens, 0),
-        "grammar": _grammar(request.grammar),
-        "details": True,
-    }
-    return _given(wanted)
+    said: dict[str, Any] = {} if request.max_new_tokens is None else {"max_new_tokens": request.max_new_tokens}
+    said |= _sampling(request)
+    if request.repetition_penalty != 1:
+        said["repetition_penalty"] = request.repetition_penalty
+    if request.frequency_penalty != 0:
+        said["frequency_penalty"] = request.frequency_penalty
+    if request.top_tokens:
+        said["top_n_tokens"] = request.top_tokens
+    if request.grammar is not None and (grammar := _grammar(request.grammar)):
+        said["grammar"] = grammar
+    said["details"] = True
+    return said
 
 
 def _sampling(request: GenerationRequest) -> dict[str, Any]:
-    if request.temperature == 0:
+    temperature = request.temperature
+    if temperature == 0:
         return {"do_sample": False}  # and no top_p or top_k: with these it would sample
-    return {
-        "do_sample": True,
-        "temperature": max(request.temperature, LEAST_TEMPERATURE),
-        "top_p": request.top_p if request.top_p < TOP_P_IS_OFF else None,
-        "top_k": request.top_k,
-        "seed": request.seed,
-    }
+    said: dict[str, Any] = {"do_sample": True, "temperature": max(temperature, LEAST_TEMPERATURE)}
+    if request.top_p < TOP_P_IS_OFF:
+        said["top_p"] = request.top_p
+    if request.top_k is not None:
+        said["top_k"] = request.top_k
+    if request.seed is not None:
+        said["seed"] = request.seed
+    return said
 
 
 def _grammar(grammar: Grammar | None) -> dict[str, Any] | None:
@@ -185,8 +191,7 @@ def _chat_sampling(request: GenerationRequest) -> dict[str, Any]:
     """Return the same as for a prompt: here a temperature of 0 is what says that nothing is drawn."""
     if request.temperature == 0:
         return {"temperature": 0.0}
-    sampling = _sampling(request)
-    return {name: sampling[name] for name in ("temperature", "top_p", "seed")}
+    return {name: value for name, value in _sampling(request).items() if name not in ("do_sample", "top_k")}
 
 
 def tokenization(request: GenerationRequest) -> dict[str, Any]:

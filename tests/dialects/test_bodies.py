@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import Field, ValidationError
 
-from gateway.bodies import Body, Prompt, StopTexts, as_json, request_of
+from gateway.bodies import Body, Prompt, StopTexts, as_json, json_text, request_of
 from tests.fleet.scenes import spec
 
 DEFAULTS = {"temperature": 0.7, "max_new_tokens": 200, "top_p": 0.95}
@@ -91,3 +94,37 @@ def test_the_schema_of_a_body_tells_that_null_means_not_given_and_that_a_prompt_
 
 def test_an_answer_is_valid_utf_8_whatever_is_in_it() -> None:
     assert as_json({"\ud800": ["a\udfff", "é😀"]}) == '{"?":["a?","é😀"]}'.encode()
+
+
+BLANKS = "".join(character for character in map(chr, range(0x11000)) if character.isspace())
+
+
+@given(st.text(st.sampled_from(BLANKS) | st.just("a"), max_size=3))
+def test_a_prompt_holds_more_than_white_space(prompt: str) -> None:
+    if prompt.strip():
+        assert Asked.model_validate({"prompt": prompt}).prompt == prompt
+    else:
+        with pytest.raises(ValidationError, match="write what the model shall continue"):
+            Asked.model_validate({"prompt": prompt})
+
+
+@pytest.mark.parametrize("prompt", ["a\ud800", "\udfff", " \ud800"])
+def test_a_prompt_is_unicode(prompt: str) -> None:
+    with pytest.raises(ValidationError, match="this is not valid Unicode"):
+        Asked.model_validate({"prompt": prompt})
+
+
+ANY_TEXTS = st.text(st.characters(codec=None, exclude_categories=()), max_size=5)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | ANY_TEXTS,
+    lambda parts: st.lists(parts, max_size=3) | st.dictionaries(ANY_TEXTS, parts, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(ANY_TEXTS, VALUES, max_size=3))
+def test_an_answer_is_what_json_writes_but_for_lone_surrogates(answer: dict[str, Any]) -> None:
+    wanted = json.dumps(answer, ensure_ascii=False).encode(errors="replace")
+
+    assert json.dumps(json.loads(as_json(answer))) == json.dumps(json.loads(wanted))
+    assert json.dumps(json.loads(json_text(answer))) == json.dumps(answer)
