@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 
 import pytest
-import uvicorn
 from starlette.types import Message, Receive, Scope, Send
 
-from gateway.connection import CallersConnection
 from gateway.departure import Departed, Departure, until_departure
+from tests.test_connection import serving
 
 BOUND_S = 10.0
 REQUEST = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\n\r\n1"
@@ -90,20 +87,6 @@ class Worker:
                 await asyncio.sleep(BOUND_S)
         except Departed:
             self.left.set()
-
-
-@asynccontextmanager
-async def serving(app: Worker) -> AsyncIterator[int]:
-    config = uvicorn.Config(app, http=CallersConnection, port=0, lifespan="off", log_config=None, access_log=False)
-    server = uvicorn.Server(config)
-    task = asyncio.create_task(server.serve())
-    while not server.started:
-        await asyncio.sleep(0.005)
-    try:
-        yield server.servers[0].sockets[0].getsockname()[1]
-    finally:
-        server.should_exit = True
-        await task
 
 
 @pytest.mark.parametrize("reset", [False, True])
