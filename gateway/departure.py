@@ -66,16 +66,16 @@ class Departure:
 
     def __init__(self) -> None:
         self.has_come = False
-        self._watchers: set[Interrupt] = set()
+        self._watchers: dict[Interrupt, None] = {}  # in the order in which they came
 
     def watch(self, interrupt: Interrupt) -> None:
         """Have it fired when the caller goes, or in a moment if he has gone."""
-        self._watchers.add(interrupt)
+        self._watchers[interrupt] = None
         if self.has_come:
             asyncio.get_running_loop().call_soon(interrupt.fire, Departed())
 
     def forget(self, interrupt: Interrupt) -> None:
-        self._watchers.discard(interrupt)
+        self._watchers.pop(interrupt, None)
 
     def comes(self) -> None:
         """Say that the connection is lost."""
