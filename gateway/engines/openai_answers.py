@@ -74,7 +74,7 @@ class CompletionDecoder:
             for value in self._lines.data(chunk):
                 if not self._finished:
                     said = value.strip()
-                    events += (self._end(),) if said == b"[DONE]" else self._chunk(json_in(said))
+                    events += [self._end()] if said == b"[DONE]" else self._chunk(json_in(said))
         except NOT_THE_PROTOCOL as error:
             raise _not_understood() from error
         return events
@@ -87,9 +87,9 @@ class CompletionDecoder:
         choices = chunk["choices"][:1]
         if self._is_plain and self._reason is None and choices and (text := _only_text(choices[0])):
             self._tokens += 1
-            return (TokenEvent(None, text),)
+            return [TokenEvent(None, text)]
         events = [event for choice in choices for event in self._choice(choice)]
-        return (*events, self._end()) if self._is_over() else events
+        return [*events, self._end()] if self._is_over() else events
 
     def _is_over(self) -> bool:
         if self._stop.found:

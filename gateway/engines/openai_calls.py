@@ -177,25 +177,27 @@ def _is_openais_own(spec: ModelSpec) -> bool:
 def _sampling(server: Server, request: GenerationRequest) -> dict[str, Any]:
     if request.temperature == 0:
         return {}  # some servers take a top_p or a seed as a wish to sample
-    wanted = {
-        "top_p": request.top_p if request.top_p < 1 else None,
-        **({server.top_k: request.top_k} if server.top_k else {}),
-        "seed": request.seed,
-    }
-    return {name: value for name, value in wanted.items() if value is not None}
+    said: dict[str, Any] = {"top_p": request.top_p} if request.top_p < 1 else {}
+    if server.top_k and request.top_k is not None:
+        said[server.top_k] = request.top_k
+    if request.seed is not None:
+        said["seed"] = request.seed
+    return said
 
 
 def _penalties(server: Server, request: GenerationRequest) -> dict[str, float]:
-    penalties = {
-        server.repetition_penalty or "": (request.repetition_penalty, 1.0),
-        "frequency_penalty": (request.frequency_penalty, 0.0),
-        "presence_penalty": (request.presence_penalty, 0.0),
-    }
-    return {name: value for name, (value, off) in penalties.items() if value != off}
+    said = {} if request.repetition_penalty == 1 else {server.repetition_penalty or "": request.repetition_penalty}
+    if request.frequency_penalty != 0:
+        said["frequency_penalty"] = request.frequency_penalty
+    if request.presence_penalty != 0:
+        said["presence_penalty"] = request.presence_penalty
+    return said
 
 
 def _stops(server: Server, request: GenerationRequest) -> dict[str, list[str]]:
-    if request.keep_stop:  # a server that is told of a stop text removes it, and few say which one it was
+    if (
+        request.keep_stop or not request.stop
+    ):  # a server that is told of a stop text removes it, and few say which one it was
         return {}
     told = [text for text in request.stop if text][: server.most_stops]
     return {"stop": told} if told else {}

@@ -45,7 +45,8 @@ def check(request: GenerationRequest) -> None:
         Unsupported: it cannot; names the parameters and says what to do.
     """
     _check_sampling(request)
-    _check_top_tokens(request)
+    if request.top_tokens:
+        _check_top_tokens(request)
     if request.grammar is not None:
         _check_grammar(request.grammar, calls_tools=request.calls_tools)
     if request.chat is not None and request.calls_tools:
@@ -72,7 +73,7 @@ def _check_sampling(request: GenerationRequest) -> None:
 def _check_top_tokens(request: GenerationRequest) -> None:
     if request.top_tokens > MOST_TOP_TOKENS:
         raise Unsupported(f"This model's engine reports at most {MOST_TOP_TOKENS} top_tokens.")
-    if request.top_tokens and (reshaping := _reshaping(request)):
+    if reshaping := _reshaping(request):
         raise Unsupported(
             f"This model's engine cannot report top_tokens together with {', '.join(reshaping)}: its probabilities "
             "would not be those of the whole vocabulary. Leave these out."
