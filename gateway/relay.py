@@ -320,7 +320,7 @@ class Exchange(Errand[Finished]):
                 await self._sink.take(tokens, last=finished is not None)
                 pace.came(len(tokens))
             if finished:
-                return replace(finished, generation_s=pace.took_s)
+                return finished.timed(pace.took_s)
         raise Broken("the answer has no end")
 
     async def complete(self, result: Finished, lease: Lease) -> Finished:
