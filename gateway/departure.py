@@ -23,11 +23,10 @@ class Interrupt:
     It is entered and left in a task, and left by raising the reason.
     """
 
-    def __init__(self) -> None:
-        self.reason: Exception | None = None
-        self.over = False
-        self._task: asyncio.Task[object]
-        self._cancelling = 0
+    reason: Exception | None = None
+    over = False
+    _task: asyncio.Task[object]
+    _cancelling: int
 
     def __enter__(self) -> Self:
         task = asyncio.current_task()
@@ -96,7 +95,6 @@ def until_departure(scope: Scope, receive: Receive) -> Interrupt:
 
 class _UntilDeparture(Interrupt):
     def __init__(self, departure: Departure) -> None:
-        super().__init__()
         self._departure = departure
 
     def __enter__(self) -> Self:
@@ -113,7 +111,6 @@ class _UntilDeparture(Interrupt):
 
 class _UntilDisconnect(Interrupt):
     def __init__(self, receive: Receive) -> None:
-        super().__init__()
         self._receive = receive
         self._watcher: asyncio.Task[None]
 

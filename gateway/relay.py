@@ -176,20 +176,22 @@ class Errand(Generic[Result]):
     async def _attempt(self, interrupt: Interrupt, *, streamed: bool) -> Result:
         """Hold a lease for as long as the server works on the call."""
         request = standing()
-        wait = None if self.instance.grants_at_once else self._begin_to_wait(request)
+        lease = self.instance.lease_at_once() or await self._lease(request)
+        request.works()
         try:
-            async with self.instance.lease(max_wait_s=self._max_wait_s, admitted=self.admission.granted) as lease:
-                lease.on_cut = interrupt.fire
-                if wait:
-                    wait.end()
-                request.works()
-                try:
-                    return await self._under(lease, interrupt, streamed=streamed)
-                finally:
-                    request.worked()
+            lease.on_cut = interrupt.fire
+            return await self._under(lease, interrupt, streamed=streamed)
         finally:
-            if wait:
-                wait.end()
+            lease.give_back(lease)
+            request.worked()
+
+    async def _lease(self, request: Standing) -> Lease:
+        """Wait for a lease, which is to be given back. Nothing is awaited once it is granted."""
+        wait = self._begin_to_wait(request)
+        try:
+            return await self.instance.obtain(self._max_wait_s, admitted=self.admission.granted)
+        finally:
+            wait.end()
 
     def _begin_to_wait(self, request: Standing) -> Wait:
         """Return the wait of who asks. If it is for a model that is not up, it does not count against him.
@@ -441,7 +443,7 @@ class Relay(Response):
 
 def as_one(exchanges: Sequence[Exchange]) -> Sequence[Exchange]:
     """Return the same exchanges, as parts of one request: once one of them has a lease, all are let in."""
-    for exchange in exchanges:
+    for exchange in exchanges[1:]:
         exchange.admission = exchanges[0].admission
     return exchanges
 

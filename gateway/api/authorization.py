@@ -7,11 +7,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from starlette._utils import get_route_path
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.api import problems
-from gateway.api.headers import headers
+from gateway.api.headers import route_path
 from gateway.api.rights import right_for
 from gateway.errors import Forbidden, RateLimited, Unauthorized
 from gateway.keys import Key, Right, by_hash, holder_of
@@ -84,7 +83,7 @@ class Authorization:
         self._allowances = {key.name: Allowance(key, clock, room) for key in keys}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        right = right_for(get_route_path(scope)) if scope["type"] == "http" else None
+        right = right_for(route_path(scope)) if scope["type"] == "http" else None
         if right is None:
             await self._app(scope, receive, send)
             return
@@ -106,7 +105,7 @@ class Authorization:
             Unauthorized: it shows none that is known.
             Forbidden: that one lacks the right.
         """
-        sent = headers(scope, b"authorization")
+        sent = [str(value, "latin-1") for name, value in scope["headers"] if name == b"authorization"]
         token = _BEARER.fullmatch(sent[0]) if len(sent) == 1 else None
         key = holder_of(token[1].encode(), self._keys) if token else None
         if key is None:

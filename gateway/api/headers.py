@@ -1,8 +1,14 @@
-"""Reading a request's headers as ASGI has them: for a few of them, faster than a mapping of all."""
+"""Reading a request's head as ASGI has it: for a few of its headers, faster than a mapping of all."""
 
 from __future__ import annotations
 
+from starlette._utils import get_route_path
 from starlette.types import Scope
+
+
+def route_path(scope: Scope) -> str:
+    """Return the path as the router sees it, below the root path."""
+    return get_route_path(scope) if scope.get("root_path") else str(scope["path"])
 
 
 def header(scope: Scope, name: bytes) -> str:
@@ -11,8 +17,3 @@ def header(scope: Scope, name: bytes) -> str:
         if each == name:
             return str(value, "latin-1")
     return ""
-
-
-def headers(scope: Scope, name: bytes) -> list[str]:
-    """Return all headers of this name, which is in lower case."""
-    return [str(value, "latin-1") for each, value in scope["headers"] if each == name]

@@ -12,13 +12,12 @@ from typing import Any, TypeGuard
 
 from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
-from starlette._utils import get_route_path
 from starlette.requests import ClientDisconnect
 from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.api import problems
-from gateway.api.headers import header
+from gateway.api.headers import header, route_path
 from gateway.api.json_body import Handler, JsonRequest, JsonRoute, is_json, json_in, refuse_compressed
 from gateway.errors import GatewayError, InvalidRequest
 
@@ -50,7 +49,7 @@ class HotRoutes:
         """Return what answers, if the request is for here, with what its path names."""
         if scope["type"] != "http" or scope["method"] != "POST":
             return None, {}
-        path = get_route_path(scope)
+        path = route_path(scope)
         if not path.startswith(MODELS):
             return self._handlers.get(path), {}
         model_id, _, rest = path.removeprefix(MODELS).partition("/")

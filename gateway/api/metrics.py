@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 from fastapi import APIRouter
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
-from starlette._utils import get_route_path
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import Scope
 
+from gateway.api.headers import route_path
 from gateway.api.middleware import Ended
 from gateway.figures import Figures, Gpu
 from gateway.fleet.fleet import Fleet
@@ -82,6 +82,6 @@ def counted(figures: Figures) -> Ended:
     """Return what counts every request, however it ends: those too that are refused for want of a key."""
 
     def count(scope: Scope, status: int | None, took_s: float) -> None:
-        figures.answered(api_of(get_route_path(scope)), outcome_of(scope, status), took_s)
+        figures.answered(api_of(route_path(scope)), outcome_of(scope, status), took_s)
 
     return count

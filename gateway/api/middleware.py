@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
-import os
 import re
 import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
+from random import getrandbits
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -64,7 +64,7 @@ class RequestLog:
             await self._app(scope, receive, send)
             return
         sent = header(scope, b"x-request-id")
-        request_id = sent if _ID.fullmatch(sent) else os.urandom(16).hex()
+        request_id = sent if _ID.fullmatch(sent) else f"{getrandbits(128):032x}"
         scope.setdefault("state", {})["request_id"] = request_id
         exchange = _Exchange(request_id, receive, send)
         began_at = time.perf_counter()

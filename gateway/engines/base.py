@@ -19,7 +19,7 @@ from gateway.runtimes.base import Exit, Launch, Progress
 Api = Literal["openai", "tgi"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Call:
     """One HTTP request to a model's server. `path` is relative to the handle's base URL."""
 

@@ -202,6 +202,14 @@ class Instance:
         """Whether who asks for a lease now does not wait for it."""
         return self._has_slot() and not self._queue
 
+    def lease_at_once(self) -> Lease | None:
+        """Return a lease as `lease` has it, which is to be given back; None where whoever asks has to wait for it."""
+        if not self.grants_at_once:
+            return None
+        lease = self._new_lease()
+        self._usage = self._usage.asked(lease.granted_at)
+        return lease
+
     def lease(self, *, max_wait_s: float | None = None, admitted: bool = False) -> Leasing:
         """Hold the right to send one request, starting the model first if it is down.
 
@@ -224,17 +232,16 @@ class Instance:
         Raises: as `lease`, and
             SentAway: only `among` others: this one takes no part any more.
         """
-        came_at = self._loop.time()
-        self._usage = self._usage.asked(came_at)
-        if self.grants_at_once:
-            return self._new_lease()
+        if lease := self.lease_at_once():
+            return lease
+        self._usage = self._usage.asked(self._loop.time())
         self._refuse_newcomer(among, admitted=admitted)
-        lease = await self._wait(lease=True, max_wait_s=max_wait_s, among=among)
-        assert isinstance(lease, Lease)  # a ticket for a lease is never granted anything else
-        if lease.error:  # cut in the very tick in which it was granted
-            lease.give_back(lease)
-            raise lease.error
-        return lease
+        granted = await self._wait(lease=True, max_wait_s=max_wait_s, among=among)
+        assert isinstance(granted, Lease)  # a ticket for a lease is never granted anything else
+        if granted.error:  # cut in the very tick in which it was granted
+            granted.give_back(granted)
+            raise granted.error
+        return granted
 
     async def start(self, *, wait: bool = True) -> Handle | None:
         """Start the model if it is down, cooling down or not; return its handle once it is ready.

@@ -180,10 +180,16 @@ class Replicas:
 
         Raises: as `Instance.lease`, but for SentAway.
         """
-        return Leasing(partial(self._obtain, max_wait_s, Among(self._loop.time()), admitted=admitted))
+        return Leasing(partial(self.obtain, max_wait_s, admitted=admitted))
 
-    async def _obtain(self, max_wait_s: float | None, among: Among, *, admitted: bool = True) -> Lease:
-        had_failed = False
+    def lease_at_once(self) -> Lease | None:
+        """Return a lease as `lease` has it, which is to be given back; None where whoever asks has to wait for it."""
+        free = [one for one in self._wanted() if one.grants_at_once]
+        return min(free, key=lambda one: one.in_flight).lease_at_once() if free else None
+
+    async def obtain(self, max_wait_s: float | None, *, admitted: bool) -> Lease:
+        """Return a lease as `lease` has it, which is to be given back. Nothing is awaited once it is granted."""
+        among, had_failed = Among(self._loop.time()), False
         while True:
             one = self._choose()
             among.queued_elsewhere = sum(other.queued for other in self._wanted()) - one.queued
