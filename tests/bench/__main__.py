@@ -66,10 +66,11 @@ def _end(budgets: Sequence[Budget]) -> None:
 
 
 NOTES = """
-requests/s and CPU: wrk, as fast as it goes. Times of what is not paced: an open loop at 100 requests/s (1 connection)
-or {rate}, from when each was due; none where fewer are answered. Times of tokens: from written to read; those that were
-never read are not in them (`unfinished`). LiteLLM is asked at /v1/completions for what is /generate elsewhere. The
-gateway always asks engine tgi for a stream, also where its caller wants none."""
+requests/s and CPU: wrk, as fast as it goes. Times of what is not paced: an open loop at {one:,} requests/s (1
+connection) or {rate}, from when each was due; none where fewer are answered. `calm`: the same at {calm} requests/s,
+where processors sleep between two requests and have forgotten all of it. Times of tokens: from written to read; those
+that were never read are not in them (`unfinished`). LiteLLM is asked at /v1/completions for what is /generate
+elsewhere. The gateway always asks engine tgi for a stream, also where its caller wants none."""
 
 
 def _plan_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -110,7 +111,7 @@ def _plan(
         connections=tuple(connections) or relay.CONNECTIONS,
         streams=tuple(connections) or relay.STREAMS,
         addresses=tuple(address) or ADDRESSES,
-        rates_per_s=(100, rate),
+        rates_per_s=(relay.Plan.rates_per_s[0], rate),
     )
 
 
@@ -136,6 +137,7 @@ def _relay_json(found: dict[str, Any]) -> dict[str, Any]:
             **asdict(case),
             **{figure: results.median(name, case, figure) for figure in dict.fromkeys(_figures(results))},
             "added_p50_ms": results.added(name, case, "p50_ms"),
+            "added_calm_p50_ms": results.added(name, case, "calm_p50_ms"),
             "added_p99_ms": results.added(name, case, "p99_ms"),
         }
         for case in results.cases
@@ -159,7 +161,8 @@ def _tell_relay(found: dict[str, Any]) -> None:
         click.echo(line)
     for what, why in found["measured"].missing.items():
         click.echo(f"not measured: {what}: {why}")
-    click.echo(NOTES.format(rate=found["plan"].rates_per_s[1]))
+    one, rate = found["plan"].rates_per_s
+    click.echo(NOTES.format(one=one, rate=rate, calm=found["plan"].calm_rate_per_s))
 
 
 @main.command("relay")

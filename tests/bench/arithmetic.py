@@ -8,7 +8,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-Figure = Literal["requests_per_s", "p50_ms", "p99_ms", "cpu_s_per_1000", "rss_mib", "failed", "upstream_late_p99_ms"]
+Figure = Literal[
+    "requests_per_s",
+    "p50_ms",
+    "p99_ms",
+    "calm_p50_ms",
+    "cpu_s_per_1000",
+    "rss_mib",
+    "failed",
+    "upstream_late_p99_ms",
+]
+"""`calm_p50_ms` is of an open loop so slow that the processors sleep between its requests, and forget."""
 Kind = Literal["whole", "streamed", "paced"]
 """An answer that is not streamed; one that is, and there at once; one whose tokens come at a pace."""
 

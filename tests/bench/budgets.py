@@ -68,7 +68,7 @@ def of_relay(results: Results) -> list[Budget]:
     return [
         Budget(f"{many} LiteLLM's", "times", 25, 60, at_least=True, measured=to_litellm),
         Budget(f"{many} nginx's", "%", 5, 12, at_least=True, measured=None if to_nginx is None else to_nginx * 100),
-        Budget("/generate, 1 connection: median added to nginx's", "ms", 0.5, 0.2, measured=added),
+        Budget("/generate, 1 connection, 1,000/s: median added to nginx's", "ms", 0.5, 0.2, measured=added),
         Budget(f"{streams} p99 added to a token", "ms", 10, measured=late),
         Budget(f"{streams} CPU over nginx's", "times", 8, 3, measured=cpu),
     ]

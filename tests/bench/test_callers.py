@@ -160,7 +160,7 @@ def test_the_upstream_answers_every_kind_of_request_as_it_is_asked(tmp_path: Pat
 @needs_wrk
 def test_the_gateway_is_measured_beside_nobody_in_every_kind_of_answer() -> None:
     plan = relay.Plan(
-        runs=1, seconds=1, contestants=("direct", "gateway"), addresses=(GENERATE,), connections=(2,), streams=(2,)
+        runs=1, seconds=1, contestants=("direct", "gateway"), addresses=(GENERATE,), connections=(1, 2), streams=(2,)
     )
 
     measured = relay.measure(plan, cores(), lambda _: None)
@@ -168,8 +168,11 @@ def test_the_gateway_is_measured_beside_nobody_in_every_kind_of_answer() -> None
     assert measured.missing == {}
     results = measured.results
     assert results.contestants == ["direct", "gateway"]
-    assert [case.kind for case in results.cases] == ["whole", "streamed", "paced"]
+    measured_in = [(case.kind, case.connections) for case in results.cases]
+    assert measured_in == [("whole", 1), ("whole", 2), ("streamed", 1), ("streamed", 2), ("paced", 2)]
     for case in results.cases:
+        calm = results.median("direct", case, "calm_p50_ms")
+        assert (calm is not None) is (case.connections == 1)
         assert results.median("gateway", case, "failed") == 0
         assert (results.median("gateway", case, "rss_mib") or 0) > 0
         assert results.median("direct", case, "rss_mib") is None
