@@ -150,10 +150,7 @@ class Errand(Generic[Result]):
         self._asked_at = time.monotonic()
         outcome = GatewayError.code
         try:
-            try:
-                result = await self._attempt(interrupt, streamed=streamed)
-            except ConnectFailed:
-                result = await self._second_attempt(interrupt, streamed=streamed)
+            result = await self._carry_out(interrupt, streamed=streamed)
             outcome = self.outcome(result)
             return result
         except asyncio.CancelledError:
@@ -165,9 +162,11 @@ class Errand(Generic[Result]):
         finally:
             self.instance.figures.ended(outcome)
 
-    async def _second_attempt(self, interrupt: Interrupt, *, streamed: bool) -> Result:
-        """Try again where nothing was sent: a moment later the gateway may know that the server has ended."""
-        await asyncio.sleep(SECOND_ATTEMPT_S)
+    async def _carry_out(self, interrupt: Interrupt, *, streamed: bool) -> Result:
+        try:
+            return await self._attempt(interrupt, streamed=streamed)
+        except ConnectFailed:  # nothing was sent; a moment later the gateway may know that the server has ended
+            await asyncio.sleep(SECOND_ATTEMPT_S)
         try:
             return await self._attempt(interrupt, streamed=streamed)
         except ConnectFailed as error:
@@ -182,8 +181,8 @@ class Errand(Generic[Result]):
             lease.on_cut = interrupt.fire
             return await self._under(lease, interrupt, streamed=streamed)
         finally:
-            lease.give_back(lease)
             request.worked()
+            lease.give_back(lease)
 
     async def _lease(self, request: Standing) -> Lease:
         """Wait for a lease, which is to be given back. Nothing is awaited once it is granted."""
