@@ -556,7 +556,7 @@ def test_every_request_is_counted_once_however_it_ends(said: list[Any], outcome:
         figures = Figures("1")
         logged = RequestLog(app, counted(figures))
         for kind in ("lifespan", "websocket", "http"):
-            scope = {"type": kind, "method": "GET", "path": "/v1/models", "headers": []}
+            scope: dict[str, Any] = {"type": kind, "method": "GET", "path": "/v1/models", "headers": []}
             with suppress(ValueError):
                 await logged(scope, _nothing_comes, _nowhere)
         return await figures.page([], [])
