@@ -90,7 +90,12 @@ def until_departure(scope: Scope, receive: Receive) -> Interrupt:
         Departed: it did. Whatever is inside was ended at its next await.
     """
     departure = scope.get("state", {}).get(Departure.KEY)
-    return _UntilDeparture(departure) if departure else _UntilDisconnect(receive)
+    return _UntilDeparture(departure) if departure else until_disconnect(receive)
+
+
+def until_disconnect(receive: Receive) -> Interrupt:
+    """As `until_departure`, for those who have not read the request's body: what comes of it is thrown away."""
+    return _UntilDisconnect(receive)
 
 
 class _UntilDeparture(Interrupt):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import hmac
 import json
 import os
 import re
@@ -58,10 +59,12 @@ def by_hash(keys: Iterable[Key]) -> Mapping[str, Key]:
 def holder_of(token: bytes, keys: Mapping[str, Key]) -> Key | None:
     """Return the key that was shown, or None.
 
-    How long it takes tells nothing of any key: what is compared is the hash of what was shown, and nobody can choose
-    how that begins.
+    How long it takes tells nothing of any key: what is looked up is a hash of what was shown, by yet another hash that
+    is this process's secret; and what is found is compared in constant time.
     """
-    return keys.get(hashlib.sha256(token).hexdigest())
+    shown_sha256 = hashlib.sha256(token).hexdigest()
+    key = keys.get(shown_sha256)
+    return key if key is not None and hmac.compare_digest(shown_sha256, key.sha256) else None
 
 
 # ---- the file -------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import pytest
 import uvicorn
 from starlette.types import Receive, Scope, Send
 
-from gateway.connection import CallersConnection, Joining
+from gateway.connection import LARGE_BYTES, CallersConnection, Joining
 
 BOUND_S = 10.0
 HEAD = b"HTTP/1.1 200 OK\r\n\r\n"
@@ -31,6 +31,9 @@ class Wire(asyncio.Transport):
 
     def abort(self) -> None:
         self.ended = "aborted"
+
+    def is_closing(self) -> bool:
+        return bool(self.ended)
 
     def get_write_buffer_size(self) -> int:
         return 1000
@@ -66,6 +69,8 @@ def write(*pieces: bytes) -> Callable[[Joining], None]:
         ((b"body",), [b"body"]),
         ((HEAD, b"body", HEAD, b"next"), [HEAD + b"body", HEAD + b"next"]),
         ((HEAD, b""), [HEAD]),
+        ((HEAD, b"x" * LARGE_BYTES), [HEAD + b"x" * LARGE_BYTES]),
+        ((HEAD, b"x" * (LARGE_BYTES + 1)), [HEAD, b"x" * (LARGE_BYTES + 1)]),
     ],
 )
 def test_all_that_is_written_goes_out_in_its_order_and_a_head_with_what_follows(
@@ -99,6 +104,18 @@ def test_who_closes_sends_the_head_first_and_who_aborts_does_not() -> None:
 
     assert (written(close).pieces, written(close).ended) == ([HEAD], "closed")
     assert (written(abort).pieces, written(abort).ended) == ([], "aborted")
+
+
+def test_a_head_whose_caller_has_gone_meanwhile_is_not_written() -> None:
+    async def scene() -> None:
+        wire = Wire()
+        joining = Joining(wire, asyncio.get_running_loop())
+        joining.write(HEAD)
+        wire.abort()
+        await asyncio.sleep(0)
+        assert wire.pieces == []
+
+    asyncio.run(scene())
 
 
 @asynccontextmanager

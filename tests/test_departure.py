@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 import pytest
+import uvloop
 from starlette.types import Message, Receive, Scope, Send
 
-from gateway.departure import Departed, Departure, until_departure
+from gateway.departure import Departed, Departure, until_departure, until_disconnect
 from tests.test_connection import serving
 
 BOUND_S = 10.0
-REQUEST = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\n\r\n1"
 
 
 async def never() -> Message:
@@ -68,9 +70,10 @@ def test_of_two_reasons_to_end_the_first_one_counts() -> None:
 
 
 class Worker:
-    """An application that works until its caller leaves, and notes what becomes of each request."""
+    """An application that reads a request, works until its caller leaves, and notes what becomes of it."""
 
     def __init__(self) -> None:
+        self.began = 0
         self.at_work = asyncio.Event()
         self.left = asyncio.Event()
         self.listened = 0
@@ -80,7 +83,9 @@ class Worker:
             self.listened += 1
             return await receive()
 
-        await receive()
+        self.began += 1
+        while (await receive()).get("more_body", False):
+            pass
         self.at_work.set()
         try:
             with until_departure(scope, counted):
@@ -89,20 +94,89 @@ class Worker:
             self.left.set()
 
 
-@pytest.mark.parametrize("reset", [False, True])
-def test_the_server_tells_of_a_lost_connection_without_anybody_listening(reset: bool) -> None:
+def request(size: int) -> bytes:
+    return b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % size + b"1" * size
+
+
+def goes(writer: asyncio.StreamWriter, *, reset: bool) -> None:
+    if reset:
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    writer.close()
+
+
+LOOPS = [asyncio.new_event_loop, uvloop.new_event_loop]
+by_every_loop = pytest.mark.parametrize("loop", LOOPS, ids=["asyncio", "uvloop"])
+however = pytest.mark.parametrize("reset", [False, True], ids=["closes", "resets"])
+
+
+def play(scene: Callable[[], Coroutine[Any, Any, None]], loop: Callable[[], asyncio.AbstractEventLoop]) -> None:
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(scene())
+
+
+@by_every_loop
+@however
+@pytest.mark.parametrize("size", [1, 300_000])
+def test_the_server_tells_of_a_lost_connection_without_anybody_listening(
+    size: int, reset: bool, loop: Callable[[], asyncio.AbstractEventLoop]
+) -> None:
     async def scene() -> None:
         app = Worker()
-        async with serving(app) as port:
+        async with serving(app) as port, asyncio.timeout(BOUND_S):
             _, writer = await asyncio.open_connection("127.0.0.1", port)
-            writer.write(REQUEST)
-            async with asyncio.timeout(BOUND_S):
-                await app.at_work.wait()
-                if reset:
-                    linger = b"\1\0\0\0\0\0\0\0"
-                    writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-                writer.close()
-                await app.left.wait()
+            sent = request(size)
+            writer.write(sent[:60])
+            await writer.drain()
+            await asyncio.sleep(0.05)  # so that it comes in two pieces at least: more would do no harm
+            writer.write(sent[60:])
+            await app.at_work.wait()
+            goes(writer, reset=reset)
+            await app.left.wait()
         assert app.listened == 0
 
-    asyncio.run(scene())
+    play(scene, loop)
+
+
+@by_every_loop
+@however
+def test_of_requests_that_came_at_once_the_first_hears_of_the_departure_and_no_other_begins(
+    reset: bool, loop: Callable[[], asyncio.AbstractEventLoop], caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scene() -> None:
+        app = Worker()
+        async with serving(app) as port, asyncio.timeout(BOUND_S):
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(request(1) * 3)
+            await app.at_work.wait()
+            goes(writer, reset=reset)
+            await app.left.wait()
+        assert app.began == 1
+
+    play(scene, loop)
+    assert caplog.messages == []  # nobody is told of a fault that is none
+
+
+@by_every_loop
+@however
+def test_who_has_not_read_the_body_hears_of_the_departure_too(
+    reset: bool, loop: Callable[[], asyncio.AbstractEventLoop]
+) -> None:
+    class Indifferent(Worker):
+        async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+            self.at_work.set()
+            try:
+                with until_disconnect(receive):
+                    await asyncio.sleep(BOUND_S)
+            except Departed:
+                self.left.set()
+
+    async def scene() -> None:
+        app = Indifferent()
+        async with serving(app) as port, asyncio.timeout(BOUND_S):
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(request(1_000_000))
+            await app.at_work.wait()
+            goes(writer, reset=reset)
+            await app.left.wait()
+
+    play(scene, loop)

@@ -25,6 +25,7 @@ from gateway.api.openai import openai_router
 from gateway.api.reports import Reports
 from gateway.api.tgi import tgi_router
 from gateway.catalog import Catalog
+from gateway.connection import CallersConnection
 from gateway.engines.base import Engine
 from gateway.engines.llamacpp import LlamaCpp
 from gateway.engines.openai import OpenAi
@@ -130,7 +131,7 @@ async def stage(script: Script, *other_ports: int, **keys: Any) -> AsyncIterator
             app.include_router(router)
         app.add_middleware(HotRoutes, routes=[route for router in routers for route in router.routes])
         app.add_middleware(RequestLog)
-        config = uvicorn.Config(app, port=0, log_config=None, lifespan="off", access_log=False)
+        config = uvicorn.Config(app, http=CallersConnection, port=0, log_config=None, lifespan="off", access_log=False)
         serving = uvicorn.Server(config)
         task = asyncio.create_task(serving.serve())
         while not serving.started:
@@ -262,6 +263,33 @@ def test_the_connection_to_the_server_is_closed_when_the_caller_leaves(stream: b
             asked.cancel()
 
             await asyncio.wait_for(on.server.left.wait(), 5)
+            await on.nothing_is_held()
+
+    asyncio.run(scene())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_caller_whose_large_body_came_in_pieces_is_heard_leaving_too(stream: bool) -> None:
+    heard = asyncio.Event()
+
+    async def be_silent(conversation: Conversation) -> None:
+        await conversation.say(HEAD)
+        heard.set()
+        await asyncio.get_running_loop().create_future()
+
+    async def scene() -> None:
+        async with stage(be_silent) as on, asyncio.timeout(10):
+            body = json.dumps({**ASK, "prompt": "once " * 60_000, "stream": stream}).encode()
+            head = f"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+            _, writer = await asyncio.open_connection("127.0.0.1", int(on.url.rpartition(":")[2]))
+            writer.write(f"{head}Content-Type: application/json\r\n\r\n".encode() + body[:100])
+            await writer.drain()
+            await asyncio.sleep(0.1)  # so that it comes in two pieces at least: more would do no harm
+            writer.write(body[100:])
+            await heard.wait()
+            writer.close()
+
+            await on.server.left.wait()
             await on.nothing_is_held()
 
     asyncio.run(scene())

@@ -143,6 +143,7 @@ class AccessLine(logging.LogRecord):
         self.__dict__.update(_ANY_LINE)
         self.created = time.time()
         self.msecs = self.created % 1 * 1000
+        self.relativeCreated += (self.created - _ANY_LINE["created"]) * 1000
         self.msg = _words(facts)
         self.facts = facts
 

@@ -10,7 +10,7 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from gateway.departure import Departed, Interrupt, until_departure
+from gateway.departure import Departed, Interrupt, until_disconnect
 
 HEARTBEAT_S = 10.0
 LAST_WORDS_S = 2.0
@@ -62,10 +62,10 @@ class LineStream(Response):
         self._until = until
         self._heartbeat = heartbeat
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, _: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
-            with until_departure(scope, receive) as interrupt, self._ending(interrupt):
+            with until_disconnect(receive) as interrupt, self._ending(interrupt):
                 await self._pump(send)
         except Departed:
             return

@@ -195,9 +195,8 @@ def _penalties(server: Server, request: GenerationRequest) -> dict[str, float]:
 
 
 def _stops(server: Server, request: GenerationRequest) -> dict[str, list[str]]:
-    if (
-        request.keep_stop or not request.stop
-    ):  # a server that is told of a stop text removes it, and few say which one it was
+    # a server that is told of a stop text removes it, and few say which one it was
+    if request.keep_stop or not request.stop:
         return {}
     told = [text for text in request.stop if text][: server.most_stops]
     return {"stop": told} if told else {}

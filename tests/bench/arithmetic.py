@@ -80,13 +80,13 @@ class Results:
         self.contestants = list(dict.fromkeys(sample.contestant for sample in self.samples))
 
     def median(self, contestant: str, case: Case, figure: Figure) -> float | None:
-        """Return the median over the runs; None if it was never measured."""
-        found = [
-            sample.figures[figure]
-            for sample in self.samples
-            if sample.contestant == contestant and sample.case == case and figure in sample.figures
-        ]
-        return statistics.median(found) if found else None
+        """Return the median over the runs; None if it was not measured in every one of them.
+
+        Who is now and then too slow to have a time is not judged by the runs in which it was not.
+        """
+        samples = [each for each in self.samples if each.contestant == contestant and each.case == case]
+        found = [each.figures[figure] for each in samples if figure in each.figures]
+        return statistics.median(found) if found and len(found) == len(samples) else None
 
     def added(self, contestant: str, case: Case, figure: Figure, *, over: str = "direct") -> float | None:
         """Return what a contestant adds to what `over` takes: the difference of their medians."""

@@ -192,6 +192,28 @@ def test_every_budget_of_the_relay_is_judged_by_its_own_figures() -> None:
     assert not all_kept(budgets)
 
 
+def test_a_gateway_too_slow_to_have_a_time_in_every_run_has_missed_it() -> None:
+    quick, slow = sample("gateway", ONE, requests_per_s=1100, p50_ms=0.3), sample("gateway", ONE, requests_per_s=900)
+    nginx = sample("nginx", ONE, requests_per_s=5000, p50_ms=0.2)
+
+    def row(*samples: Sample) -> Budget:
+        [found] = [budget for budget in of_relay(Results([nginx, *samples])) if "1 connection" in budget.what]
+        return found
+
+    assert row(quick, quick).verdict == "kept"
+    assert row(quick, quick).measured == pytest.approx(0.1)
+    assert (row(quick, slow).verdict, row(quick, slow).measured) == ("MISSED", None)
+    assert row(slow).verdict == "MISSED"
+    assert row().verdict == "not measured"
+    assert not all_kept([row(slow)])
+
+
+def test_what_is_added_at_the_slower_rate_is_told_beside_what_is_judged() -> None:
+    results = Results([sample("nginx", ONE, calm_p50_ms=0.7), sample("gateway", ONE, calm_p50_ms=1.5)])
+
+    assert any("at 100/s: 0.80" in budget.what for budget in of_relay(results))
+
+
 def test_memory_is_judged_in_megabytes() -> None:
     assert of_scale(1, 1, 143)[-1].verdict == "kept"
     assert of_scale(1, 1, 144)[-1].verdict == "MISSED"  # 144 MiB are 151 MB

@@ -41,3 +41,13 @@ def _as_json_writes_it(event: bytes) -> bytes:
     """Return the same event with its numbers as json writes them: 1e-7 is 1e-07 there."""
     assert (event[:6], event[-2:]) == (b"data: ", b"\n\n")
     return b"data: %b\n\n" % json.dumps(json.loads(event[6:]), ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def test_the_usual_event_has_these_bytes() -> None:
+    frames = TokenFrames(GenerationRequest(prompt="x", max_new_tokens=9, temperature=0.0), Unknown(id=-1, logprob=0.0))
+
+    event = frames.event(TokenEvent(7, ' "é"\n', -0.25))
+
+    taken = r'{"id":7,"text":" \"é\"\n","logprob":-0.25,"special":false}'
+    said = '{"index":1,"token":' + taken + ',"generated_text":null,"details":null}'
+    assert event == f"data: {said}\n\n".encode()
