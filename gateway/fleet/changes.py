@@ -33,3 +33,11 @@ def changes_between(before: Mapping[str, ModelSpec], after: Mapping[str, ModelSp
         changed=tuple(spec for model, spec in after.items() if model in before and before[model] != spec),
         removed=tuple(spec for model, spec in before.items() if model not in after),
     )
+
+
+def known_by_sight(before: Mapping[str, ModelSpec], after: Mapping[str, ModelSpec]) -> dict[str, ModelSpec]:
+    """Return the models of `after`, those that are what they were as the very objects that they were.
+
+    So whoever holds one of them sees without comparing it that nothing has changed.
+    """
+    return {model: before[model] if before.get(model) == spec else spec for model, spec in after.items()}

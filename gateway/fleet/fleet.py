@@ -14,7 +14,7 @@ from gateway.engines.base import Engine
 from gateway.engines.keys import authorization
 from gateway.errors import CatalogError, GatewayError, ModelNotRunning, NameTaken, RuntimeUnavailable, StartFailed
 from gateway.fleet import refusals
-from gateway.fleet.changes import Changes, changes_between
+from gateway.fleet.changes import Changes, changes_between, known_by_sight
 from gateway.fleet.experience import Experience
 from gateway.fleet.fetch import Fetch
 from gateway.fleet.figures import FiguresOf, silent
@@ -203,9 +203,10 @@ class Fleet:
             return
         if contended := list(self._contended(catalog)):
             raise CatalogError([f"{catalog.path.name}: {words}" for words in contended])
-        before, self.catalog = self.catalog.models, catalog
+        before = self.catalog.models
+        self.catalog = catalog.model_copy(update={"models": known_by_sight(before, catalog.models)})
         self._downs.clear()
-        changes = changes_between(before, catalog.models)
+        changes = changes_between(before, self.catalog.models)
         self._tell(changes)
         for name in self._not_looked_at():
             self._errand(self._look_late(name), f"look at {name} late")

@@ -78,7 +78,7 @@ class Queue:
     @property
     def requests(self) -> int:
         """How many wait for a lease."""
-        return sum(ticket.wants_lease for ticket in self._tickets)
+        return sum(ticket.wants_lease for ticket in self._tickets) if self._tickets else 0
 
     def join(self, ticket: Ticket) -> None:
         """Let it take its place: one who was sent here from elsewhere is before those who came after him."""

@@ -161,6 +161,8 @@ class Replicas:
     @property
     def status(self) -> Status:
         """A snapshot of all of them as one, for reports only."""
+        if len(self._members) == 1:
+            return self._members[0].status
         told = [one.status for n, one in enumerate(self._members) if n < self._count or one.runs]
         return as_one(told, self._count) if len(told) > 1 else told[0]
 

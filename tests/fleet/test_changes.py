@@ -13,7 +13,7 @@ import pytest
 
 from gateway.catalog import Catalog, ModelSpec
 from gateway.errors import CatalogError, GatewayError, StartFailed, UnknownModel
-from gateway.fleet.changes import changes_between
+from gateway.fleet.changes import changes_between, known_by_sight
 from gateway.fleet.fetch import Fetch
 from gateway.fleet.figures import FiguresOf, Silent, silent
 from gateway.fleet.fleet import Fleet
@@ -78,6 +78,30 @@ def test_only_entries_that_say_something_else_count_as_changed() -> None:
     assert found.ids() == {"added": ["new"], "changed": ["two"], "removed": ["gone"]}
     assert found.removed == (gone,)
     assert not changes_between(before, {"gone": gone, "two": two, "one": same})
+
+
+def test_what_did_not_change_stays_the_very_object_that_it_was_and_in_the_new_order() -> None:
+    one, two = spec(id="one"), spec(id="two")
+    changed, new = spec(id="two", max_queue=1), spec(id="new")
+
+    found = known_by_sight({"one": one, "two": two}, {"new": new, "two": changed, "one": spec(id="one")})
+
+    assert list(found) == ["new", "two", "one"]
+    assert found["one"] is one
+    assert (found["two"], found["new"]) == (changed, new)
+
+
+def test_a_catalog_read_again_that_says_the_same_changes_no_snapshot_and_names_still_lead_to_their_models() -> None:
+    async def scene() -> None:
+        on = await Edited(aliases=["nick"]).begun()
+        fleet = on.world.fleet
+        before = fleet.catalog.models["m"], fleet.status(fleet.catalog.models["m"])
+        on.becomes()
+
+        assert fleet.catalog.resolve("nick") is before[0]
+        assert fleet.status(before[0]).spec is before[0]
+
+    play(scene)
 
 
 def test_what_concerns_the_gateway_alone_holds_at_once_and_the_server_stays() -> None:
