@@ -14,14 +14,11 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
-from typing import Any, cast
+from typing import Any
 
 from fastapi import FastAPI
-from fastapi._body_limit import AppBodyLimitMiddleware
 from fastapi.telemetry import TelemetryConfig
-from fastapi.telemetry._asgi import ExceptionTelemetryMiddleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway import machine
@@ -234,15 +231,15 @@ class Application(FastAPI):
         await self.middleware_stack(scope, receive, send)
 
     def build_middleware_stack(self) -> ASGIApp:
-        """Return the gateway's own layers and what is beneath them. Each request would wait for the others as well.
+        """Return the gateway's own layers and what is beneath them, without those that FastAPI puts around everything.
 
-        `RequestLog` answers what nobody has caught, `BodyLimit` bounds the body, and there is no telemetry.
+        They would find nothing to do: `RequestLog` answers what nobody has caught, `BodyLimit` bounds the body, and
+        there is no telemetry.
         """
         layers: Any = super().build_middleware_stack()
-        for idle in (ServerErrorMiddleware, ExceptionTelemetryMiddleware, AppBodyLimitMiddleware):
-            assert isinstance(layers, idle)  # as FastAPI builds them
+        while not isinstance(layers, RequestLog):
             layers = layers.app
-        return cast("ASGIApp", layers)
+        return layers
 
 
 def _kept(experience: Experience, settings: Settings) -> AbstractAsyncContextManager[None]:
