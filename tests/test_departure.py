@@ -74,6 +74,7 @@ class Worker:
 
     def __init__(self) -> None:
         self.began = 0
+        self.has_heard = asyncio.Event()
         self.at_work = asyncio.Event()
         self.left = asyncio.Event()
         self.listened = 0
@@ -85,7 +86,8 @@ class Worker:
 
         self.began += 1
         while (await receive()).get("more_body", False):
-            pass
+            self.has_heard.set()
+        self.has_heard.set()
         self.at_work.set()
         try:
             with until_departure(scope, counted):
@@ -126,8 +128,7 @@ def test_the_server_tells_of_a_lost_connection_without_anybody_listening(
             _, writer = await asyncio.open_connection("127.0.0.1", port)
             sent = request(size)
             writer.write(sent[:60])
-            await writer.drain()
-            await asyncio.sleep(0.05)  # so that it comes in two pieces at least: more would do no harm
+            await app.has_heard.wait()
             writer.write(sent[60:])
             await app.at_work.wait()
             goes(writer, reset=reset)

@@ -10,16 +10,12 @@ _OPEN = re.compile(
     r"/health(/.*)?|/(docs|docs/oauth2-redirect|redoc|openapi\.json)"
     r"|/models/[^/]+/((llm-service|api-server)/(docs|redoc|openapi\.json)|tgi/(docs|redoc|api-doc/openapi\.json))"
 )
-_BUSY = frozenset({"/generate", "/generate_stream", "/v1/chat/completions", "/v1/completions"})
-"""Addresses of which the patterns would say the same, later."""
 _MANAGE = re.compile(r"/models/[^/]+/(start|stop|restart|pull|logs)\s*$")
 """More than the router takes: its own patterns let a line feed stand at the end."""
 
 
 def right_for(path: str) -> Right | None:
     """Return the right that an address needs, as the router sees it: below the root path, without slash at the end."""
-    if path in _BUSY:
-        return "generate"
     if _OPEN.fullmatch(path):
         return None
     return "manage" if _MANAGE.match(path) else "generate"
